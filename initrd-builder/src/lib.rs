@@ -1,0 +1,1 @@
+//! Builds the ramdisk, the modules overlay and the stick image.

@@ -1,0 +1,1 @@
+//! The laptop: autokexec, discovery answers, the boot bundle over HTTP, the disk over NBD.

@@ -1,0 +1,1 @@
+//! Configuration, keys, units and wire formats: parses bytes, opens nothing.

@@ -1,0 +1,2 @@
+//! The kernel: mounts, kexec, netlink, modules, uevents; the only home of unsafe code.
+#![allow(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The `stiefel` command.
+
+fn main() {}
