@@ -1,1 +1,11 @@
-//! The desktop: discovery, fetch, kexec; attaches and keeps the disk inside the payload.
+//! The desktop: finds the laptop, fetches its payload, boots it, attaches the disk inside it and keeps it.
+//!
+//! Counterpart: the crate `stiefel-server`, which this one never imports.
+
+pub mod attach;
+pub mod discovery;
+pub mod fetch;
+pub mod goodbye;
+pub mod keeper;
+pub mod nbd;
+pub mod role;

@@ -1,1 +1,7 @@
-//! Builds the ramdisk, the modules overlay and the stick image.
+//! Builds what is booted: the ramdisk, the modules overlay of a payload, the stick image. Needs neither root nor other programs.
+
+pub mod modules;
+pub mod overlay;
+pub mod ramdisk;
+pub mod stick;
+pub mod uki;

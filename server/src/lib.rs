@@ -1,1 +1,13 @@
-//! The laptop: autokexec, discovery answers, the boot bundle over HTTP, the disk over NBD.
+//! The laptop: autokexec while its OS runs; discovery answers, the boot bundle over HTTP and the disk over NBD in the ramdisk.
+//!
+//! Counterpart: the crate `stiefel-client`, which this one never imports.
+
+pub mod autokexec;
+pub mod collect;
+pub mod discovery;
+pub mod guards;
+pub mod http;
+pub mod install;
+pub mod nbd;
+pub mod payload;
+pub mod role;

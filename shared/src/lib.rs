@@ -1,1 +1,14 @@
-//! Configuration, keys, units and wire formats: parses bytes, opens nothing.
+//! Configuration, keys, units and wire formats. Parses bytes, opens nothing.
+//!
+//! Imports none of stiefel's other crates, so that laptop, desktop, ramdisk and builder can all stand on it.
+
+pub mod bundle;
+pub mod config;
+pub mod cpio;
+pub mod discovery;
+pub mod handover;
+pub mod key;
+pub mod kmod;
+pub mod nbd;
+pub mod seal;
+pub mod session;
