@@ -1,1 +1,222 @@
-//! (being written)
+//! The handover: what one kernel gives to the next, as a small cpio appended to the initrd in memory.
+//!
+//! Written by `server::collect` (laptop OS → ramdisk), by `initrd_builder::stick` (stick → ramdisk) and by
+//! `client::role` (ramdisk → payload); read by `init` and by `client::attach`. It carries secrets, so its files
+//! are 0600, and nothing of it is ever put on a command line, which everyone can read in /proc/cmdline.
+//!
+//! The laptop's handover also carries the payload: the parts are separate files beside the JSON, see [`Part::path`].
+
+use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+use crate::cpio;
+use crate::key::StickKey;
+
+/// Where the ramdisk's handover lies: one JSON document, [`Handover`].
+pub const HANDOVER_PATH: &str = "stiefel/handover.json";
+/// Where the desktop's session lies inside the payload's initrd: one JSON document, [`crate::bundle::AttachSession`].
+pub const SESSION_PATH: &str = "stiefel/session.json";
+/// Where the program lies inside the payload's initrd; also its `rdinit=`.
+pub const PROGRAM_PATH: &str = "stiefel/stiefel";
+/// The largest handover or session document that is read, in bytes.
+pub const MAX_DOCUMENT: u64 = 256 * 1024;
+
+/// What a booted ramdisk is to be, and with what.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Handover {
+    /// The laptop: serve the payload and the disk.
+    Server(Box<ServerHandover>),
+    /// The desktop, started from its stick: find the laptop and boot from it.
+    Client(ClientHandover),
+}
+
+/// What the laptop's ramdisk is told by the laptop's OS.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServerHandover {
+    /// The keys of all sticks that may connect.
+    pub keys: Vec<StickKey>,
+    /// The laptop's host name, shown on both screens.
+    pub hostname: String,
+    /// The disk to serve.
+    pub disk: DiskIdentity,
+    /// What the desktop is to boot.
+    pub payload: Payload,
+    /// What happens when the desktop has been powered off.
+    pub after: After,
+}
+
+/// What the desktop's ramdisk is told by its stick.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClientHandover {
+    /// The stick's one key.
+    pub key: StickKey,
+}
+
+/// The laptop OS's own kernel, initrd and command line, to be booted on the desktop.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Payload {
+    /// The kernel's release, as `uname -r` prints it.
+    pub version: String,
+    /// The whole command line, ready for the desktop but for what the client adds (`rdinit=` …).
+    pub cmdline: String,
+    /// Which parts there are, with their sizes, in the order in which they are sent.
+    pub parts: Vec<PartSize>,
+}
+
+/// A part's length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PartSize {
+    /// Which part.
+    pub part: Part,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
+/// The parts of a payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// The kernel image, as kexec_file_load takes it.
+    Kernel,
+    /// The laptop OS's own initrd(s), concatenated.
+    Initrd,
+    /// Our cpio of modules and firmware, appended to it.
+    Overlay,
+}
+
+impl Part {
+    /// Every part, in the order in which they are sent.
+    pub const ALL: [Self; 3] = [Self::Kernel, Self::Initrd, Self::Overlay];
+
+    /// Where the part lies in the laptop's ramdisk (without the leading slash).
+    #[must_use]
+    pub const fn path(self) -> &'static str {
+        match self {
+            Self::Kernel => "stiefel/payload/kernel",
+            Self::Initrd => "stiefel/payload/initrd",
+            Self::Overlay => "stiefel/payload/overlay",
+        }
+    }
+
+    /// The word for people.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::Initrd => "initrd",
+            Self::Overlay => "modules",
+        }
+    }
+
+    /// The largest size accepted, in bytes: a bound for what a peer may make us hold.
+    #[must_use]
+    pub const fn limit(self) -> u64 {
+        match self {
+            Self::Kernel => 256 << 20,
+            Self::Initrd => 2 << 30,
+            Self::Overlay => 512 << 20,
+        }
+    }
+}
+
+/// `session.after`: what the laptop does once the desktop was powered off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum After {
+    /// Reboot into the laptop's own OS.
+    #[default]
+    Return,
+    /// Go on serving.
+    Stay,
+    /// Power the laptop off.
+    Poweroff,
+}
+
+/// How a disk is known again under another kernel: by what it is, never by its name.
+///
+/// A disk matches by its GPT disk GUID when both have one, else by WWID, else by serial and model.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskIdentity {
+    /// GPT disk GUID, lower case, as sgdisk prints it.
+    pub gpt_guid: Option<String>,
+    /// World wide identifier as sysfs has it.
+    pub wwid: Option<String>,
+    /// Serial number, trimmed.
+    pub serial: Option<String>,
+    /// Model, trimmed.
+    pub model: Option<String>,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+/// Why a handover could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// The document is no valid handover.
+    #[error("the handover is not understood; build the ramdisk and the stick anew with this version of stiefel")]
+    Malformed(#[source] serde_json::Error),
+    /// The archive could not be written.
+    #[error("the handover archive could not be written to memory")]
+    Write(#[source] std::io::Error),
+}
+
+/// Bytes that are wiped when dropped.
+#[derive(Zeroize, ZeroizeOnDrop, Default)]
+pub struct SecretBytes(pub Vec<u8>);
+
+impl std::fmt::Debug for SecretBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SecretBytes({} bytes)", self.0.len())
+    }
+}
+
+impl Handover {
+    /// Reads the document at [`HANDOVER_PATH`].
+    ///
+    /// # Errors
+    /// [`HandoverError::Malformed`] for anything but a complete document of this version.
+    pub fn parse(json: &[u8]) -> Result<Self, HandoverError> {
+        serde_json::from_slice(json).map_err(HandoverError::Malformed)
+    }
+
+    /// The document as JSON; secret.
+    ///
+    /// # Errors
+    /// [`HandoverError::Malformed`] if it cannot be written as JSON.
+    pub fn to_json(&self) -> Result<SecretBytes, HandoverError> {
+        serde_json::to_vec(self).map(SecretBytes).map_err(HandoverError::Malformed)
+    }
+
+    /// The document as an uncompressed cpio that can be appended to an initrd; secret. It starts with the document;
+    /// `finish` it after adding the payload's parts, if there are any.
+    ///
+    /// # Errors
+    /// [`HandoverError`] if it cannot be written.
+    pub fn to_cpio(&self) -> Result<SecretBytes, HandoverError> {
+        let json = self.to_json()?;
+        secret_document(HANDOVER_PATH, &json.0)
+    }
+}
+
+/// One 0600 file below its folder, as a finished uncompressed cpio; secret.
+///
+/// # Errors
+/// [`HandoverError::Write`] if it cannot be written.
+pub fn secret_document(path: &str, bytes: &[u8]) -> Result<SecretBytes, HandoverError> {
+    // Enough for header, name and trailer: a growing vector would leave copies of the secret behind.
+    let mut out = SecretBytes(Vec::with_capacity(bytes.len() + 4096));
+    let mut archive = cpio::Writer::new(&mut out.0);
+    (|| {
+        archive.dir("stiefel", 0o700)?;
+        archive.file(path, 0o600, bytes)?;
+        archive.finish()
+    })()
+    .map_err(HandoverError::Write)?;
+    Ok(out)
+}
