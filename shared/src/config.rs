@@ -1,1 +1,569 @@
-//! (being written)
+//! The configuration, /etc/stiefel/config.yaml. Every option is explained in config-example.yaml, which a test parses.
+//!
+//! Names of the original (SFTtech/stiefelsystem) are accepted where the meaning is the same: `boot.disk`,
+//! `boot.load.*`, `autokexec.{broadcast,mac_detection,macs}`.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize};
+
+use crate::handover::After;
+
+/// Where the configuration lies on the laptop.
+pub const CONFIG_PATH: &str = "/etc/stiefel/config.yaml";
+/// The largest configuration that is read, in bytes.
+pub const MAX_CONFIG: u64 = 256 * 1024;
+/// The example, as it is installed.
+pub const EXAMPLE: &str = include_str!("../../config-example.yaml");
+
+/// A configuration that cannot be used, with line, column, the line itself and what would be accepted.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}\n  next: correct this line; every option is explained in config-example.yaml")]
+pub struct ConfigError {
+    text: String,
+}
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Config {
+    /// What the desktop boots.
+    pub boot: Boot,
+    /// Classes and names of kernel modules in the ramdisk.
+    pub modules: Modules,
+    /// The ramdisk itself.
+    pub initrd: Initrd,
+    /// What makes the laptop leave its OS.
+    pub trigger: Trigger,
+    /// How a session goes and ends.
+    pub session: Session,
+}
+
+/// `boot`: what the desktop boots.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Boot {
+    /// The disk to serve: `auto` is the one that holds `/`.
+    pub disk: Auto<PathBuf>,
+    /// Kernel, initrd and command line of the payload.
+    pub load: Load,
+}
+
+/// `boot.load`: the payload; `auto` takes what the boot loader would.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Load {
+    /// The kernel's file.
+    pub kernel: Auto<PathBuf>,
+    /// The initrd's files, in order.
+    pub initrd: Auto<OneOrMany<PathBuf>>,
+    /// The command line: one text, or a list of words.
+    pub cmdline: Auto<Words>,
+    /// Words added to the end of the command line.
+    pub append: Words,
+}
+
+/// `modules`: what goes into the ramdisk.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Modules(pub Vec<String>);
+
+impl Default for Modules {
+    fn default() -> Self {
+        Self(vec!["default".to_owned()])
+    }
+}
+
+/// `initrd`: the ramdisk.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Initrd {
+    /// The ramdisk's kernel: `auto` is the running one's file.
+    pub kernel: Auto<PathBuf>,
+    /// Words added to the command line of the ramdisk's kernel.
+    pub cmdline: Words,
+}
+
+/// `trigger`: what makes the laptop leave its OS and serve.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Trigger {
+    /// Hardware addresses of the dedicated NIC.
+    pub macs: Vec<Mac>,
+    /// USB identities of the dedicated NIC.
+    pub usb: Vec<UsbId>,
+    /// Whether a stick may wake the laptop over the network.
+    pub wake: Wake,
+    /// How long to wait, visibly, before leaving the OS.
+    pub countdown: Seconds,
+    /// Refuse on battery with less than this charge, in per cent.
+    pub battery: Percent,
+}
+
+impl Default for Trigger {
+    fn default() -> Self {
+        Self {
+            macs: Vec::new(),
+            usb: Vec::new(),
+            wake: Wake::Wired,
+            countdown: Seconds(Duration::ZERO),
+            battery: Percent(10),
+        }
+    }
+}
+
+/// `trigger.wake`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wake {
+    /// Listen on wired NICs.
+    Wired,
+    /// Never listen.
+    Off,
+}
+
+/// `session`: how a session goes and ends.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Session {
+    /// What the laptop does once the desktop was powered off.
+    pub after: After,
+    /// Whether the desktop uses the swap space on the laptop's disk; over a network it can deadlock.
+    pub swap: bool,
+}
+
+/// The original's `autokexec`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OriginalTrigger {
+    #[serde(default = "yes")]
+    broadcast: bool,
+    #[serde(default)]
+    mac_detection: bool,
+    #[serde(default)]
+    macs: Vec<Mac>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl From<OriginalTrigger> for Trigger {
+    fn from(original: OriginalTrigger) -> Self {
+        Self {
+            macs: if original.mac_detection { original.macs } else { Vec::new() },
+            wake: if original.broadcast { Wake::Wired } else { Wake::Off },
+            ..Self::default()
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    #[serde(default)]
+    boot: Boot,
+    #[serde(default)]
+    modules: Modules,
+    #[serde(default)]
+    initrd: Initrd,
+    trigger: Option<Trigger>,
+    autokexec: Option<OriginalTrigger>,
+    #[serde(default)]
+    session: Session,
+}
+
+impl Config {
+    /// Reads a configuration; what it leaves out has its default.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for anything that is not understood: nothing is guessed or ignored.
+    pub fn parse(yaml: &str) -> Result<Self, ConfigError> {
+        let fail = |text: String| ConfigError { text };
+        // An empty document, or one of comments only, means the defaults; YAML calls it null.
+        let document: Option<Document> =
+            serde_saphyr::from_str(yaml).map_err(|error| fail(error.to_string()))?;
+        let Some(document) = document else { return Ok(Self::default()) };
+        let trigger = match (document.trigger, document.autokexec) {
+            (Some(_), Some(_)) => {
+                return Err(fail(
+                    "both `trigger` and `autokexec` are there; `autokexec` is the original's name of `trigger`, keep one"
+                        .to_owned(),
+                ));
+            }
+            (Some(trigger), None) => trigger,
+            (None, Some(original)) => original.into(),
+            (None, None) => Trigger::default(),
+        };
+        Ok(Self {
+            boot: document.boot,
+            modules: document.modules,
+            initrd: document.initrd,
+            trigger,
+            session: document.session,
+        })
+    }
+}
+
+/// `auto`, or a value.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Auto<T> {
+    /// Found out when it is needed.
+    #[default]
+    Auto,
+    /// As configured.
+    Given(T),
+}
+
+impl<T> Auto<T> {
+    /// The value, if one was given.
+    pub const fn given(&self) -> Option<&T> {
+        match self {
+            Self::Auto => None,
+            Self::Given(value) => Some(value),
+        }
+    }
+}
+
+impl<'de, T: Deserialize<'de> + FromPlain> Deserialize<'de> for Auto<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct AutoVisitor<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de> + FromPlain> Visitor<'de> for AutoVisitor<T> {
+            type Value = Auto<T>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "`auto` or {}", T::ACCEPTED)
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+                if text == "auto" {
+                    return Ok(Auto::Auto);
+                }
+                T::from_plain(text).map(Auto::Given).map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(de::value::SeqAccessDeserializer::new(seq)).map(Auto::Given)
+            }
+        }
+        from.deserialize_any(AutoVisitor(std::marker::PhantomData))
+    }
+}
+
+/// A value that can be written as one plain text.
+pub trait FromPlain: Sized {
+    /// What is accepted, in words.
+    const ACCEPTED: &'static str;
+    /// Reads it.
+    ///
+    /// # Errors
+    /// A sentence.
+    fn from_plain(text: &str) -> Result<Self, String>;
+}
+
+impl FromPlain for PathBuf {
+    const ACCEPTED: &'static str = "an absolute path";
+    fn from_plain(text: &str) -> Result<Self, String> {
+        if text.starts_with('/') { Ok(Self::from(text)) } else { Err("not absolute".to_owned()) }
+    }
+}
+
+/// One value, or a list of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OneOrMany<T>(pub Vec<T>);
+
+impl<T: FromPlain> FromPlain for OneOrMany<T> {
+    const ACCEPTED: &'static str = "one absolute path or a list of them";
+    fn from_plain(text: &str) -> Result<Self, String> {
+        T::from_plain(text).map(|one| Self(vec![one]))
+    }
+}
+
+impl<'de, T: FromPlain> Deserialize<'de> for OneOrMany<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Vec::<String>::deserialize(from)?
+            .iter()
+            .map(|text| T::from_plain(text).map_err(|_| de::Error::invalid_value(de::Unexpected::Str(text), &T::ACCEPTED)))
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+}
+
+/// Words of a kernel command line.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Words(pub Vec<String>);
+
+impl fmt::Display for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(" "))
+    }
+}
+
+impl FromPlain for Words {
+    const ACCEPTED: &'static str = "one line of text or a list of words";
+    fn from_plain(text: &str) -> Result<Self, String> {
+        if text.chars().any(|c| c.is_control()) {
+            return Err("control characters".to_owned());
+        }
+        // A quoted word may hold spaces (as the kernel reads it), so the text stays whole.
+        Ok(Self(if text.trim().is_empty() { Vec::new() } else { vec![text.trim().to_owned()] }))
+    }
+}
+
+impl<'de> Deserialize<'de> for Words {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct WordsVisitor;
+        impl<'de> Visitor<'de> for WordsVisitor {
+            type Value = Words;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(Words::ACCEPTED)
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Words, E> {
+                Words::from_plain(text).map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Words, A::Error> {
+                let mut words = Vec::new();
+                while let Some(text) = seq.next_element::<String>()? {
+                    words.extend(
+                        Words::from_plain(&text)
+                            .map_err(|_| de::Error::invalid_value(de::Unexpected::Str(&text), &self))?
+                            .0,
+                    );
+                }
+                Ok(Words(words))
+            }
+        }
+        from.deserialize_any(WordsVisitor)
+    }
+}
+
+/// Makes a type readable from one plain text, with what it accepts in the error.
+macro_rules! plain {
+    ($type:ty) => {
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                let text = String::deserialize(from)?;
+                <$type>::from_plain(&text)
+                    .map_err(|_| de::Error::invalid_value(de::Unexpected::Str(&text), &<$type>::ACCEPTED))
+            }
+        }
+        impl FromStr for $type {
+            type Err = String;
+            fn from_str(text: &str) -> Result<Self, String> {
+                <$type>::from_plain(text)
+                    .map_err(|_| format!("`{text}` is not understood; accepted: {}", <$type>::ACCEPTED))
+            }
+        }
+    };
+}
+
+/// A NIC's hardware address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Mac(pub [u8; 6]);
+
+impl FromPlain for Mac {
+    const ACCEPTED: &'static str = "a hardware address such as 00:e0:4c:68:01:02";
+    fn from_plain(text: &str) -> Result<Self, String> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or("six parts")?;
+            *byte = u8::from_str_radix(part, 16).map_err(|error| error.to_string())?;
+        }
+        if parts.next().is_some() { Err("six parts".to_owned()) } else { Ok(Self(bytes)) }
+    }
+}
+plain!(Mac);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl Serialize for Mac {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+/// A USB device: vendor, product and, where one of several alike is meant, its serial number.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct UsbId {
+    /// idVendor.
+    pub vendor: u16,
+    /// idProduct.
+    pub product: u16,
+    /// iSerialNumber's text.
+    pub serial: Option<String>,
+}
+
+impl FromPlain for UsbId {
+    const ACCEPTED: &'static str = "a USB identity such as 0bda:8153 or 0bda:8153:SERIAL";
+    fn from_plain(text: &str) -> Result<Self, String> {
+        let mut parts = text.splitn(3, ':');
+        let mut number = || -> Result<u16, String> {
+            let part = parts.next().filter(|part| part.len() == 4).ok_or("four digits")?;
+            u16::from_str_radix(part, 16).map_err(|error| error.to_string())
+        };
+        let (vendor, product) = (number()?, number()?);
+        let serial = parts.next().map(str::to_owned);
+        if serial.as_deref() == Some("") {
+            return Err("empty serial".to_owned());
+        }
+        Ok(Self { vendor, product, serial })
+    }
+}
+plain!(UsbId);
+
+impl fmt::Display for UsbId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{:04x}", self.vendor, self.product)?;
+        self.serial.iter().try_for_each(|serial| write!(f, ":{serial}"))
+    }
+}
+
+/// A time in whole seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Seconds(pub Duration);
+
+impl FromPlain for Seconds {
+    const ACCEPTED: &'static str = "a time such as 0s, 30s, 15min or 1h (at most 24h)";
+    fn from_plain(text: &str) -> Result<Self, String> {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let number: u64 = digits.parse().map_err(|_| "digits")?;
+        let unit = match &text[digits.len()..] {
+            "s" => 1,
+            "min" => 60,
+            "h" => 3600,
+            "" if number == 0 => 1,
+            _ => return Err("unit".to_owned()),
+        };
+        match number.checked_mul(unit) {
+            Some(seconds) if seconds <= 24 * 3600 => Ok(Self(Duration::from_secs(seconds))),
+            _ => Err("too long".to_owned()),
+        }
+    }
+}
+plain!(Seconds);
+
+/// Per cent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Percent(pub u8);
+
+impl FromPlain for Percent {
+    const ACCEPTED: &'static str = "per cent, such as 10%";
+    fn from_plain(text: &str) -> Result<Self, String> {
+        let number: u8 = text.trim_end_matches('%').parse().map_err(|_| "digits")?;
+        if number <= 100 { Ok(Self(number)) } else { Err("over 100".to_owned()) }
+    }
+}
+plain!(Percent);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn error(yaml: &str) -> String {
+        Config::parse(yaml).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_example_is_the_default_configuration() {
+        assert_eq!(Config::parse(EXAMPLE).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn every_commented_value_of_the_example_is_accepted() {
+        // `#option: value` (no space) is an example that replaces the default above it; `# text` is explanation.
+        let mut lines: Vec<String> = Vec::new();
+        for line in EXAMPLE.lines() {
+            let (indent, rest) = line.split_at(line.len() - line.trim_start().len());
+            match rest.strip_prefix('#').filter(|rest| !rest.is_empty() && !rest.starts_with(' ')) {
+                Some(example) => {
+                    let key = format!("{indent}{}:", example.split(':').next().unwrap());
+                    let default = lines.iter().rposition(|line| line.starts_with(&key)).expect("an example without default");
+                    lines[default] = format!("{indent}{example}");
+                }
+                None => lines.push(line.to_owned()),
+            }
+        }
+        let all = lines.join("\n");
+        let config = Config::parse(&all).unwrap();
+        assert_ne!(config, Config::default());
+        assert!(!config.trigger.macs.is_empty() && !config.trigger.usb.is_empty());
+    }
+
+    #[test]
+    fn nothing_and_comments_only_mean_the_defaults() {
+        assert_eq!(Config::parse("").unwrap(), Config::default());
+        assert_eq!(Config::parse("# nothing\n").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_originals_trigger_names_are_accepted() {
+        let config = Config::parse(
+            "autokexec:\n  broadcast: False\n  mac_detection: True\n  macs:\n    - \"11:11:11:11:11:11\"\n",
+        )
+        .unwrap();
+        assert_eq!(config.trigger.wake, Wake::Off);
+        assert_eq!(config.trigger.macs, [Mac([0x11; 6])]);
+        let config = Config::parse("autokexec: {broadcast: true, macs: ['11:11:11:11:11:11']}").unwrap();
+        assert_eq!(config.trigger.wake, Wake::Wired);
+        assert!(config.trigger.macs.is_empty(), "mac_detection is off");
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line_and_what_is_accepted() {
+        let text = error("boot:\n  disk: auto\n  dsik: /dev/sda\n");
+        assert!(text.contains("dsik") && text.contains("line 3") && text.contains("load"), "{text}");
+    }
+
+    #[test]
+    fn impossible_values_say_what_is_accepted() {
+        for (yaml, accepted) in [
+            ("boot: {disk: sda}", "absolute path"),
+            ("trigger: {macs: ['0:1']}", "00:e0:4c"),
+            ("trigger: {usb: ['bda:8153']}", "0bda:8153"),
+            ("trigger: {wake: always}", "wired"),
+            ("trigger: {countdown: 5 parsecs}", "30s"),
+            ("trigger: {battery: 101%}", "10%"),
+            ("session: {after: sleep}", "poweroff"),
+            ("session: {swap: maybe}", "bool"),
+            ("modules: 5", "seq"),
+        ] {
+            let text = error(yaml);
+            assert!(text.contains(accepted), "{yaml}: {text}");
+            assert!(text.contains("line 1"), "{yaml}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_key_given_twice_is_refused() {
+        assert!(error("session: {swap: true}\nsession: {swap: false}\n").contains("session"));
+        assert!(error("trigger: {}\nautokexec: {}\n").contains("keep one"));
+    }
+
+    #[test]
+    fn lists_and_plain_texts_mean_the_same() {
+        let plain = Config::parse("boot: {load: {initrd: /a, cmdline: root=UUID=1 rw}}").unwrap();
+        let list = Config::parse("boot: {load: {initrd: [/a], cmdline: ['root=UUID=1', rw]}}").unwrap();
+        assert_eq!(plain.boot.load.initrd, list.boot.load.initrd);
+        let text = |config: &Config| config.boot.load.cmdline.given().map(ToString::to_string);
+        assert_eq!(text(&plain), text(&list));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "\\PC{0,200}") {
+            let _ = Config::parse(&text);
+        }
+
+        #[test]
+        fn hardware_addresses_survive_printing(bytes: [u8; 6]) {
+            prop_assert_eq!(Mac(bytes).to_string().parse::<Mac>(), Ok(Mac(bytes)));
+        }
+    }
+}
