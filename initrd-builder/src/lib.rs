@@ -1,5 +1,6 @@
 //! Builds what is booted: the ramdisk, the modules overlay of a payload, the stick image. Needs neither root nor other programs.
 
+mod archive;
 pub mod modules;
 pub mod overlay;
 pub mod ramdisk;

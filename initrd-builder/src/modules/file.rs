@@ -1,0 +1,71 @@
+//! Single files: modules and firmware, compressed or not, and what a module says about itself.
+//!
+//! Sizes are bounded before anything is decompressed into memory.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use lzma_rust2::XzReader;
+use object::{Object, ObjectSection};
+
+/// The largest module taken, in bytes, uncompressed. The largest ones that exist have some 20 MB.
+const MODULE_MAX: u64 = 64 << 20;
+/// The largest piece of firmware taken, in bytes, uncompressed.
+const FIRMWARE_MAX: u64 = 32 << 20;
+/// Memory an xz decoder may take, in KiB.
+const XZ_MEMORY_KIB: u32 = 128 << 10;
+/// Endings of compressed files.
+const COMPRESSED: [&str; 3] = [".xz", ".zst", ".gz"];
+
+/// The name of a module's file once it is uncompressed.
+pub(super) fn plain_name(path: &str) -> &str {
+    COMPRESSED.iter().find_map(|end| path.strip_suffix(end)).unwrap_or(path)
+}
+
+/// Reads a module's file, decompressed as its ending says.
+pub(super) fn read_module(path: &Path) -> io::Result<Vec<u8>> {
+    let bytes = read_plain(path, MODULE_MAX)?;
+    if bytes.starts_with(b"\x7fELF") {
+        Ok(bytes)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidData, "it is no ELF file"))
+    }
+}
+
+fn read_plain(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let file = File::open(path)?;
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    let reader: Box<dyn Read> = match ending {
+        "xz" => Box::new(XzReader::new_mem_limit(io::BufReader::new(file), true, XZ_MEMORY_KIB)),
+        "zst" => Box::new(zstd::Decoder::new(file)?),
+        "gz" => Box::new(flate2::read::MultiGzDecoder::new(file)),
+        _ => Box::new(file),
+    };
+    let mut bytes = Vec::new();
+    reader.take(max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {max} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// The firmware files a module asks for: `firmware=` in its section `.modinfo`.
+pub(super) fn firmware_names(module: &[u8]) -> BTreeSet<String> {
+    let Ok(elf) = object::File::parse(module) else { return BTreeSet::new() };
+    let info = elf.section_by_name(".modinfo").and_then(|section| section.data().ok()).unwrap_or_default();
+    info.split(|byte| *byte == 0)
+        .filter_map(|field| std::str::from_utf8(field).ok()?.strip_prefix("firmware="))
+        .filter(|name| name.split('/').all(|part| !matches!(part, "" | "." | "..")))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Finds firmware where the kernel would: per folder first that of the kernel's version, then the plain one.
+pub(super) fn find_firmware(dirs: &[PathBuf], version: &str, name: &str) -> Option<Vec<u8>> {
+    let places = dirs.iter().flat_map(|dir| [dir.join(version), dir.clone()]);
+    places
+        .flat_map(|dir| ["", ".xz", ".zst"].map(|ending| dir.join(format!("{name}{ending}"))))
+        .find_map(|path| read_plain(&path, FIRMWARE_MAX).ok())
+}

@@ -1,0 +1,99 @@
+//! What a kernel and a program say of themselves: machine, version, whether anything else is needed to run them.
+//!
+//! Specification: Linux, Documentation/arch/x86/boot.rst; ELF.
+
+use object::elf::{EM_AARCH64, EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PT_INTERP};
+use object::read::elf::{FileHeader, ProgramHeader};
+use object::read::pe::{ImageNtHeaders, PeFile64};
+
+/// Where a bzImage has its magic number `HdrS`.
+const SETUP_MAGIC_AT: usize = 0x202;
+/// Where it says at which offset its version string is (minus 0x200).
+const SETUP_VERSION_AT: usize = 0x20e;
+/// Longest version string taken, in bytes.
+const VERSION_MAX: usize = 256;
+/// PE machine numbers.
+const PE_AMD64: u16 = 0x8664;
+const PE_ARM64: u16 = 0xaa64;
+
+/// Why a kernel or a program cannot be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ProgramError {
+    /// The file is no kernel that could be booted.
+    #[error("it is neither a bzImage nor an EFI kernel: give the file that the bootloader loads")]
+    NotAKernel,
+    /// The file is no program.
+    #[error("it is no ELF program")]
+    NotAProgram,
+    /// The program needs libraries, which the ramdisk does not have.
+    #[error("it is not static (it needs {loader}): build it with crt-static")]
+    Dynamic {
+        /// The loader it asks for.
+        loader: String,
+    },
+    /// The kernel could not run the program.
+    #[error("it is for another machine than the kernel: build it for the kernel's architecture")]
+    OtherMachine,
+}
+
+/// Processor architectures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Machine {
+    X86_64,
+    Aarch64,
+}
+
+/// Which machine a kernel is for.
+pub(super) fn kernel_machine(kernel: &[u8]) -> Result<Machine, ProgramError> {
+    if let Ok(pe) = PeFile64::parse(kernel) {
+        return match pe.nt_headers().file_header().machine.get(object::LittleEndian).0 {
+            PE_AMD64 => Ok(Machine::X86_64),
+            PE_ARM64 => Ok(Machine::Aarch64),
+            _ => Err(ProgramError::NotAKernel),
+        };
+    }
+    if has_setup_header(kernel) { Ok(Machine::X86_64) } else { Err(ProgramError::NotAKernel) }
+}
+
+fn has_setup_header(kernel: &[u8]) -> bool {
+    kernel.get(SETUP_MAGIC_AT..).is_some_and(|rest| rest.starts_with(b"HdrS"))
+}
+
+/// The version a bzImage says it is, as `uname -r` would print it; `None` for other formats.
+#[must_use]
+pub fn kernel_version(kernel: &[u8]) -> Option<String> {
+    if !has_setup_header(kernel) {
+        return None;
+    }
+    let pointer: [u8; 2] = kernel.get(SETUP_VERSION_AT..SETUP_VERSION_AT + 2)?.try_into().ok()?;
+    let start = usize::from(u16::from_le_bytes(pointer)) + 0x200;
+    let text = kernel.get(start..)?.split(|byte| matches!(byte, 0 | b' ')).next()?;
+    let text = text.get(..VERSION_MAX).unwrap_or(text);
+    std::str::from_utf8(text).ok().filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+/// Checks that a program runs on `machine` without anything else.
+pub(super) fn check_static(program: &[u8], machine: Machine) -> Result<(), ProgramError> {
+    let broken = |_| ProgramError::NotAProgram;
+    let header = FileHeader64::<object::Endianness>::parse(program).map_err(broken)?;
+    let endian = header.endian().map_err(broken)?;
+    if !matches!(header.e_type(endian), ET_EXEC | ET_DYN) {
+        return Err(ProgramError::NotAProgram);
+    }
+    let wanted = match machine {
+        Machine::X86_64 => EM_X86_64,
+        Machine::Aarch64 => EM_AARCH64,
+    };
+    if header.e_machine(endian) != wanted {
+        return Err(ProgramError::OtherMachine);
+    }
+    let segments = header.program_headers(endian, program).map_err(broken)?;
+    match segments.iter().find(|segment| segment.p_type(endian) == PT_INTERP) {
+        None => Ok(()),
+        Some(segment) => {
+            let path = segment.data(endian, program).unwrap_or_default();
+            let loader = String::from_utf8_lossy(path).trim_end_matches('\0').to_owned();
+            Err(ProgramError::Dynamic { loader })
+        }
+    }
+}
