@@ -1,0 +1,132 @@
+//! The wired NICs that are ready for traffic, as they come and go.
+//!
+//! Followed by discovery on both sides and by the laptop's service. No NIC is special here: which ones take part is only a
+//! matter of being wired, physical, up and with a carrier.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use stiefel_shared::discovery::LinkEvent;
+
+use crate::link::{self, Link, LinkError, LinkMonitor};
+
+/// Calls `tell` for each wired NIC that gets ready or is lost, until `tell` answers `false`. Blocks.
+///
+/// With `bring_up`, NICs that are down are set up: in the ramdisk nobody else does. In an installed system its network
+/// manager decides.
+///
+/// # Errors
+/// [`LinkError`], if the kernel cannot be listened to. A single NIC that cannot be set up is tried again when it changes.
+pub fn follow(bring_up: bool, mut tell: impl FnMut(LinkEvent) -> bool) -> Result<(), LinkError> {
+    let mut monitor = LinkMonitor::open()?;
+    let mut ready = BTreeMap::new();
+    loop {
+        let links = link::list()?;
+        if bring_up {
+            for link in links.iter().filter(|link| link.is_wired_physical() && !link.up) {
+                // It may be gone again by now; then its end is the next change.
+                let _ = link::set_up(link.index);
+            }
+        }
+        for event in difference(&mut ready, &links) {
+            if !tell(event) {
+                return Ok(());
+            }
+        }
+        match monitor.next(None) {
+            Ok(_) | Err(LinkError::Lost) => {}
+            Err(error) => return Err(error),
+        }
+        // One plug makes a burst of changes; look once after it.
+        while monitor.next(Some(Duration::ZERO)).is_ok_and(|change| change.is_some()) {}
+    }
+}
+
+/// Brings `ready` up to date with `links`, and says what changed.
+fn difference(ready: &mut BTreeMap<u32, String>, links: &[Link]) -> Vec<LinkEvent> {
+    let now: BTreeMap<u32, String> = links
+        .iter()
+        .filter(|link| link.is_wired_physical() && link.up && link.carrier)
+        .map(|link| (link.index, link.name.clone()))
+        .collect();
+    let gone = ready
+        .keys()
+        .filter(|index| !now.contains_key(index))
+        .map(|&index| LinkEvent::Removed { index });
+    let come = now
+        .iter()
+        .filter(|(index, name)| ready.get(index) != Some(name))
+        .map(|(&index, name)| LinkEvent::Added {
+            index,
+            name: name.clone(),
+        });
+    let events = gone.chain(come).collect();
+    *ready = now;
+    events
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nic(index: u32, carrier: bool) -> Link {
+        Link {
+            index,
+            name: format!("eth{index}"),
+            mac: [2, 0, 0, 0, 0, 1],
+            permanent_mac: None,
+            up: true,
+            carrier,
+            kind: None,
+            arphrd: 1,
+            wireless: false,
+            devtype: None,
+            physical: true,
+            controller: None,
+        }
+    }
+
+    #[test]
+    fn a_nic_is_told_of_when_its_carrier_comes_and_goes() {
+        let mut ready = BTreeMap::new();
+        assert!(difference(&mut ready, &[nic(2, false)]).is_empty());
+        let added = LinkEvent::Added {
+            index: 2,
+            name: "eth2".to_owned(),
+        };
+        assert_eq!(difference(&mut ready, &[nic(2, true)]), [added]);
+        assert!(difference(&mut ready, &[nic(2, true)]).is_empty());
+        assert_eq!(
+            difference(&mut ready, &[nic(2, false)]),
+            [LinkEvent::Removed { index: 2 }]
+        );
+    }
+
+    #[test]
+    fn a_replugged_nic_with_another_index_is_one_lost_and_one_found() {
+        let mut ready = BTreeMap::new();
+        difference(&mut ready, &[nic(2, true)]);
+        let added = LinkEvent::Added {
+            index: 5,
+            name: "eth5".to_owned(),
+        };
+        assert_eq!(
+            difference(&mut ready, &[nic(5, true)]),
+            [LinkEvent::Removed { index: 2 }, added]
+        );
+    }
+
+    #[test]
+    fn wireless_and_virtual_interfaces_never_take_part() {
+        let wireless = Link {
+            wireless: true,
+            ..nic(2, true)
+        };
+        let bridge = Link {
+            physical: false,
+            kind: Some("bridge".to_owned()),
+            ..nic(3, true)
+        };
+        assert!(difference(&mut BTreeMap::new(), &[wireless, bridge]).is_empty());
+    }
+}
