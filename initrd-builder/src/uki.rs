@@ -110,6 +110,15 @@ pub fn sections(bytes: &[u8]) -> Result<Vec<Section<'_>>, UkiError> {
     Ok(sections)
 }
 
+/// The PE machine number of an EFI program, e.g. 0x8664 for x86-64.
+///
+/// # Errors
+/// `NotPe` for anything else.
+pub fn machine(bytes: &[u8]) -> Result<u16, UkiError> {
+    let file = PeFile64::parse(bytes).map_err(|source| UkiError::NotPe { what: "the image", source })?;
+    Ok(file.nt_headers().file_header().machine.get(LE).0)
+}
+
 /// What of the stub's headers matters for adding sections.
 struct StubLayout {
     /// Where the optional header begins in the file.

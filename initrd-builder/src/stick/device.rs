@@ -1,0 +1,277 @@
+//! Block devices, before they are overwritten: what they are, what is on them, who uses them.
+//!
+//! Read from sysfs and procfs, without udev. Documentation/ABI/stable/sysfs-block, proc_pid_mountinfo(5).
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// sysfs counts sizes in these, whatever the disk's sectors are.
+const SYSFS_SECTOR: u64 = 512;
+
+/// Why a device must not be overwritten, or cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Not a block device.
+    #[error("{} is no block device: give a whole disk such as /dev/sdb, or a new file's name", path.display())]
+    NotABlockDevice {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A partition, or something on top of disks.
+    #[error("{} is {what}, not a whole disk: give the disk itself", path.display())]
+    NotAWholeDisk {
+        /// Its path.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// Somebody uses it.
+    #[error("{} is in use ({}): unmount it, or give another disk", path.display(), uses.join(", "))]
+    InUse {
+        /// Its path.
+        path: PathBuf,
+        /// Who, each in a few words.
+        uses: Vec<String>,
+    },
+    /// Built into the machine, as far as the kernel knows.
+    #[error("{} ({model}) is no removable disk: check that it is the right one, then allow fixed disks", path.display())]
+    Fixed {
+        /// Its path.
+        path: PathBuf,
+        /// What it calls itself.
+        model: String,
+    },
+    /// Its write protection is on.
+    #[error("{} is write-protected: look for a switch on it", path.display())]
+    ReadOnly {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Neither 512 nor 4096 bytes.
+    #[error("{} has sectors of {bytes} bytes, which no FAT file system for EFI has: use another disk", path.display())]
+    SectorSize {
+        /// Its path.
+        path: PathBuf,
+        /// Length of a logical sector.
+        bytes: u64,
+    },
+    /// Another device has taken its name since it was looked at.
+    #[error("{} is another device than a moment ago: try again", path.display())]
+    Changed {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// The kernel's description cannot be read.
+    #[error("cannot look at {}", path.display())]
+    Look {
+        /// The device, or the file that describes it.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A partition on a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartitionInfo {
+    /// The kernel's name, such as `sdb1`.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// A whole disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// As it was given.
+    pub path: PathBuf,
+    /// The kernel's name, such as `sdb`.
+    pub name: String,
+    /// What it calls itself; empty if it does not.
+    pub model: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Length of its logical sectors.
+    pub sector_bytes: u64,
+    /// Whether it is a removable medium, an SD card, or on USB.
+    pub removable: bool,
+    /// Whether it is write-protected.
+    pub read_only: bool,
+    /// What will be lost.
+    pub partitions: Vec<PartitionInfo>,
+    /// Who uses it, each in a few words; empty if nobody.
+    pub uses: Vec<String>,
+    /// Its device number.
+    device: u64,
+}
+
+impl fmt::Display for DeviceInfo {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes >> 20;
+        let model = if self.model.is_empty() { "unknown model" } else { &self.model };
+        let kind = if self.removable { "removable" } else { "fixed" };
+        write!(out, "{}: {model}, {} MiB, {kind}", self.path.display(), mib(self.bytes))?;
+        for partition in &self.partitions {
+            write!(out, "\n  {}: {} MiB", partition.name, mib(partition.bytes))?;
+        }
+        self.uses.iter().try_for_each(|used| write!(out, "\n  in use: {used}"))
+    }
+}
+
+impl DeviceInfo {
+    /// Whether it may be overwritten.
+    pub(super) fn check(&self, allow_fixed: bool) -> Result<(), DeviceError> {
+        let path = self.path.clone();
+        if !self.uses.is_empty() {
+            return Err(DeviceError::InUse { path, uses: self.uses.clone() });
+        }
+        if self.read_only {
+            return Err(DeviceError::ReadOnly { path });
+        }
+        if !self.removable && !allow_fixed {
+            return Err(DeviceError::Fixed { path, model: self.model.clone() });
+        }
+        Ok(())
+    }
+
+    /// Whether the opened device is still the one that was looked at.
+    pub(super) fn check_same(&self, opened: &File) -> Result<(), DeviceError> {
+        let path = || self.path.clone();
+        let found = opened.metadata().map_err(|source| DeviceError::Look { path: path(), source })?;
+        if found.rdev() == self.device { Ok(()) } else { Err(DeviceError::Changed { path: path() }) }
+    }
+}
+
+/// Describes a whole disk, so that a user can be shown what will be lost.
+///
+/// # Errors
+/// `NotABlockDevice`, `NotAWholeDisk`, or `Look`. A disk in use is described as such, not refused.
+pub fn describe(path: &Path) -> Result<DeviceInfo, DeviceError> {
+    let look = |source| DeviceError::Look { path: path.to_owned(), source };
+    let metadata = fs::metadata(path).map_err(look)?;
+    if !metadata.file_type().is_block_device() {
+        return Err(DeviceError::NotABlockDevice { path: path.to_owned() });
+    }
+    let mut info = Roots::default().describe(path, metadata.rdev())?;
+    // The kernel knows best, e.g. of further disks of a btrfs.
+    let exclusive = i32::try_from(rustix::fs::OFlags::EXCL.bits()).unwrap_or_default();
+    match OpenOptions::new().read(true).custom_flags(exclusive).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy && info.uses.is_empty() => {
+            info.uses.push("the kernel says so".to_owned());
+        }
+        Err(error) if error.kind() != io::ErrorKind::ResourceBusy => return Err(look(error)),
+        _ => {}
+    }
+    Ok(info)
+}
+
+/// Where the kernel describes itself; elsewhere in tests.
+struct Roots {
+    sys: PathBuf,
+    proc: PathBuf,
+}
+
+impl Default for Roots {
+    fn default() -> Self {
+        Self { sys: "/sys".into(), proc: "/proc".into() }
+    }
+}
+
+impl Roots {
+    fn describe(&self, path: &Path, device: u64) -> Result<DeviceInfo, DeviceError> {
+        let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        let link = self.sys.join("dev/block").join(&number);
+        let dir = link.canonicalize().map_err(|source| DeviceError::Look { path: link, source })?;
+        let not_whole = |what| Err(DeviceError::NotAWholeDisk { path: path.to_owned(), what });
+        if dir.join("partition").exists() {
+            return not_whole("a partition");
+        }
+        if dir.join("dm").exists() {
+            return not_whole("a device-mapper device");
+        }
+        if dir.join("md").exists() {
+            return not_whole("an array of disks");
+        }
+        let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut parts: Vec<PathBuf> = fs::read_dir(&dir)
+            .map_err(|source| DeviceError::Look { path: dir.clone(), source })?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|entry| entry.join("partition").exists())
+            .collect();
+        parts.sort();
+        let partitions: Vec<_> = parts
+            .iter()
+            .map(|part| PartitionInfo { name: base_name(part), bytes: number_in(&part.join("size")) * SYSFS_SECTOR })
+            .collect();
+        let words = [text_in(&dir.join("device/vendor")), text_in(&dir.join("device/model")), text_in(&dir.join("device/name"))];
+        let on_usb = dir.components().any(|part| part.as_os_str().to_string_lossy().starts_with("usb"));
+        let sd_card = text_in(&dir.join("device/type")) == "SD";
+        Ok(DeviceInfo {
+            path: path.to_owned(),
+            model: words.iter().filter(|word| !word.is_empty()).map(String::as_str).collect::<Vec<_>>().join(" "),
+            bytes: number_in(&dir.join("size")) * SYSFS_SECTOR,
+            sector_bytes: number_in(&dir.join("queue/logical_block_size")),
+            removable: number_in(&dir.join("removable")) == 1 || on_usb || sd_card,
+            read_only: number_in(&dir.join("ro")) == 1,
+            uses: self.uses(std::iter::once(&dir).chain(&parts))?,
+            partitions,
+            name,
+            device,
+        })
+    }
+
+    /// Who uses any of these devices (folders in sysfs).
+    fn uses<'a>(&self, dirs: impl Iterator<Item = &'a PathBuf>) -> Result<Vec<String>, DeviceError> {
+        let required = |name: &str| {
+            let path = self.proc.join(name);
+            fs::read_to_string(&path).map_err(|source| DeviceError::Look { path, source })
+        };
+        let mounts = required("self/mountinfo")?;
+        // Kernels without swap have no such file.
+        let swaps = fs::read_to_string(self.proc.join("swaps")).unwrap_or_default();
+        let mut uses = Vec::new();
+        for dir in dirs {
+            let (name, number) = (base_name(dir), text_in(&dir.join("dev")));
+            for line in mounts.lines() {
+                let fields: Vec<_> = line.split(' ').collect();
+                let source = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').nth(1)).unwrap_or_default();
+                if fields.get(2) == Some(&number.as_str()) || device_name(source) == name {
+                    let place = fields.get(4).copied().unwrap_or_default().replace("\\040", " ");
+                    uses.push(format!("{name} is mounted at {place}"));
+                }
+            }
+            if swaps.lines().skip(1).any(|line| device_name(line.split(' ').next().unwrap_or_default()) == name) {
+                uses.push(format!("{name} is swap space"));
+            }
+            let holders = fs::read_dir(dir.join("holders")).into_iter().flatten().filter_map(Result::ok);
+            uses.extend(holders.map(|holder| format!("{name} is part of {}", holder.file_name().to_string_lossy())));
+        }
+        Ok(uses)
+    }
+}
+
+/// The kernel's name of a device that is named by a path, which may be a link such as `/dev/disk/by-uuid/…`.
+fn device_name(path: &str) -> String {
+    if !path.starts_with("/dev/") {
+        return String::new();
+    }
+    base_name(&fs::canonicalize(path).unwrap_or_else(|_| path.into()))
+}
+
+fn base_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// A sysfs file's text; empty if there is none.
+fn text_in(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+/// A sysfs file's number; 0 if there is none.
+fn number_in(path: &Path) -> u64 {
+    text_in(path).parse().unwrap_or_default()
+}
