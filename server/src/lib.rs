@@ -11,3 +11,4 @@ pub mod install;
 pub mod nbd;
 pub mod payload;
 pub mod role;
+mod tree;
