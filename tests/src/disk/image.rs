@@ -1,0 +1,253 @@
+//! The image: a GPT with one ext4 root file system, made from an installed system and a test's files.
+//!
+//! mkfs fills the file system from a directory and comes first: at an offset it wipes the beginning of the image, where
+//! the partition table then goes. Without root, fakeroot lets the files belong to root.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::overlay::Overlay;
+use super::{BaseSystem, DiskError, ExtraFile, Installed, command_error, grub, inspect, io_error};
+use crate::accel::kernel_cmdline;
+use crate::vm::{Boot, Content, Drive};
+use crate::{process, tools};
+
+/// The password of root.
+pub const PASSWORD: &str = "stiefel";
+/// The disk's GUID in its partition table.
+pub const DISK_GUID: &str = "57AEFE1D-0000-4000-8000-000000000001";
+/// The root partition's own GUID.
+pub const ROOT_PARTUUID: &str = "57aefe1d-0000-4000-8000-000000000002";
+/// The UUID of the root file system.
+pub const ROOT_FS_UUID: &str = "57aefe1d-0000-4000-8000-000000000003";
+
+/// Where the root partition begins, in bytes.
+pub(super) const ROOT_OFFSET: u64 = 1 << 20;
+/// What the partition table takes at the end of the disk, in bytes, rounded up.
+const TABLE_AT_END: u64 = 1 << 20;
+
+/// Makes the directory ($1) from the archives ($2, $3), and of it the file system in the image ($4) with the UUID $5, at the
+/// offset $6, $7 KiB long. One program, as fakeroot remembers owners no longer than that. Devices are the kernel's to make.
+const MAKE_FILE_SYSTEM: &str = "
+    mkdir \"$1\"
+    tar --numeric-owner -C \"$1\" --exclude='./dev/*' -xpf \"$2\"
+    tar --numeric-owner -C \"$1\" -xpf \"$3\"
+    mkfs.ext4 -q -F -O ^orphan_file -L laptop -U \"$5\" -E offset=\"$6\" -d \"$1\" \"$4\" \"$7\"k
+    rm -rf \"$1\"
+";
+
+/// A laptop's disk.
+#[derive(Clone, Debug)]
+pub struct LaptopDisk {
+    /// The image.
+    pub path: PathBuf,
+    /// The kernel on it, as files on the host.
+    pub installed: Installed,
+}
+
+/// A disk to be made.
+#[derive(Clone, Debug)]
+pub struct LaptopDiskBuilder {
+    base: BaseSystem,
+    size_mib: u32,
+    hostname: String,
+    autologin: bool,
+    files: Vec<ExtraFile>,
+    units: Vec<(String, String)>,
+}
+
+impl LaptopDisk {
+    /// A disk with the system `base`, 1.4 GB large.
+    pub fn builder(base: &BaseSystem) -> LaptopDiskBuilder {
+        LaptopDiskBuilder {
+            base: base.clone(),
+            size_mib: 1400,
+            hostname: "laptop".to_owned(),
+            autologin: false,
+            files: Vec::new(),
+            units: Vec::new(),
+        }
+    }
+
+    /// Boots the disk's own kernel and initrd directly (there is no bootloader on it), with `args` on the command line.
+    ///
+    /// A reboot of the machine boots the same again.
+    pub fn boot(&self, args: &[&str]) -> Boot {
+        let root = format!("root=UUID={ROOT_FS_UUID}");
+        Boot::Kernel {
+            kernel: self.installed.kernel.clone(),
+            initrd: vec![Content::File(self.installed.initrd.clone())],
+            cmdline: kernel_cmdline(&[&[root.as_str(), "ro"], args].concat()),
+        }
+    }
+
+    /// The disk in a machine, with the serial number `stiefel-laptop`.
+    pub fn drive(&self) -> Drive {
+        Drive {
+            path: self.path.clone(),
+            serial: "stiefel-laptop".to_owned(),
+            snapshot: false,
+        }
+    }
+
+    /// Demands that the file system is clean and its journal empty.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn fsck_clean(&self) -> Result<(), DiskError> {
+        inspect::fsck_clean(&self.path)
+    }
+
+    /// Reads a file on the disk, while no machine runs from it.
+    ///
+    /// # Errors
+    /// When there is no such file.
+    pub fn read_file(&self, path: &str) -> Result<Vec<u8>, DiskError> {
+        inspect::read_file(&self.path, path)
+    }
+}
+
+impl LaptopDiskBuilder {
+    /// The size of the root file system in MiB; the disk is 2 MiB larger.
+    pub fn size_mib(mut self, size_mib: u32) -> Self {
+        self.size_mib = size_mib;
+        self
+    }
+
+    /// The machine's name, instead of `laptop`.
+    pub fn hostname(mut self, name: &str) -> Self {
+        self.hostname = name.to_owned();
+        self
+    }
+
+    /// Whether root is logged in on the serial console without a password.
+    pub fn autologin(mut self, autologin: bool) -> Self {
+        self.autologin = autologin;
+        self
+    }
+
+    /// Adds or replaces a file.
+    pub fn file(mut self, file: ExtraFile) -> Self {
+        self.files.push(file);
+        self
+    }
+
+    /// Enables a unit: `wanted_by` (as `multi-user.target`) pulls it in.
+    pub fn enable(mut self, unit: &str, wanted_by: &str) -> Self {
+        self.units.push((unit.to_owned(), wanted_by.to_owned()));
+        self
+    }
+
+    /// Makes the image at `path`; one that is there is replaced.
+    ///
+    /// # Errors
+    /// When a tool fails, a file cannot be read, or the file system is too small.
+    pub fn build(self, path: &Path) -> Result<LaptopDisk, DiskError> {
+        let installed = self.base.extract_kernel()?;
+        let directory = path.parent().unwrap_or(Path::new("."));
+        let work = tempfile::Builder::new()
+            .prefix(".stiefel-disk-")
+            .tempdir_in(directory)
+            .map_err(io_error("create a directory in", directory))?;
+        let overlay = work.path().join("overlay.tar");
+        self.write_overlay(&overlay, &installed.version)?;
+
+        let image = work.path().join("image");
+        let length = ROOT_OFFSET + u64::from(self.size_mib) * (1 << 20) + TABLE_AT_END;
+        File::create(&image)
+            .and_then(|file| file.set_len(length))
+            .map_err(io_error("create", &image))?;
+        self.make_file_system(work.path(), &overlay, &image)?;
+        make_table(&image, self.size_mib)?;
+        fs::rename(&image, path).map_err(io_error("create", path))?;
+        Ok(LaptopDisk {
+            path: path.to_owned(),
+            installed,
+        })
+    }
+
+    fn write_overlay(&self, path: &Path, version: &str) -> Result<(), DiskError> {
+        let file = File::create(path).map_err(io_error("create", path))?;
+        let mut overlay = Overlay::new(std::io::BufWriter::new(file));
+        overlay.text("/etc/hostname", &format!("{}\n", self.hostname))?;
+        overlay.text(
+            "/etc/hosts",
+            &format!("127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost\n", self.hostname),
+        )?;
+        overlay.text(
+            "/etc/fstab",
+            &format!("UUID={ROOT_FS_UUID} / ext4 errors=remount-ro 0 1\n"),
+        )?;
+        overlay.text("/etc/default/locale", "LANG=C\n")?;
+        let args = format!("console=tty0 {}", kernel_cmdline(&[]));
+        overlay.text("/boot/grub/grub.cfg", &grub::config(version, ROOT_FS_UUID, &args))?;
+        if self.autologin {
+            overlay.text(
+                "/etc/systemd/system/serial-getty@ttyS0.service.d/autologin.conf",
+                "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --keep-baud 115200 - $TERM\n",
+            )?;
+        }
+        for file in &self.files {
+            overlay.file(file)?;
+        }
+        for (unit, wanted_by) in &self.units {
+            let link = format!("/etc/systemd/system/{wanted_by}.wants/{unit}");
+            overlay.link(&link, &self.unit_path(unit))?;
+        }
+        overlay.finish().map_err(io_error("write", path))
+    }
+
+    /// Where a unit's file is: among the files added, else where packages put them.
+    fn unit_path(&self, unit: &str) -> String {
+        let own = self
+            .files
+            .iter()
+            .map(|file| file.path.as_str())
+            .find(|path| path.ends_with(&format!("/{unit}")));
+        own.map_or_else(|| format!("/lib/systemd/system/{unit}"), str::to_owned)
+    }
+
+    fn make_file_system(&self, work: &Path, overlay: &Path, image: &Path) -> Result<(), DiskError> {
+        const ACTION: &str = "make the laptop's file system";
+        let mut command = if tools::is_root() {
+            process::command("sh").map_err(command_error(ACTION))?
+        } else {
+            let mut fakeroot = process::command("fakeroot").map_err(command_error(ACTION))?;
+            fakeroot.args(["--", "sh"]);
+            fakeroot
+        };
+        // An ordinary user's PATH may lack mkfs.
+        let path = std::env::var("PATH").unwrap_or_default();
+        command
+            .env("PATH", format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin"))
+            .args(["-e", "-c", MAKE_FILE_SYSTEM, "sh"]);
+        command
+            .arg(work.join("tree"))
+            .arg(self.base.archive())
+            .arg(overlay)
+            .arg(image);
+        command.args([
+            ROOT_FS_UUID,
+            &ROOT_OFFSET.to_string(),
+            &(u64::from(self.size_mib) * 1024).to_string(),
+        ]);
+        process::run(&mut command).map(drop).map_err(command_error(ACTION))
+    }
+}
+
+fn make_table(image: &Path, size_mib: u32) -> Result<(), DiskError> {
+    const ACTION: &str = "make the partition table";
+    let mut command = process::command("sgdisk").map_err(command_error(ACTION))?;
+    command.args(["--clear", &format!("--disk-guid={DISK_GUID}")]);
+    command.args([
+        &format!("--new=1:{}:+{size_mib}M", ROOT_OFFSET / 512),
+        "--typecode=1:8300",
+    ]);
+    command
+        .args([
+            &format!("--partition-guid=1:{ROOT_PARTUUID}"),
+            "--change-name=1:laptop-root",
+        ])
+        .arg(image);
+    process::run(&mut command).map(drop).map_err(command_error(ACTION))
+}
