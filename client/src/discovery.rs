@@ -1,1 +1,261 @@
-//! (being written)
+//! Discovery on the desktop: asks on every interface at once, as each comes up, and reports who answers.
+//!
+//! Counterpart: `server::discovery`. Bytes and rules: docs/protocol.md, "Discovery"; what is believed is decided by
+//! [`Seeker`], how often is asked by [`Pacer`]. One socket serves all interfaces: the scope id of an address says
+//! which one is meant.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use stiefel_shared::discovery::{DATAGRAM, GROUP, Heard, LinkEvent, Offer, Pacer, Random, Seeker, State};
+use stiefel_shared::key::StickKey;
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
+
+/// The index that Linux gives the loopback interface, where a laptop on this very machine is asked.
+const LOOPBACK: u32 = 1;
+/// How long a laptop that said it is waking is left alone.
+const WAKING_PEACE: Duration = Duration::from_secs(20);
+/// How many laptops are remembered as waking.
+const MAX_WAKING: usize = 64;
+
+/// Why no laptop can be looked for.
+#[derive(Debug, thiserror::Error)]
+pub enum DiscoveryError {
+    /// The kernel gave no socket.
+    #[error("cannot open a socket to look for the laptop; is IPv6 switched off (`ipv6.disable=1`)?")]
+    Socket(#[source] io::Error),
+}
+
+/// A laptop that has our key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Its host name, fit for a terminal.
+    pub hostname: String,
+    /// What it is doing.
+    pub state: State,
+    /// Its HTTP server, with the scope id of the interface.
+    pub address: SocketAddrV6,
+    /// The interface of ours on which it answered.
+    pub interface: String,
+    /// The random of its offer: opens one session within 30 seconds.
+    pub challenge: Random,
+    /// In how many seconds it thinks to be ready; 0 if it does not know.
+    pub ready_in: u16,
+}
+
+/// What happens during the search.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The first question left on this interface.
+    Asking {
+        /// Its name.
+        interface: String,
+    },
+    /// A laptop answered; comes again with each answer, as each opens one session.
+    Found(Found),
+    /// The laptop was woken and is on its way.
+    Waking {
+        /// Where it is.
+        address: SocketAddrV6,
+        /// The interface of ours that leads to it.
+        interface: String,
+        /// In how many seconds it thinks to be ready; 0 if it does not know.
+        ready_in: u16,
+    },
+}
+
+/// Looks for laptops on UDP port `port` until `events` is closed; wakes sleeping ones if `wake`.
+///
+/// `links` names the interfaces to ask on, as they come and go; one that is added again is asked on at once.
+///
+/// # Errors
+/// [`DiscoveryError::Socket`].
+pub async fn run(
+    key: &StickKey,
+    port: u16,
+    wake: bool,
+    mut links: mpsc::Receiver<LinkEvent>,
+    events: mpsc::Sender<Event>,
+) -> Result<(), DiscoveryError> {
+    let socket = open().map_err(DiscoveryError::Socket)?;
+    socket.writable().await.map_err(DiscoveryError::Socket)?;
+    let mut search = Search {
+        socket,
+        port,
+        wake,
+        seeker: Seeker::new(key),
+        links: HashMap::new(),
+        waking: HashMap::new(),
+    };
+    let mut links_open = true;
+    // One byte more than any datagram of ours: a longer one is seen to be longer.
+    let mut buffer = [0; DATAGRAM + 1];
+    loop {
+        let due = search.links.values().map(|link| link.pacer.due()).min();
+        let happened = tokio::select! {
+            () = events.closed() => return Ok(()),
+            event = links.recv(), if links_open => {
+                match event {
+                    Some(event) => search.follow(event),
+                    None => links_open = false,
+                }
+                Vec::new()
+            }
+            () = until(due) => search.ask(),
+            received = search.socket.recv_from(&mut buffer) => match received {
+                Ok((length, SocketAddr::V6(from))) => {
+                    search.hear(from, buffer.get(..length).unwrap_or_default()).into_iter().collect()
+                }
+                // An earlier packet could not be delivered, or memory is short; not in a busy loop.
+                _ => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    Vec::new()
+                }
+            },
+        };
+        for event in happened {
+            if events.send(event).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn open() -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::IPV6, Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))?;
+    socket.set_only_v6(true)?;
+    socket.set_multicast_hops_v6(1)?;
+    socket.set_unicast_hops_v6(1)?;
+    socket.set_multicast_loop_v6(false)?;
+    socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)).into())?;
+    UdpSocket::from_std(socket.into())
+}
+
+struct Link {
+    name: String,
+    pacer: Pacer,
+    announced: bool,
+}
+
+struct Search {
+    socket: UdpSocket,
+    port: u16,
+    wake: bool,
+    seeker: Seeker,
+    links: HashMap<u32, Link>,
+    waking: HashMap<SocketAddrV6, Instant>,
+}
+
+impl Search {
+    fn follow(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Added { index, name } => {
+                let announced = self
+                    .links
+                    .get(&index)
+                    .is_some_and(|link| link.announced && link.name == name);
+                self.links.insert(
+                    index,
+                    Link {
+                        name,
+                        pacer: Pacer::new(Instant::now()),
+                        announced,
+                    },
+                );
+            }
+            LinkEvent::Removed { index } => {
+                self.links.remove(&index);
+            }
+        }
+    }
+
+    /// Asks on every interface where it is due.
+    fn ask(&mut self) -> Vec<Event> {
+        let now = Instant::now();
+        let mut happened = Vec::new();
+        for (&index, link) in self.links.iter_mut().filter(|(_, link)| link.pacer.due() <= now) {
+            // Loopback has no multicast, and its addresses no scope.
+            let (to, scope) = if index == LOOPBACK {
+                (Ipv6Addr::LOCALHOST, 0)
+            } else {
+                (GROUP, index)
+            };
+            let to = SocketAddr::V6(SocketAddrV6::new(to, self.port, 0, scope));
+            let sent = self
+                .seeker
+                .discover(now, scope)
+                .is_ok_and(|d| self.socket.try_send_to(&d, to).is_ok());
+            if !sent {
+                link.pacer.failed(now);
+                continue;
+            }
+            link.pacer.sent(now);
+            if !link.announced {
+                link.announced = true;
+                happened.push(Event::Asking {
+                    interface: link.name.clone(),
+                });
+            }
+        }
+        happened
+    }
+
+    fn hear(&mut self, from: SocketAddrV6, datagram: &[u8]) -> Option<Event> {
+        let now = Instant::now();
+        let index = if from.ip().is_loopback() {
+            LOOPBACK
+        } else {
+            from.scope_id()
+        };
+        let interface = self.links.get(&index)?.name.clone();
+        match self.seeker.receive(now, from, datagram)? {
+            Heard::Offer(offer) => {
+                self.wake_up(now, &offer);
+                Some(Event::Found(Found {
+                    hostname: offer.hostname,
+                    state: offer.state,
+                    address: SocketAddrV6::new(*from.ip(), offer.http_port, 0, from.scope_id()),
+                    interface,
+                    challenge: offer.challenge,
+                    ready_in: offer.ready_in,
+                }))
+            }
+            Heard::Waking { from, ready_in } => {
+                if self.waking.len() >= MAX_WAKING {
+                    self.waking.clear();
+                }
+                self.waking.insert(from, now);
+                Some(Event::Waking {
+                    address: from,
+                    interface,
+                    ready_in,
+                })
+            }
+        }
+    }
+
+    /// Wakes a sleeping laptop; a lost Wake is repeated with its next offer.
+    fn wake_up(&mut self, now: Instant, offer: &Offer) {
+        let left_alone = self
+            .waking
+            .get(&offer.from)
+            .is_some_and(|at| now.duration_since(*at) < WAKING_PEACE);
+        if !self.wake || offer.state != State::Asleep || left_alone {
+            return;
+        }
+        if let Ok(datagram) = self.seeker.wake(now, offer) {
+            let _ = self.socket.try_send_to(&datagram, offer.from.into());
+        }
+    }
+}

@@ -4,9 +4,11 @@
 //! first one [`Manifest`] as JSON, then the parts it names, back to back. Layout: docs/protocol.md, "The bundle".
 
 use serde::{Deserialize, Serialize};
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
-use crate::handover::{DiskIdentity, Payload};
+use crate::discovery::MAX_HOSTNAME;
+use crate::handover::{DiskIdentity, Part, Payload};
+use crate::seal::SealError;
 
 /// The largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: usize = 60 * 1024;
@@ -25,6 +27,117 @@ pub struct Manifest {
     pub control: ControlKey,
     /// The session's public name: 128 random bits in hexadecimal digits, also in the URL.
     pub session: String,
+}
+
+/// Why a manifest was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// It is no manifest of this version.
+    #[error("the laptop's manifest is not understood; use the same version of stiefel on the laptop and the stick")]
+    Json(#[source] serde_json::Error),
+    /// It does not fit.
+    #[error("the laptop's manifest has {size} bytes, more than the {MAX_MANIFEST} that fit; shorten boot.load.cmdline")]
+    TooLarge {
+        /// Its length.
+        size: usize,
+    },
+    /// A part is larger than is accepted.
+    #[error("the laptop's {} has {size} bytes, more than the {} that are accepted", part.name(), part.limit())]
+    PartTooLarge {
+        /// Which part.
+        part: Part,
+        /// Its length in bytes.
+        size: u64,
+    },
+    /// A part is named twice, or there is no kernel.
+    #[error("the laptop's manifest does not name each part once, with a kernel")]
+    Parts,
+    /// A field holds what it must not.
+    #[error("the laptop's manifest has an impossible {field}")]
+    Field {
+        /// Which field.
+        field: &'static str,
+    },
+}
+
+impl Manifest {
+    /// Reads and checks a manifest.
+    ///
+    /// # Errors
+    /// [`ManifestError`] for anything that [`Manifest::to_json`] would not write.
+    pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
+        if json.len() > MAX_MANIFEST {
+            return Err(ManifestError::TooLarge { size: json.len() });
+        }
+        let manifest: Self = serde_json::from_slice(json).map_err(ManifestError::Json)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// The manifest as JSON; secret.
+    ///
+    /// # Errors
+    /// [`ManifestError`] if the desktop would not accept it.
+    pub fn to_json(&self) -> Result<Zeroizing<Vec<u8>>, ManifestError> {
+        self.check()?;
+        // Large enough from the start: a growing vector would leave copies of the secret behind.
+        let mut json = Zeroizing::new(Vec::with_capacity(2 * MAX_MANIFEST));
+        serde_json::to_writer(&mut *json, self).map_err(ManifestError::Json)?;
+        if json.len() > MAX_MANIFEST {
+            return Err(ManifestError::TooLarge { size: json.len() });
+        }
+        Ok(json)
+    }
+
+    /// The length of all parts, in bytes.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.payload
+            .parts
+            .iter()
+            .map(|part| part.size)
+            .fold(0, u64::saturating_add)
+    }
+
+    fn check(&self) -> Result<(), ManifestError> {
+        let parts = &self.payload.parts;
+        for (index, this) in parts.iter().enumerate() {
+            if this.size > this.part.limit() {
+                return Err(ManifestError::PartTooLarge {
+                    part: this.part,
+                    size: this.size,
+                });
+            }
+            if parts.iter().skip(index + 1).any(|other| other.part == this.part) {
+                return Err(ManifestError::Parts);
+            }
+        }
+        if !parts.iter().any(|part| part.part == Part::Kernel) {
+            return Err(ManifestError::Parts);
+        }
+        let field = |field, fits: bool| {
+            if fits {
+                Ok(())
+            } else {
+                Err(ManifestError::Field { field })
+            }
+        };
+        let plain = |text: &str| !text.chars().any(char::is_control);
+        // The version becomes the name of a folder.
+        let version = self.payload.version.as_str();
+        let folder = (1..=128).contains(&version.len()) && !version.contains('/') && ![".", ".."].contains(&version);
+        field("kernel version", folder && plain(version))?;
+        field("command line", plain(&self.payload.cmdline.replace('\t', " ")))?;
+        field(
+            "host name",
+            self.hostname.len() <= MAX_HOSTNAME && plain(&self.hostname),
+        )?;
+        field(
+            "session name",
+            self.session.parse::<crate::session::SessionName>().is_ok(),
+        )?;
+        field("block size", [512, 4096].contains(&self.disk.logical_block_size))
+    }
 }
 
 /// The disk, and how to reach it.
@@ -55,6 +168,18 @@ pub enum Transport {
 /// Seals the goodbye and all else that is said about a session after the bundle; dies with the server's ramdisk.
 #[derive(Clone, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
 pub struct ControlKey(#[serde(with = "crate::key::hex32")] pub [u8; 32]);
+
+impl ControlKey {
+    /// A new session's secret.
+    ///
+    /// # Errors
+    /// [`SealError::Random`] without randomness.
+    pub fn generate() -> Result<Self, SealError> {
+        let mut key = Self([0; 32]);
+        getrandom::fill(&mut key.0).map_err(SealError::Random)?;
+        Ok(key)
+    }
+}
 
 impl std::fmt::Debug for ControlKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -12,3 +12,6 @@ pub mod kmod;
 pub mod nbd;
 pub mod seal;
 pub mod session;
+
+#[cfg(test)]
+mod vectors;

@@ -1,0 +1,168 @@
+//! The desktop's side of discovery: what it asks, and what it believes.
+//!
+//! Driven by `client::discovery`. Specification: docs/protocol.md, "What the desktop does". All state is bounded.
+
+use std::collections::VecDeque;
+use std::net::SocketAddrV6;
+use std::time::{Duration, Instant};
+
+use super::{DatagramKeys, Message, Random, State};
+use crate::key::StickKey;
+use crate::seal::{self, SealError};
+
+/// How long an answer is waited for.
+const LIFETIME: Duration = Duration::from_secs(5);
+/// How many questions are remembered: sixteen interfaces at two a second.
+const MAX_ASKED: usize = 160;
+/// How many laptops can answer one Discover.
+const MAX_ANSWERS: usize = 16;
+
+/// A laptop that answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// Where it answered from; the port is the datagram's, not HTTP's.
+    pub from: SocketAddrV6,
+    /// The laptop's fresh random: the challenge for a Wake, bound into a session's handshake.
+    pub challenge: Random,
+    /// What it is doing.
+    pub state: State,
+    /// TCP port of its HTTP server.
+    pub http_port: u16,
+    /// In how many seconds it thinks to be ready; 0 if it does not know.
+    pub ready_in: u16,
+    /// Its host name, without control characters.
+    pub hostname: String,
+}
+
+/// What [`Seeker::receive`] understood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// A laptop that has our key answered.
+    Offer(Offer),
+    /// The laptop that we woke is on its way.
+    Waking {
+        /// Where it answered from.
+        from: SocketAddrV6,
+        /// In how many seconds it thinks to be ready; 0 if it does not know.
+        ready_in: u16,
+    },
+}
+
+/// The desktop: asks, and believes only answers to what it asked.
+#[derive(Debug)]
+pub struct Seeker {
+    keys: DatagramKeys,
+    asked: VecDeque<Asked>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    random: Random,
+    at: Instant,
+    what: What,
+}
+
+#[derive(Debug)]
+enum What {
+    /// On the link of this scope; the challenges that came back so far.
+    Discover { scope: u32, answers: Vec<Random> },
+    /// Of this laptop.
+    Wake { peer: SocketAddrV6 },
+}
+
+impl Seeker {
+    /// A desktop with its stick's key.
+    #[must_use]
+    pub fn new(key: &StickKey) -> Self {
+        Self {
+            keys: DatagramKeys::new(key),
+            asked: VecDeque::new(),
+        }
+    }
+
+    /// A Discover for the link with this scope id; never sent twice, so that each copy can be answered once.
+    ///
+    /// # Errors
+    /// [`SealError::Random`] without randomness.
+    pub fn discover(&mut self, now: Instant, scope: u32) -> Result<Vec<u8>, SealError> {
+        let random = seal::random()?;
+        let datagram = self.keys.seal(&Message::Discover { random })?;
+        self.remember(Asked {
+            random,
+            at: now,
+            what: What::Discover {
+                scope,
+                answers: Vec::new(),
+            },
+        });
+        Ok(datagram)
+    }
+
+    /// A Wake for the laptop that made this offer, to be sent to `offer.from`.
+    ///
+    /// # Errors
+    /// [`SealError::Random`] without randomness.
+    pub fn wake(&mut self, now: Instant, offer: &Offer) -> Result<Vec<u8>, SealError> {
+        let random = seal::random()?;
+        let datagram = self.keys.seal(&Message::Wake {
+            challenge: offer.challenge,
+            random,
+        })?;
+        self.remember(Asked {
+            random,
+            at: now,
+            what: What::Wake { peer: offer.from },
+        });
+        Ok(datagram)
+    }
+
+    fn remember(&mut self, asked: Asked) {
+        self.asked
+            .retain(|old| asked.at.saturating_duration_since(old.at) < LIFETIME);
+        if self.asked.len() >= MAX_ASKED {
+            self.asked.pop_front();
+        }
+        self.asked.push_back(asked);
+    }
+
+    /// Takes a datagram in; `None`: it is not an answer to anything asked lately, or not the first time.
+    pub fn receive(&mut self, now: Instant, from: SocketAddrV6, datagram: &[u8]) -> Option<Heard> {
+        let message = self.keys.open_laptop(datagram)?;
+        let echo = match &message {
+            Message::Offer(offer) => offer.random,
+            Message::Waking { random, .. } => *random,
+            Message::Discover { .. } | Message::Wake { .. } => return None,
+        };
+        let index = self
+            .asked
+            .iter()
+            .position(|asked| asked.random == echo && now.saturating_duration_since(asked.at) < LIFETIME)?;
+        match (message, &mut self.asked.get_mut(index)?.what) {
+            (Message::Offer(offer), What::Discover { scope, answers }) => {
+                let fresh = !answers.contains(&offer.challenge) && answers.len() < MAX_ANSWERS;
+                if !fresh || from.scope_id() != *scope {
+                    return None;
+                }
+                answers.push(offer.challenge);
+                Some(Heard::Offer(Offer {
+                    from,
+                    challenge: offer.challenge,
+                    state: offer.state,
+                    http_port: offer.http_port,
+                    ready_in: offer.ready_in,
+                    hostname: offer.hostname,
+                }))
+            }
+            (Message::Waking { ready_in, .. }, What::Wake { peer }) if *peer == from => {
+                self.asked.remove(index);
+                Some(Heard::Waking { from, ready_in })
+            }
+            _ => None,
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.asked.len()
+    }
+}
