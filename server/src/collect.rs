@@ -1,1 +1,328 @@
-//! (being written)
+//! Collects what the ramdisk is given: keys, the disk's identity, the payload, and the modules a desktop needs for it.
+//!
+//! Runs in the laptop's OS, where its file systems are mounted and decrypted, so the ramdisk need not know them.
+//! Counterpart: `init`, which reads the handover. Specification: design.md, "The way of a boot" 2 and 4.
+//! Nothing of it is written to a disk: the image is a file in memory, for the kernel alone.
+
+mod image;
+mod keys;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use stiefel_initrd_builder::overlay::OverlayError;
+use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, ManifestError, RAMDISK};
+use stiefel_shared::config::{Auto, Config};
+use stiefel_shared::handover::{DiskIdentity, HandoverError, Part};
+use stiefel_shared::key::{KeyError, StickKey};
+use stiefel_sys::block::{self, BlockError, Disk};
+
+use crate::payload::{self, FoundPayload, PayloadError};
+use crate::tree::Tree;
+
+pub use image::Image;
+
+/// Where the ramdisk lies.
+pub const STATE_DIR: &str = "/var/lib/stiefel";
+/// Where the keys lie.
+pub const KEYS_DIR: &str = "/etc/stiefel/keys";
+
+/// Why the laptop cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectError {
+    /// There is no key.
+    #[error("there is no key in {folder}, so no stick could connect\n  next: make one with `stiefel key new NAME`, then write a stick")]
+    NoKeys {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Others could read a key.
+    #[error("the key {path} can be read by others (mode {mode:04o}, owner {owner})\n  next: chown root:root {path} && chmod 0600 {path}", path = path.display())]
+    KeyNotPrivate {
+        /// Its file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+        /// Its owner's number.
+        owner: u32,
+    },
+    /// A key's file holds none.
+    #[error("the key {path} cannot be used", path = path.display())]
+    Key {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: KeyError,
+    },
+    /// A file cannot be read.
+    #[error("{path} cannot be read\n  next: be root, and see whether it is there", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no payload.
+    #[error("what the desktop is to boot was not found")]
+    Payload(#[from] PayloadError),
+    /// The disk is not known.
+    #[error("the disk to serve was not found")]
+    Disk(#[from] BlockError),
+    /// One disk is served, and there are more.
+    #[error("{what} is on several disks ({disks}); one is served, and the system would not start without the others\n  next: put the system on one disk; if one of them is enough, set boot.disk in config.yaml")]
+    SeveralDisks {
+        /// What.
+        what: String,
+        /// Their names.
+        disks: String,
+    },
+    /// What is served must be local.
+    #[error("{disk} is no disk of this laptop (its data comes from elsewhere)\n  next: set boot.disk in config.yaml to the disk itself")]
+    NoRealDisk {
+        /// Its name.
+        disk: String,
+    },
+    /// There is no ramdisk, or a half-written one.
+    #[error("the ramdisk cannot be used\n  next: run `stiefel build`, then `stiefel install`")]
+    Ramdisk(#[from] ManifestError),
+    /// There is no overlay.
+    #[error("the modules that the desktop needs cannot be collected")]
+    Overlay(#[from] OverlayError),
+    /// A part is larger than a desktop takes.
+    #[error("the {part} has {size} bytes, more than the {limit} that a desktop takes\n  next: make a smaller initrd (e.g. MODULES=dep, or without debug symbols)")]
+    TooLarge {
+        /// Which.
+        part: &'static str,
+        /// Its size in bytes.
+        size: u64,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// The handover cannot be written.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// The image cannot be made.
+    #[error("the ramdisk with the payload ({size} bytes) cannot be put together in memory\n  next: close programs; it needs that much free memory twice")]
+    Image {
+        /// Bytes it would have.
+        size: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Everything that is checked and decided before anything large is read.
+#[derive(Debug)]
+pub struct Collected {
+    /// The ramdisk's kernel.
+    pub kernel: PathBuf,
+    /// The ramdisk.
+    pub ramdisk: PathBuf,
+    /// What it is.
+    pub manifest: Manifest,
+    /// The keys of all sticks that may connect.
+    pub keys: Vec<StickKey>,
+    /// The laptop's name.
+    pub hostname: String,
+    /// The disk to serve, as it is called now.
+    pub disk: PathBuf,
+    /// The disk to serve, as it is known again.
+    pub identity: DiskIdentity,
+    /// What the desktop boots.
+    pub payload: FoundPayload,
+    /// What happens afterwards, and what the command line says about swap space.
+    pub session: stiefel_shared::config::Session,
+    /// Where firmware is looked for.
+    firmware: Vec<PathBuf>,
+    /// Whether the payload's kernel unpacks zstd.
+    zstd: bool,
+}
+
+/// Collects from the system below `root` (`/` for the running one).
+///
+/// # Errors
+/// [`CollectError`], which says what to do next.
+pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> {
+    let tree = Tree::new(root);
+    let state = tree.path(STATE_DIR);
+    let manifest = Manifest::load(&state)?;
+    manifest.verify(&state)?;
+    let keys = keys::read(&tree.path(KEYS_DIR), 0)?;
+    let payload = payload::find(root, &config.boot.load)?;
+    let disk = disk(&tree, &config.boot.disk)?;
+    let firmware = ["/lib/firmware/updates", "/lib/firmware", "/usr/lib/firmware"];
+    Ok(Collected {
+        kernel: state.join(KERNEL),
+        ramdisk: state.join(RAMDISK),
+        manifest,
+        keys,
+        hostname: hostname(&tree),
+        identity: identity(&disk)?,
+        disk: disk.path,
+        zstd: unpacks_zstd(&tree, &payload.version),
+        payload,
+        session: config.session.clone(),
+        firmware: firmware.iter().map(|path| tree.path(path)).filter(|path| path.is_dir()).collect(),
+    })
+}
+
+/// The laptop's name, for people.
+pub(crate) fn hostname(tree: &Tree) -> String {
+    tree.line("/proc/sys/kernel/hostname")
+        .or_else(|| tree.line("/etc/hostname"))
+        .unwrap_or_else(|| "laptop".to_owned())
+}
+
+/// The keys of the system below `root`.
+///
+/// # Errors
+/// [`CollectError::NoKeys`], [`CollectError::KeyNotPrivate`], [`CollectError::Key`], [`CollectError::Read`].
+pub fn keys(root: &Path) -> Result<Vec<StickKey>, CollectError> {
+    keys::read(&Tree::new(root).path(KEYS_DIR), 0)
+}
+
+/// Whether the payload's kernel says that it unpacks zstd; where it says nothing, it need not.
+fn unpacks_zstd(tree: &Tree, version: &str) -> bool {
+    [format!("/boot/config-{version}"), format!("/lib/modules/{version}/config")]
+        .iter()
+        .filter_map(|path| tree.text(path).ok())
+        .any(|text| text.lines().any(|line| line == "CONFIG_RD_ZSTD=y"))
+}
+
+fn disk(tree: &Tree, configured: &Auto<PathBuf>) -> Result<Disk, CollectError> {
+    let (path, what) = match configured {
+        Auto::Given(path) => (tree.path(path), path.display().to_string()),
+        Auto::Auto => {
+            let disks = btrfs_disks(tree);
+            if disks.len() > 1 {
+                return Err(several("/".to_owned(), disks.iter().map(String::as_str)));
+            }
+            (tree.path("/"), "/".to_owned())
+        }
+    };
+    let disks = block::whole_disks_of(&tree.path("/sys"), &tree.path("/proc"), &path)?;
+    let disk = only(disks, what)?;
+    let real = block::disks(&tree.path("/sys"))?;
+    if real.iter().any(|found| found.name == disk.name) {
+        Ok(disk)
+    } else {
+        Err(CollectError::NoRealDisk { disk: disk.name })
+    }
+}
+
+fn only(disks: Vec<Disk>, what: String) -> Result<Disk, CollectError> {
+    match <[Disk; 1]>::try_from(disks) {
+        Ok([disk]) => Ok(disk),
+        Err(disks) if disks.is_empty() => Err(CollectError::NoRealDisk { disk: what }),
+        Err(disks) => Err(several(what, disks.iter().map(|disk| disk.name.as_str()))),
+    }
+}
+
+fn several<'a>(what: String, disks: impl Iterator<Item = &'a str>) -> CollectError {
+    CollectError::SeveralDisks { what, disks: disks.collect::<Vec<_>>().join(", ") }
+}
+
+/// The disks of a btrfs root: it may have several devices, and its mount names only one of them.
+fn btrfs_disks(tree: &Tree) -> BTreeSet<String> {
+    let Some(root) = tree.root_device() else { return BTreeSet::new() };
+    let folder = "/sys/fs/btrfs";
+    tree.names(folder)
+        .into_iter()
+        .map(|uuid| tree.names(format!("{folder}/{uuid}/devices")))
+        .find(|devices| devices.contains(&root))
+        .into_iter()
+        .flatten()
+        .flat_map(|device| tree.disks_below(&device))
+        .collect()
+}
+
+fn identity(disk: &Disk) -> Result<DiskIdentity, CollectError> {
+    let block::DiskIdentity { gpt_guid, wwid, serial, model, size } = block::identity(disk)?;
+    Ok(DiskIdentity { gpt_guid, wwid, serial, model, size })
+}
+
+/// A part that a desktop takes.
+fn checked(part: Part, size: u64) -> Result<u64, CollectError> {
+    let limit = part.limit();
+    if size <= limit { Ok(size) } else { Err(CollectError::TooLarge { part: part.name(), size, limit }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(files: &[(&str, &str)]) -> (tempfile::TempDir, Tree) {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::new(dir.path());
+        for (path, text) in files {
+            std::fs::create_dir_all(tree.path(path).parent().unwrap()).unwrap();
+            std::fs::write(tree.path(path), text).unwrap();
+        }
+        (dir, tree)
+    }
+
+    fn a_disk(name: &str) -> Disk {
+        Disk {
+            name: name.into(),
+            path: Path::new("/dev").join(name),
+            device: (8, 0),
+            size: 1 << 30,
+            logical_block_size: 512,
+            physical_block_size: 512,
+            model: None,
+            serial: None,
+            wwid: None,
+            removable: false,
+            read_only: false,
+            rotational: false,
+        }
+    }
+
+    #[test]
+    fn the_overlay_is_compressed_only_for_a_kernel_that_says_so() {
+        let (_dir, tree) = tree(&[("/boot/config-1", "CONFIG_RD_ZSTD=y\n"), ("/boot/config-2", "# CONFIG_RD_ZSTD is not set\n")]);
+        assert!(unpacks_zstd(&tree, "1"));
+        assert!(!unpacks_zstd(&tree, "2"));
+        assert!(!unpacks_zstd(&tree, "3"));
+    }
+
+    #[test]
+    fn a_system_on_several_disks_is_refused_by_their_names() {
+        assert_eq!(only(vec![a_disk("sda")], "/".into()).unwrap().name, "sda");
+        let text = only(vec![a_disk("sda"), a_disk("sdb")], "/".into()).unwrap_err().to_string();
+        assert!(text.contains("sda, sdb"), "{text}");
+        assert!(only(Vec::new(), "/".into()).is_err());
+    }
+
+    #[test]
+    fn all_devices_of_a_btrfs_root_are_seen() {
+        let (_dir, tree) = tree(&[
+            ("/proc/self/mountinfo", "22 1 0:25 /@ / rw - btrfs /dev/sda rw\n"),
+            ("/dev/sda", ""),
+            ("/sys/class/block/sda/size", "1"),
+            ("/sys/class/block/sdb/size", "1"),
+            ("/sys/fs/btrfs/1-2/devices/sda/x", ""),
+            ("/sys/fs/btrfs/1-2/devices/sdb/x", ""),
+            ("/sys/fs/btrfs/3-4/devices/sdc/x", ""),
+        ]);
+        assert_eq!(btrfs_disks(&tree).into_iter().collect::<Vec<_>>(), ["sda", "sdb"]);
+        assert!(matches!(disk(&tree, &Auto::Auto), Err(CollectError::SeveralDisks { .. })));
+    }
+
+    #[test]
+    fn without_a_ramdisk_the_next_step_is_to_build_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = collect(dir.path(), &Config::default()).unwrap_err();
+        assert!(error.to_string().contains("stiefel build"), "{error}");
+    }
+
+    #[test]
+    fn parts_that_no_desktop_takes_are_refused() {
+        assert_eq!(checked(Part::Kernel, 5).unwrap(), 5);
+        assert!(checked(Part::Kernel, Part::Kernel.limit() + 1).is_err());
+    }
+}

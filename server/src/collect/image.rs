@@ -1,0 +1,194 @@
+//! The initrd that the ramdisk's kernel gets: the ramdisk, then our archive of handover and payload, in one memory file.
+//!
+//! The kernel unpacks what follows one another in an initrd, each beginning at a multiple of 4 bytes: Linux,
+//! Documentation/driver-api/early-userspace/buffer-format.rst.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Write};
+
+use stiefel_initrd_builder::overlay::{Overlay, overlay};
+use stiefel_shared::cpio;
+use stiefel_shared::handover::{Handover, Part, PartSize, Payload, SecretBytes, ServerHandover};
+use stiefel_sys::kexec;
+
+use super::{CollectError, Collected, checked};
+
+/// Stops the OS from using the disk's swap space: systemd.swap= in kernel-command-line(7).
+const NO_SWAP: &str = "systemd.swap=0";
+
+/// The finished initrd.
+#[derive(Debug)]
+pub struct Image {
+    /// A sealed file in memory, at its start. Holds the keys.
+    pub initrd: File,
+    /// Its length in bytes.
+    pub size: u64,
+    /// What the ramdisk is told.
+    pub handover: ServerHandover,
+    /// Number of modules in the overlay.
+    pub modules: usize,
+}
+
+impl Collected {
+    /// Reads the payload and puts the image together.
+    ///
+    /// # Errors
+    /// [`CollectError`].
+    pub fn image(&self) -> Result<Image, CollectError> {
+        let overlay = overlay(&self.payload.modules, &self.firmware, self.zstd)?;
+        let kernel = Source::open(std::slice::from_ref(&self.payload.kernel))?;
+        let initrd = Source::open(&self.payload.initrds)?;
+        let handover = self.handover(&kernel, &initrd, &overlay)?;
+        let document = Handover::Server(Box::new(handover.clone())).to_cpio()?;
+        let ramdisk = Source::open(std::slice::from_ref(&self.ramdisk))?;
+        let parts: u64 = handover.payload.parts.iter().map(|part| part.size).sum();
+        let expected = ramdisk.len + document.0.len() as u64 + parts;
+        let mut size = 0;
+        let file = kexec::memfd("stiefel-initrd", |file| {
+            let mut out = BufWriter::with_capacity(1 << 20, file);
+            size = write(&mut out, ramdisk, &document, [kernel, initrd], &overlay.bytes)?;
+            out.flush()
+        });
+        let initrd = file.map_err(|source| CollectError::Image { size: expected, source })?;
+        Ok(Image { initrd, size, handover, modules: overlay.modules })
+    }
+
+    fn handover(&self, kernel: &Source, initrd: &Source, overlay: &Overlay) -> Result<ServerHandover, CollectError> {
+        let part = |part: Part, size: u64| Ok::<_, CollectError>(PartSize { part, size: checked(part, size)? });
+        let mut cmdline = self.payload.cmdline.clone();
+        if !self.session.swap && !cmdline.split(' ').any(|word| word == NO_SWAP) {
+            cmdline = insert(&cmdline, NO_SWAP);
+        }
+        Ok(ServerHandover {
+            keys: self.keys.clone(),
+            hostname: self.hostname.clone(),
+            disk: self.identity.clone(),
+            payload: Payload {
+                version: self.payload.version.clone(),
+                cmdline,
+                parts: vec![
+                    part(Part::Kernel, kernel.len)?,
+                    part(Part::Initrd, initrd.len)?,
+                    part(Part::Overlay, overlay.bytes.len() as u64)?,
+                ],
+            },
+            after: self.session.after,
+        })
+    }
+}
+
+/// Adds a word for the kernel, before what is for init.
+fn insert(cmdline: &str, word: &str) -> String {
+    match cmdline.split_once(" -- ") {
+        Some((kernel, init)) => format!("{kernel} {word} -- {init}"),
+        None => format!("{cmdline} {word}").trim_start().to_owned(),
+    }
+}
+
+/// Files that are read one after the other, each beginning at a multiple of 4.
+struct Source {
+    reader: Box<dyn Read>,
+    len: u64,
+}
+
+impl Source {
+    fn open(paths: &[std::path::PathBuf]) -> Result<Self, CollectError> {
+        let mut source = Self { reader: Box::new(io::empty()), len: 0 };
+        for path in paths {
+            let unreadable = |source| CollectError::Read { path: path.clone(), source };
+            let file = File::open(path).map_err(unreadable)?;
+            let len = file.metadata().map_err(unreadable)?.len();
+            let gap = cpio::padding(source.len, 4);
+            source.len += gap + len;
+            source.reader = Box::new(source.reader.chain(io::repeat(0).take(gap)).chain(file));
+        }
+        Ok(source)
+    }
+}
+
+/// Writes the image; returns its length.
+fn write(
+    out: &mut impl Write,
+    mut ramdisk: Source,
+    document: &SecretBytes,
+    [mut kernel, mut initrd]: [Source; 2],
+    overlay: &[u8],
+) -> io::Result<u64> {
+    let written = io::copy(&mut ramdisk.reader, out)?;
+    let written = written + cpio::pad_to(out, written, 4)?;
+    out.write_all(&document.0)?;
+    let written = written + document.0.len() as u64;
+    let written = written + cpio::pad_to(out, written, 4)?;
+    // Its folder `stiefel` is made by the document's archive.
+    let mut archive = cpio::Writer::new(out);
+    archive.dir("stiefel/payload", 0o700)?;
+    archive.file_from_reader(Part::Kernel.path(), 0o600, kernel.len, &mut kernel.reader)?;
+    archive.file_from_reader(Part::Initrd.path(), 0o600, initrd.len, &mut initrd.reader)?;
+    archive.file(Part::Overlay.path(), 0o600, overlay)?;
+    let before = archive.written();
+    archive.finish()?;
+    // The trailer's header and name, padded.
+    Ok(written + before + 124)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    fn files(contents: &[&[u8]]) -> (tempfile::TempDir, Vec<PathBuf>) {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = contents
+            .iter()
+            .enumerate()
+            .map(|(index, bytes)| {
+                let path = dir.path().join(index.to_string());
+                std::fs::write(&path, bytes).unwrap();
+                path
+            })
+            .collect();
+        (dir, paths)
+    }
+
+    #[test]
+    fn several_initrds_are_joined_at_multiples_of_four() {
+        let (_dir, paths) = files(&[b"12345", b"abc", b"x"]);
+        let mut source = Source::open(&paths).unwrap();
+        let mut bytes = Vec::new();
+        source.reader.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, b"12345\0\0\0abc\0x");
+        assert_eq!(source.len, bytes.len() as u64);
+    }
+
+    #[test]
+    fn the_image_is_the_ramdisk_then_the_handover_then_the_parts() {
+        let (_dir, paths) = files(&[b"\x28\xb5\x2f\xfdzstd!", b"kernel", b"in", b"itrd"]);
+        let open = |range: std::ops::Range<usize>| Source::open(&paths[range]).unwrap();
+        let document = stiefel_shared::handover::secret_document("stiefel/handover.json", b"{}").unwrap();
+        let mut out = Vec::new();
+        let size = write(&mut out, open(0..1), &document, [open(1..2), open(2..4)], b"overlay").unwrap();
+        assert_eq!(size, out.len() as u64);
+        assert_eq!(&out[..12], b"\x28\xb5\x2f\xfdzstd!\0\0\0");
+        let mut first = cpio::Reader::new(&out[12..]);
+        let entries: Vec<_> = first.by_ref().map(Result::unwrap).collect();
+        assert_eq!((entries[1].path, entries[1].data, entries[1].permissions()), (&b"stiefel/handover.json"[..], &b"{}"[..], 0o600));
+        let second: Vec<_> = cpio::Reader::new(first.rest()).map(Result::unwrap).collect();
+        let found: Vec<_> = second.iter().map(|entry| (std::str::from_utf8(entry.path).unwrap(), entry.data)).collect();
+        assert_eq!(
+            found,
+            [
+                ("stiefel/payload", &b""[..]),
+                (Part::Kernel.path(), b"kernel"),
+                (Part::Initrd.path(), b"in\0\0itrd"),
+                (Part::Overlay.path(), b"overlay"),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_word_for_the_kernel_stands_before_what_is_for_init() {
+        assert_eq!(insert("ro quiet", "x=1"), "ro quiet x=1");
+        assert_eq!(insert("ro -- foo", "x=1"), "ro x=1 -- foo");
+        assert_eq!(insert("", "x=1"), "x=1");
+    }
+}
