@@ -15,13 +15,15 @@ use std::time::{Duration, Instant};
 
 use stiefel_shared::nbd::{
     CHUNK_LEN, Chunk, Errno, REPLY_BLOCK_STATUS, REPLY_ERROR, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA,
-    REQUEST_LEN, Request, SIMPLE_REPLY_LEN, SimpleReply, encode_block_status, encode_error_payload,
+    REQUEST_LEN, Request, SimpleReply, encode_block_status, encode_error_payload,
 };
 
 use super::export::Export;
 use super::negotiate::{ALLOCATION_CONTEXT, Agreed};
 use super::request::{Bounds, Command, Refusal, validate};
 
+/// A worker keeps its buffer for the next request up to this size, in bytes; larger ones are given back.
+const KEPT_BUFFER: usize = 1 << 20;
 /// Stack of a worker thread, in bytes: it calls nothing deep.
 const STACK: usize = 256 << 10;
 
@@ -101,11 +103,10 @@ impl Budget {
     }
 }
 
-/// A request that was received whole.
+/// A request that was received whole, its payload in the worker's buffer.
 struct Job {
     cookie: u64,
     work: Result<Command, Refusal>,
-    payload: Vec<u8>,
     /// Bytes of the budget it holds.
     held: u32,
 }
@@ -113,9 +114,15 @@ struct Job {
 /// What a request is answered with.
 enum Reply {
     Done,
-    Data { offset: u64, data: Vec<u8> },
+    /// The worker's buffer, read from this offset.
+    Data {
+        offset: u64,
+    },
     Status(Vec<u8>),
-    Error { errno: Errno, message: String },
+    Error {
+        errno: Errno,
+        message: String,
+    },
 }
 
 struct Transmission {
@@ -166,13 +173,15 @@ pub(super) fn transmit(wire: BufReader<Wire>, agreed: Agreed<Arc<Export>>, worke
 
 impl Transmission {
     fn work(&self) {
-        while let Some(job) = self.receive() {
-            let (cookie, held) = (job.cookie, job.held);
-            let reply = self.execute(job);
+        let mut buffer = Vec::new();
+        while let Some(job) = self.receive(&mut buffer) {
+            let reply = self.execute(&job, &mut buffer);
             self.export.count(!matches!(reply, Reply::Error { .. }));
-            let sent = self.send(cookie, &reply);
-            drop(reply);
-            self.budget.give(held);
+            let sent = self.send(job.cookie, &reply, &buffer);
+            if buffer.capacity() > KEPT_BUFFER {
+                buffer = Vec::new();
+            }
+            self.budget.give(job.held);
             if sent.is_err() {
                 // Also wakes the worker that receives. Nothing more to do when it is closed already.
                 let _ = self.peer.stream.shutdown(Shutdown::Both);
@@ -181,18 +190,18 @@ impl Transmission {
     }
 
     /// Takes the next request with its payload; `None` when no more will come.
-    fn receive(&self) -> Option<Job> {
+    fn receive(&self, buffer: &mut Vec<u8>) -> Option<Job> {
         let mut input = lock(&self.input);
         if input.ended {
             return None;
         }
-        let job = self.take_request(&mut input.wire).ok().flatten();
+        let job = self.take_request(&mut input.wire, buffer).ok().flatten();
         input.ended = job.is_none();
         job
     }
 
     /// An error is a closed connection or broken framing: both end it.
-    fn take_request(&self, wire: &mut BufReader<Wire>) -> io::Result<Option<Job>> {
+    fn take_request(&self, wire: &mut BufReader<Wire>, buffer: &mut Vec<u8>) -> io::Result<Option<Job>> {
         let mut header = [0; REQUEST_LEN];
         wire.read_exact(&mut header)?;
         let request = Request::parse(&header).map_err(io::Error::other)?;
@@ -206,7 +215,6 @@ impl Transmission {
                 message: "the server drops this connection",
             });
         }
-        let mut payload = Vec::new();
         let mut held = 0;
         match work {
             Ok(Command::Read(range) | Command::Write { range, .. }) => held = range.length,
@@ -220,7 +228,7 @@ impl Transmission {
         }
         self.budget.take(held);
         if let Ok(Command::Write { range, .. }) = work
-            && let Err(error) = take_payload(wire, range.length, &mut payload)
+            && let Err(error) = resize(buffer, range.length).and_then(|()| wire.read_exact(buffer))
         {
             self.budget.give(held);
             return Err(error);
@@ -228,12 +236,11 @@ impl Transmission {
         Ok(Some(Job {
             cookie: request.cookie,
             work,
-            payload,
             held,
         }))
     }
 
-    fn execute(&self, job: Job) -> Reply {
+    fn execute(&self, job: &Job, buffer: &mut Vec<u8>) -> Reply {
         let command = match job.work {
             Ok(command) => command,
             Err(Refusal { errno, message }) => {
@@ -246,18 +253,16 @@ impl Transmission {
         let export = &self.export;
         let done = match command {
             Command::Read(range) => {
-                return match export.read(range) {
-                    Ok(data) => Reply::Data {
-                        offset: range.offset,
-                        data,
-                    },
+                let read = resize(buffer, range.length).and_then(|()| export.read(range.offset, buffer));
+                return match read {
+                    Ok(()) => Reply::Data { offset: range.offset },
                     Err(error) => failure(&error),
                 };
             }
             Command::BlockStatus { range, one } => {
                 return Reply::Status(encode_block_status(ALLOCATION_CONTEXT, &export.extents(range, one)));
             }
-            Command::Write { range, fua } => export.write(range.offset, &job.payload, fua),
+            Command::Write { range, fua } => export.write(range.offset, buffer, fua),
             Command::Flush => export.flush(),
             Command::Trim { range, fua } => export.trim(range, fua),
             Command::Cache(range) => export.cache(range),
@@ -272,32 +277,28 @@ impl Transmission {
         done.map_or_else(|error| failure(&error), |()| Reply::Done)
     }
 
-    fn send(&self, cookie: u64, reply: &Reply) -> io::Result<()> {
-        let head = if self.structured {
-            structured(cookie, reply)
-        } else {
-            simple(cookie, reply)
-        }?;
+    fn send(&self, cookie: u64, reply: &Reply, buffer: &[u8]) -> io::Result<()> {
         let body: &[u8] = match reply {
-            Reply::Data { data, .. } => data,
+            Reply::Data { .. } => buffer,
             Reply::Status(status) => status,
             Reply::Done | Reply::Error { .. } => &[],
+        };
+        let head = if self.structured {
+            structured(cookie, reply, body.len())?
+        } else {
+            simple(cookie, reply)?
         };
         let _turn = lock(&self.output);
         write_both(&self.peer.stream, &head, body)
     }
 }
 
-/// Takes a payload whose length was checked, without allocating more than that or zeroing it first.
-fn take_payload(wire: &mut BufReader<Wire>, length: u32, payload: &mut Vec<u8>) -> io::Result<()> {
+/// Makes the buffer `length` bytes long, which the caller has checked.
+fn resize(buffer: &mut Vec<u8>, length: u32) -> io::Result<()> {
     let length = usize::try_from(length).map_err(io::Error::other)?;
-    payload.try_reserve_exact(length)?;
-    wire.take(length as u64).read_to_end(payload)?;
-    if payload.len() < length {
-        Err(io::ErrorKind::UnexpectedEof.into())
-    } else {
-        Ok(())
-    }
+    buffer.try_reserve_exact(length.saturating_sub(buffer.len()))?;
+    buffer.resize(length, 0);
+    Ok(())
 }
 
 /// The header of a simple reply.
@@ -307,20 +308,18 @@ fn simple(cookie: u64, reply: &Reply) -> io::Result<Vec<u8>> {
         Reply::Error { errno, .. } => errno.code(),
         Reply::Status(_) => return Err(io::Error::other("block status needs structured replies")),
     };
-    let mut head = Vec::with_capacity(SIMPLE_REPLY_LEN);
-    head.extend_from_slice(&SimpleReply { error, cookie }.encode());
-    Ok(head)
+    Ok(SimpleReply { error, cookie }.encode().to_vec())
 }
 
-/// The header of the only chunk of a structured reply, with all of the payload but data and status.
-fn structured(cookie: u64, reply: &Reply) -> io::Result<Vec<u8>> {
-    let (kind, first, rest) = match reply {
-        Reply::Done => (REPLY_NONE, Vec::new(), 0),
-        Reply::Data { offset, data } => (REPLY_OFFSET_DATA, offset.to_be_bytes().to_vec(), data.len()),
-        Reply::Status(status) => (REPLY_BLOCK_STATUS, Vec::new(), status.len()),
-        Reply::Error { errno, message } => (REPLY_ERROR, encode_error_payload(*errno, message), 0),
+/// The header of the only chunk of a structured reply, with all of the payload but `body` bytes.
+fn structured(cookie: u64, reply: &Reply, body: usize) -> io::Result<Vec<u8>> {
+    let (kind, first) = match reply {
+        Reply::Done => (REPLY_NONE, Vec::new()),
+        Reply::Data { offset } => (REPLY_OFFSET_DATA, offset.to_be_bytes().to_vec()),
+        Reply::Status(_) => (REPLY_BLOCK_STATUS, Vec::new()),
+        Reply::Error { errno, message } => (REPLY_ERROR, encode_error_payload(*errno, message)),
     };
-    let length = u32::try_from(first.len() + rest).map_err(io::Error::other)?;
+    let length = u32::try_from(first.len() + body).map_err(io::Error::other)?;
     let mut head = Vec::with_capacity(CHUNK_LEN + first.len());
     head.extend_from_slice(
         &Chunk {
@@ -367,4 +366,84 @@ fn failure(error: &io::Error) -> Reply {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use stiefel_shared::nbd::{CMD_READ, CMD_WRITE, FLAG_HAS_FLAGS, MAX_PAYLOAD};
+
+    use super::*;
+    use crate::nbd::ExportOptions;
+
+    #[test]
+    fn a_closing_connection_answers_eshutdown_and_writes_nothing() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let export = Export::open(file.path(), ExportOptions::default()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let peer = Arc::new(Peer {
+            stream: listener.accept().unwrap().0,
+            closing: AtomicBool::new(true),
+        });
+        let bounds = Bounds {
+            size: 4096,
+            flags: FLAG_HAS_FLAGS,
+            minimum: 1,
+            maximum: MAX_PAYLOAD,
+            block_status: false,
+        };
+        for (cookie, command) in [(1, CMD_WRITE), (2, CMD_READ)] {
+            let request = Request {
+                flags: 0,
+                command,
+                cookie,
+                offset: 0,
+                length: 512,
+            };
+            client.write_all(&request.encode()).unwrap();
+            if command == CMD_WRITE {
+                client.write_all(&[7; 512]).unwrap();
+            }
+        }
+        client.shutdown(Shutdown::Write).unwrap();
+        let wire = BufReader::new(Wire { peer, deadline: None });
+        transmit(
+            wire,
+            Agreed {
+                export,
+                bounds,
+                structured: false,
+            },
+            1,
+            0,
+        );
+        let mut heard = Vec::new();
+        client.read_to_end(&mut heard).unwrap();
+        let expected = [1, 2].map(|cookie| {
+            SimpleReply {
+                error: Errno::Shutdown.code(),
+                cookie,
+            }
+            .encode()
+        });
+        assert_eq!(heard, expected.concat());
+        assert_eq!(std::fs::read(file.path()).unwrap(), vec![0; 4096]);
+    }
+
+    #[test]
+    fn errors_of_the_medium_keep_their_meaning() {
+        let errno = |kind: io::ErrorKind| match failure(&kind.into()) {
+            Reply::Error { errno, .. } => errno,
+            _ => unreachable!(),
+        };
+        assert_eq!(errno(io::ErrorKind::StorageFull), Errno::NoSpc);
+        assert_eq!(errno(io::ErrorKind::QuotaExceeded), Errno::NoSpc);
+        assert_eq!(errno(io::ErrorKind::FileTooLarge), Errno::NoSpc);
+        assert_eq!(errno(io::ErrorKind::Unsupported), Errno::NotSup);
+        assert_eq!(errno(io::ErrorKind::OutOfMemory), Errno::NoMem);
+        assert_eq!(errno(io::ErrorKind::Other), Errno::Io);
+    }
 }

@@ -1,5 +1,6 @@
 //! One export: a file or block device, its counters, and the state of its flushes.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -18,8 +19,8 @@ use super::negotiate::{Offer, Offered};
 use super::request::Range;
 use super::storage::{self, Medium};
 
-/// How something is exported.
-#[derive(Debug, Clone, Default)]
+/// How something is exported. The name can be a session's secret, so `Debug` leaves it out.
+#[derive(Clone, Default)]
 pub struct ExportOptions {
     /// The canonical name; at most 4096 bytes.
     pub name: String,
@@ -30,6 +31,22 @@ pub struct ExportOptions {
     /// The smallest unit of access in bytes, a power of two up to 65536. By default a device's logical block size, and 1
     /// for a file.
     pub block_size: Option<u32>,
+}
+
+impl fmt::Debug for ExportOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            name: _,
+            read_only,
+            description,
+            block_size,
+        } = self;
+        f.debug_struct("ExportOptions")
+            .field("read_only", read_only)
+            .field("description", description)
+            .field("block_size", block_size)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why something cannot be exported.
@@ -81,6 +98,7 @@ pub struct Stats {
 /// A file or block device that can be served. One open file description, so one page cache, for all connections.
 #[derive(Debug)]
 pub struct Export {
+    path: PathBuf,
     file: File,
     medium: Medium,
     options: ExportOptions,
@@ -141,6 +159,7 @@ impl Export {
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
         let minimum = minimum_block(path, medium, size, options.block_size)?;
         Ok(Arc::new(Self {
+            path: path.to_owned(),
             file,
             medium,
             options,
@@ -159,6 +178,12 @@ impl Export {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// What is exported.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The canonical name.
@@ -232,10 +257,11 @@ impl Export {
         fail_for_good(&self.syncs.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(super) fn read(&self, range: Range) -> io::Result<Vec<u8>> {
-        let data = storage::read(&self.file, range)?;
-        self.bytes_read.fetch_add(u64::from(range.length), Ordering::Relaxed);
-        Ok(data)
+    /// Fills `data`; an early end, as of a file that was cut meanwhile, is an error.
+    pub(super) fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(data, offset)?;
+        self.bytes_read.fetch_add(data.len() as u64, Ordering::Relaxed);
+        Ok(())
     }
 
     pub(super) fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
@@ -358,7 +384,30 @@ mod tests {
             assert!(export.trim(range, false).is_err());
             assert!(export.zero(range, false, false, false).is_err());
         }
-        assert_eq!(&export.read(range).unwrap()[..6], b"before");
+        let mut data = [0; 6];
+        export.read(0, &mut data).unwrap();
+        assert_eq!(&data, b"before");
+    }
+
+    #[test]
+    fn a_read_beyond_a_file_that_was_cut_is_an_error() {
+        let backing = file(4096);
+        let export = Export::open(backing.path(), ExportOptions::default()).unwrap();
+        backing.as_file().set_len(10).unwrap();
+        let error = export.read(0, &mut [0; 11]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn names_do_not_leak_into_debug_output() {
+        let backing = file(4096);
+        let options = ExportOptions {
+            name: "secret".into(),
+            ..ExportOptions::default()
+        };
+        assert!(!format!("{options:?}").contains("secret"));
+        let export = Export::open(backing.path(), options).unwrap();
+        assert!(!format!("{export:?}").contains("secret"));
     }
 
     #[test]

@@ -26,8 +26,8 @@ const MAX_TOTAL: u64 = 512 << 10;
 /// The number by which `base:allocation` goes in one connection.
 pub const ALLOCATION_CONTEXT: u32 = 1;
 
-/// One entry of the list of exports.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One entry of the list of exports. No `Debug`: names can be secret.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Listed {
     /// The name to ask for.
     pub name: String,
@@ -35,8 +35,8 @@ pub struct Listed {
     pub description: String,
 }
 
-/// What an export has to offer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What an export has to offer. No `Debug`: names can be secret.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Offer {
     /// The canonical name.
     pub name: String,

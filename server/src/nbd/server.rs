@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io::{self, BufReader};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::thread::{self, JoinHandle};
@@ -37,14 +38,17 @@ pub enum DropError {
         waited: Duration,
     },
     /// The final flush failed.
-    #[error("the final flush of the NBD export {name:?} failed; data may be lost, check the disk")]
+    #[error("the final flush of {path:?} failed; data may be lost, check the disk")]
     Flush {
-        /// The export's name.
-        name: String,
+        /// What was exported.
+        path: PathBuf,
         /// The medium's error.
         #[source]
         source: io::Error,
     },
+    /// There was no thread for the final flush.
+    #[error("no thread could be had for the final flush of the NBD exports; free some memory and try again")]
+    NoThread(#[source] io::Error),
     /// The final flush did not end in time.
     #[error("the final flush of the NBD exports did not end in {waited:?}; the disk may be hanging")]
     FlushHangs {
@@ -188,23 +192,24 @@ impl Shared {
     /// Flushes all exports that are still held by someone, in a thread of its own because a disk may hang.
     fn flush_all(&self, begun: Instant, deadline: Duration) -> Result<(), DropError> {
         let exports: Vec<Arc<Export>> = lock(&self.exports).iter().filter_map(Weak::upgrade).collect();
+        if exports.is_empty() {
+            return Ok(());
+        }
         let (done, result) = mpsc::channel();
         let flush = move || {
             let flushed = exports.iter().try_for_each(|export| {
-                export.flush().map_err(|source| DropError::Flush {
-                    name: export.name().to_owned(),
-                    source,
-                })
+                let path = export.path().to_owned();
+                export.flush().map_err(|source| DropError::Flush { path, source })
             });
+            // Before the answer, so that the caller's own handle is then the last one and closes the device.
+            drop(exports);
             // Our caller may be gone already, as nobody waits longer than the deadline.
             let _ = done.send(flushed);
         };
-        if let Err(source) = thread::Builder::new().name("nbd-flush".into()).spawn(flush) {
-            return Err(DropError::Flush {
-                name: String::new(),
-                source,
-            });
-        }
+        thread::Builder::new()
+            .name("nbd-flush".into())
+            .spawn(flush)
+            .map_err(DropError::NoThread)?;
         let left = (begun + deadline).saturating_duration_since(Instant::now());
         result
             .recv_timeout(left)

@@ -192,8 +192,8 @@ pub fn encode_option(option: u32, data: &[u8]) -> Result<Vec<u8>, WireError> {
     Ok(out)
 }
 
-/// The data of `NBD_OPT_INFO` and `NBD_OPT_GO`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The data of `NBD_OPT_INFO` and `NBD_OPT_GO`. No `Debug`: names can be secret.
+#[derive(Clone, PartialEq, Eq)]
 pub struct InfoRequest {
     /// The export's name; empty means the default one.
     pub name: String,
@@ -244,8 +244,8 @@ impl InfoRequest {
     }
 }
 
-/// The data of `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The data of `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`. No `Debug`: names can be secret.
+#[derive(Clone, PartialEq, Eq)]
 pub struct MetaRequest {
     /// The export's name; empty means the default one.
     pub name: String,
@@ -261,12 +261,8 @@ impl MetaRequest {
     pub fn encode(&self) -> Result<Vec<u8>, WireError> {
         let mut out = Vec::new();
         put_text(&mut out, &self.name);
-        out.extend_from_slice(
-            &length("the list of NBD metadata queries", self.queries.len())?.to_be_bytes(),
-        );
-        self.queries
-            .iter()
-            .for_each(|query| put_text(&mut out, query));
+        out.extend_from_slice(&length("the list of NBD metadata queries", self.queries.len())?.to_be_bytes());
+        self.queries.iter().for_each(|query| put_text(&mut out, query));
         Ok(out)
     }
 
@@ -341,12 +337,7 @@ impl OptionReplyHeader {
 ///
 /// # Errors
 /// `TooLong` when the length does not fit its field.
-pub fn put_option_reply(
-    out: &mut Vec<u8>,
-    option: u32,
-    reply: u32,
-    data: &[u8],
-) -> Result<(), WireError> {
+pub fn put_option_reply(out: &mut Vec<u8>, option: u32, reply: u32, data: &[u8]) -> Result<(), WireError> {
     let len = length("an NBD option reply", data.len())?;
     out.extend_from_slice(&OptionReplyHeader { option, reply, len }.encode());
     out.extend_from_slice(data);
@@ -398,8 +389,8 @@ pub struct BlockSizes {
     pub maximum: u32,
 }
 
-/// The data of `NBD_REP_INFO`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The data of `NBD_REP_INFO`. No `Debug`: names can be secret.
+#[derive(Clone, PartialEq, Eq)]
 pub enum Info {
     /// Size and transmission flags; never missing.
     Export {
@@ -430,9 +421,7 @@ impl Info {
             ]
             .concat(),
             Self::Name(name) => [&INFO_NAME.to_be_bytes(), clip(name).as_bytes()].concat(),
-            Self::Description(words) => {
-                [&INFO_DESCRIPTION.to_be_bytes(), clip(words).as_bytes()].concat()
-            }
+            Self::Description(words) => [&INFO_DESCRIPTION.to_be_bytes(), clip(words).as_bytes()].concat(),
             Self::BlockSize(sizes) => {
                 let BlockSizes {
                     minimum,
@@ -531,12 +520,7 @@ impl GoAnswer {
     ///
     /// # Errors
     /// `Refused` by the server, `UnexpectedReply` (also an end without size), or what is wrong with the data.
-    pub fn absorb(
-        &mut self,
-        option: u32,
-        header: OptionReplyHeader,
-        data: &[u8],
-    ) -> Result<bool, WireError> {
+    pub fn absorb(&mut self, option: u32, header: OptionReplyHeader, data: &[u8]) -> Result<bool, WireError> {
         let unexpected = WireError::UnexpectedReply {
             option: header.option,
             reply: header.reply,

@@ -27,19 +27,13 @@ pub const MAX_PAYLOAD: u32 = 32 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum WireError {
     /// The first bytes are not an NBD server's.
-    #[error(
-        "this is not an NBD server (it does not start with NBDMAGIC); check the address and the port"
-    )]
+    #[error("this is not an NBD server (it does not start with NBDMAGIC); check the address and the port")]
     NotNbd,
     /// The peer speaks the withdrawn oldstyle, or newstyle without its fix.
-    #[error(
-        "the NBD peer does not speak fixed newstyle negotiation; it is too old, use a newer one"
-    )]
+    #[error("the NBD peer does not speak fixed newstyle negotiation; it is too old, use a newer one")]
     NotFixedNewstyle,
     /// A client set flags which no specification knows; the server must drop it ("Client flags").
-    #[error(
-        "the NBD client set unknown flags {flags:#x}; dropping it, as the specification demands"
-    )]
+    #[error("the NBD client set unknown flags {flags:#x}; dropping it, as the specification demands")]
     UnknownClientFlags {
         /// The flags as received.
         flags: u32,

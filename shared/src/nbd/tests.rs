@@ -7,10 +7,7 @@ fn hex(bytes: &[u8]) -> String {
 
 #[test]
 fn greeting_bytes_are_pinned() {
-    assert_eq!(
-        hex(&encode_greeting()),
-        "4e42444d4147494349484156454f50540003"
-    );
+    assert_eq!(hex(&encode_greeting()), "4e42444d4147494349484156454f50540003");
     assert_eq!(parse_greeting(&encode_greeting()), Ok(3));
     assert_eq!(hex(&encode_client_flags(3)), "00000003");
     assert_eq!(hex(&encode_client_flags(1)), "00000001");
@@ -24,20 +21,14 @@ fn oldstyle_and_unfixed_servers_are_refused() {
     let mut unfixed = encode_greeting();
     unfixed[17] = 2;
     assert_eq!(parse_greeting(&unfixed), Err(WireError::NotFixedNewstyle));
-    assert_eq!(
-        parse_greeting(b"SSH-2.0-OpenSSH_9."),
-        Err(WireError::NotNbd)
-    );
+    assert_eq!(parse_greeting(b"SSH-2.0-OpenSSH_9."), Err(WireError::NotNbd));
 }
 
 #[test]
 fn client_flags_must_be_known_and_fixed() {
     assert_eq!(parse_client_flags([0, 0, 0, 1]), Ok(false));
     assert_eq!(parse_client_flags([0, 0, 0, 3]), Ok(true));
-    assert_eq!(
-        parse_client_flags([0, 0, 0, 2]),
-        Err(WireError::NotFixedNewstyle)
-    );
+    assert_eq!(parse_client_flags([0, 0, 0, 2]), Err(WireError::NotFixedNewstyle));
     assert_eq!(
         parse_client_flags([0, 0, 0, 5]),
         Err(WireError::UnknownClientFlags { flags: 5 })
@@ -92,10 +83,7 @@ fn option_reply_bytes_are_pinned() -> Result<(), WireError> {
         preferred: 4096,
         maximum: MAX_PAYLOAD,
     };
-    assert_eq!(
-        hex(&Info::BlockSize(sizes).encode()),
-        "0003000002000000100002000000"
-    );
+    assert_eq!(hex(&Info::BlockSize(sizes).encode()), "0003000002000000100002000000");
     assert_eq!(hex(&Info::Name("n".into()).encode()), "00016e");
     assert_eq!(hex(&Info::Description("d".into()).encode()), "000264");
     assert_eq!(hex(&encode_listed("ab", "c")), "00000002616263");
@@ -142,19 +130,10 @@ fn request_and_reply_bytes_are_pinned() {
         cookie: 7,
         length: 520,
     };
-    assert_eq!(
-        hex(&chunk.encode()),
-        "668e33ef00010001000000000000000700000208"
-    );
-    assert_eq!(
-        hex(&encode_error_payload(Errno::Inval, "bad")),
-        "000000160003626164"
-    );
+    assert_eq!(hex(&chunk.encode()), "668e33ef00010001000000000000000700000208");
+    assert_eq!(hex(&encode_error_payload(Errno::Inval, "bad")), "000000160003626164");
     let extents = [
-        Extent {
-            length: 4096,
-            state: 0,
-        },
+        Extent { length: 4096, state: 0 },
         Extent {
             length: 512,
             state: STATE_HOLE | STATE_ZERO,
@@ -284,9 +263,9 @@ proptest! {
     #[test]
     fn option_data_survive_the_wire(name in "[^\0]{0,40}", wanted: Vec<u16>, queries in proptest::collection::vec("[^\0]{0,20}", 0..5)) {
         let info = InfoRequest { name: name.clone(), wanted };
-        prop_assert_eq!(InfoRequest::parse(&info.encode().unwrap()), Ok(info));
+        prop_assert!(InfoRequest::parse(&info.encode().unwrap()) == Ok(info));
         let meta = MetaRequest { name: name.clone(), queries };
-        prop_assert_eq!(MetaRequest::parse(&meta.encode().unwrap()), Ok(meta));
+        prop_assert!(MetaRequest::parse(&meta.encode().unwrap()) == Ok(meta));
         prop_assert_eq!(parse_listed(&encode_listed(&name, "words")), Ok((name, "words".into())));
     }
 

@@ -194,11 +194,7 @@ impl Request {
     /// Bytes that follow the header on the wire.
     #[must_use]
     pub fn payload_len(&self) -> u32 {
-        if self.command == CMD_WRITE {
-            self.length
-        } else {
-            0
-        }
+        if self.command == CMD_WRITE { self.length } else { 0 }
     }
 }
 
@@ -296,12 +292,7 @@ pub fn encode_error_payload(error: Errno, message: &str) -> Vec<u8> {
     let message = clip(message);
     // Cannot saturate: clip() leaves at most MAX_STRING bytes.
     let len = u16::try_from(message.len()).unwrap_or(u16::MAX);
-    [
-        &error.code().to_be_bytes()[..],
-        &len.to_be_bytes(),
-        message.as_bytes(),
-    ]
-    .concat()
+    [&error.code().to_be_bytes()[..], &len.to_be_bytes(), message.as_bytes()].concat()
 }
 
 /// Error and message of a `REPLY_ERROR` chunk.
