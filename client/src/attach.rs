@@ -1,1 +1,284 @@
-//! (being written)
+//! The first process inside the payload's own initrd: makes the laptop's disk a local one, then gives way to the
+//! distribution's `/init`.
+//!
+//! Started by the kernel as `rdinit=/stiefel/stiefel`. It loads drivers until the NIC is there that the stick found the
+//! laptop through, connects /dev/nbd0 through generic netlink (so that the kernel owns the socket and no process is
+//! needed for it), starts the [keeper](crate::keeper), leaves nothing mounted, and execs `/init` with its own arguments.
+
+use std::ffi::OsString;
+use std::net::{SocketAddr, SocketAddrV6};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use stiefel_shared::bundle::{AttachSession, Transport};
+use stiefel_shared::handover::{MAX_DOCUMENT, PROGRAM_PATH, SESSION_PATH, SecretBytes};
+use stiefel_sys::console::Console;
+use stiefel_sys::link::{self, Link};
+use stiefel_sys::module::Loader;
+use stiefel_sys::mount::{self, MountFlags};
+use stiefel_sys::power::{self, Power};
+use stiefel_sys::uevent::{self, Monitor, UeventError};
+
+use crate::{keeper, nbd};
+
+/// Our folder in the payload's initrd; all that is mounted while we attach is below it.
+pub(crate) const HOME: &str = "/stiefel";
+/// The index of the device, /dev/nbd0.
+pub(crate) const NBD_INDEX: u32 = 0;
+/// How long in-flight I/O waits for a link that is away before it fails: the keeper gives up before.
+pub(crate) const DEAD_CONNECTION: Duration = Duration::from_hours(1);
+/// After this long without an answer a connection counts as dead, and its requests are sent again on a new one. Longer
+/// than any disk takes to write back its cache.
+pub(crate) const REQUEST: Duration = Duration::from_secs(60);
+/// What the kernel shows as the device's backend; a new connection must name the same.
+pub(crate) const BACKEND: &str = "stiefel";
+/// How long the NIC, its link and the laptop may take to show up before the desktop starts over.
+const PATIENCE: Duration = Duration::from_mins(2);
+/// `cdc_subset` races `cdc_ether` for QEMU's USB NIC and gives it a random hardware address.
+const NEVER: [&str; 1] = ["cdc_subset"];
+
+/// Attaches the disk and execs the distribution's `/init`; the kernel would panic if it returned.
+pub fn run() -> ! {
+    let mounted = mount_private();
+    let console = Console::open(&home("dev"), &home("proc"));
+    let attached = mounted.and_then(|()| attach(&console));
+    let error = match attached {
+        Ok(()) => {
+            unmount_private(&console);
+            let error = Command::new("/init").arg0("/init").args(std::env::args_os().skip(1)).exec();
+            anyhow::Error::new(error).context("cannot start the payload's own /init; is this an initrd?")
+        }
+        Err(error) => error,
+    };
+    give_up(&console, &error)
+}
+
+/// Below our folder.
+fn home(name: &str) -> PathBuf {
+    Path::new(HOME).join(name)
+}
+
+const PRIVATE: [(&str, &str); 3] = [("proc", "proc"), ("sys", "sysfs"), ("dev", "devtmpfs")];
+
+/// Mounts proc, sysfs and devtmpfs where the distribution will not look: it mounts its own later.
+fn mount_private() -> anyhow::Result<()> {
+    for (name, fstype) in PRIVATE {
+        let dir = home(name);
+        mount::make_dir_all(&dir, 0o755)?;
+        mount::mount(fstype, &dir, fstype, MountFlags::NOSUID | MountFlags::NOEXEC, None)?;
+    }
+    Ok(())
+}
+
+fn unmount_private(console: &Console) {
+    for (name, _) in PRIVATE {
+        // Lazily: the keeper holds files of proc open.
+        if let Err(error) = mount::unmount(&home(name), true) {
+            console.warn(&error.to_string());
+        }
+    }
+}
+
+fn attach(console: &Console) -> anyhow::Result<()> {
+    let session = read_session()?;
+    console.info(&format!("attaching the disk of {}", session.hostname));
+    let link = find_link(console, &session)?;
+    let at = laptop(&session, link.index);
+    let Transport::Nbd { export, .. } = &session.disk.transport;
+    let granted = connect(console, at, export)?;
+    check_size(&session, granted.size)?;
+    stiefel_sys::nbd::connect(&stiefel_sys::nbd::Connect {
+        index: Some(NBD_INDEX),
+        size: granted.size,
+        block_size: u64::from(session.disk.logical_block_size),
+        timeout: REQUEST,
+        server_flags: granted.flags,
+        dead_conn_timeout: DEAD_CONNECTION,
+        backend_identifier: BACKEND,
+        sockets: &[granted.socket.as_fd()],
+    })
+    .context("the kernel did not take the disk")?;
+    // Without udev nobody opens the device, and the kernel reads the partition table at the first open.
+    std::fs::File::open(home("dev").join(format!("nbd{NBD_INDEX}"))).context("cannot open the attached disk")?;
+    keeper::start().context("cannot start the keeper of the link")?;
+    // The keeper has its own, locked copy; nothing else may find the session's secret.
+    std::fs::remove_file(Path::new("/").join(SESSION_PATH)).context("cannot remove the session file")?;
+    console.info(&format!("the disk of {} is attached as /dev/nbd{NBD_INDEX}; starting its system", session.hostname));
+    Ok(())
+}
+
+/// Reads the session that the stick left for us.
+pub(crate) fn read_session() -> anyhow::Result<AttachSession> {
+    session_at(&Path::new("/").join(SESSION_PATH))
+}
+
+/// Reads a session file.
+pub(crate) fn session_at(path: &Path) -> anyhow::Result<AttachSession> {
+    let size = std::fs::metadata(path).with_context(|| format!("no session in {}", path.display()))?.len();
+    if size > MAX_DOCUMENT {
+        bail!("the session file is {size} bytes long; at most {MAX_DOCUMENT} are read");
+    }
+    let json = SecretBytes(std::fs::read(path).context("cannot read the session file")?);
+    serde_json::from_slice(&json.0)
+        .context("the session file is not understood; build the stick and the laptop's ramdisk with the same stiefel")
+}
+
+/// Where the laptop's disk is, through the NIC with this index.
+pub(crate) fn laptop(session: &AttachSession, link_index: u32) -> SocketAddr {
+    let Transport::Nbd { port, .. } = session.disk.transport;
+    SocketAddr::V6(SocketAddrV6::new(session.laptop, port, 0, link_index))
+}
+
+/// Loads drivers until the session's NIC is there and has an address.
+fn find_link(console: &Console, session: &AttachSession) -> anyhow::Result<Link> {
+    let deadline = Instant::now() + PATIENCE;
+    let modules = home("modules").join(&session.version);
+    // What the drivers ask for lies with us: the initrd's own /lib is the distribution's.
+    let firmware = home("sys").join("module/firmware_class/parameters/path");
+    if let Err(error) = std::fs::write(&firmware, home("firmware").as_os_str().as_encoded_bytes()) {
+        console.warn(&format!("NICs may lack their firmware: {}: {error}", firmware.display()));
+    }
+    let mut monitor = Monitor::open()?;
+    let mut loader = Loader::open(&modules, &NEVER)?;
+    // Built in almost everywhere, so not having them as modules is no fault.
+    for name in ["ipv6", "af_packet"] {
+        if loader.index().path(name).is_some() {
+            loader.load(name)?;
+        }
+    }
+    loader.load("nbd").context("the payload's kernel cannot attach the disk")?;
+    coldplug(console, &mut loader);
+    let found = loop {
+        if let Some(link) = link::list()?.into_iter().find(|link| is_sessions(link, session)) {
+            break link;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!("the NIC that leads to the laptop is not there; is it plugged in, and does the laptop's kernel drive it?");
+        }
+        // A new device may need a driver; a new NIC is a uevent, too.
+        match monitor.next(Some(left)) {
+            Ok(Some(event)) if event.action == "add" => {
+                if let Some(modalias) = event.modalias() {
+                    load(console, &mut loader, modalias);
+                }
+            }
+            Ok(_) => {}
+            Err(UeventError::Lost) => coldplug(console, &mut loader),
+            Err(error) => return Err(error.into()),
+        }
+    };
+    // Renaming works only while the NIC is down; this name tells people and udev whose it is.
+    link::rename(found.index, LINK_NAME)?;
+    link::disable_dad(&home("proc"), LINK_NAME)?;
+    link::set_up(found.index)?;
+    console.info(&format!("the link is {} ({LINK_NAME})", found.name));
+    let left = deadline.saturating_duration_since(Instant::now());
+    wait_for_address(found.index, left)?;
+    // Back to the kernel's default: later drivers find their firmware in the root file system.
+    if let Err(error) = std::fs::write(&firmware, b"\n") {
+        console.warn(&format!("cannot reset the firmware path: {error}"));
+    }
+    Ok(found)
+}
+
+/// The name of the NIC that leads to the laptop, on the desktop.
+pub(crate) const LINK_NAME: &str = "stiefellink";
+
+pub(crate) fn is_sessions(link: &Link, session: &AttachSession) -> bool {
+    link.mac == session.link_mac || link.permanent_mac == Some(session.link_mac)
+}
+
+pub(crate) fn wait_for_address(index: u32, patience: Duration) -> anyhow::Result<()> {
+    link::wait_link_local(index, patience)
+        .context("the link to the laptop does not come up; is the cable in at both ends?")?;
+    Ok(())
+}
+
+fn coldplug(console: &Console, loader: &mut Loader) {
+    for device in uevent::coldplug(&home("sys")) {
+        load(console, loader, &device.modalias);
+    }
+}
+
+fn load(console: &Console, loader: &mut Loader, modalias: &str) {
+    for error in loader.load_modalias(modalias).failed {
+        console.warn(&format!("{:#}", anyhow::Error::new(error)));
+    }
+}
+
+/// Connects, and tries on while the laptop may still be busy or the cable be put right.
+fn connect(console: &Console, at: SocketAddr, export: &str) -> anyhow::Result<nbd::Granted> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match nbd::connect(at, export) {
+            Ok(granted) => return Ok(granted),
+            Err(error @ nbd::NbdError::Refused(_)) => return Err(error.into()),
+            Err(error) if Instant::now() >= deadline => return Err(error.into()),
+            Err(error) => {
+                console.warn(&format!("{:#}; trying on", anyhow::Error::new(error)));
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+}
+
+/// Another size than offered would shift what the partition table and the file systems say.
+fn check_size(session: &AttachSession, size: u64) -> anyhow::Result<()> {
+    let offered = session.disk.identity.size;
+    if size != offered {
+        bail!("the laptop offered a disk of {offered} bytes, but serves one of {size}; start again from the stick");
+    }
+    Ok(())
+}
+
+/// There is no way back into the ramdisk: show why, then start over from the stick.
+fn give_up(console: &Console, error: &anyhow::Error) -> ! {
+    console.error(&format!("{error:#}"));
+    for left in (1..=30).rev() {
+        console.progress(&format!("the desktop starts over in {left} s"));
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    loop {
+        let Err(error) = power::sync_and(Power::Restart);
+        console.error(&format!("{error}; switch the machine off by hand"));
+        std::thread::sleep(Duration::from_secs(10));
+    }
+}
+
+/// The payload's command line with what the desktop needs besides.
+///
+/// `noresume`: a hibernation image belongs to the laptop alone. Suspend and hibernation would leave the laptop's disk half
+/// written. (Whether swap is used is the laptop's configuration, so it is in the payload's words already.)
+#[must_use]
+pub fn command_line(payload: &str) -> String {
+    let mut words = vec![payload.to_owned(), format!("rdinit=/{PROGRAM_PATH}"), "noresume".to_owned()];
+    for target in ["sleep", "suspend", "hibernate", "hybrid-sleep", "suspend-then-hibernate"] {
+        words.push(format!("systemd.mask={target}.target"));
+    }
+    words.join(" ")
+}
+
+/// The argv\[0\] of the keeper; systemd spares processes whose name starts with `@` at switch-root and at shutdown.
+pub const KEEPER_ARG0: &str = "@stiefel-keeper";
+
+/// Our own program, wherever it was started from.
+pub(crate) fn program() -> OsString {
+    OsString::from(format!("/{PROGRAM_PATH}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_payloads_words_stay_first_and_sleep_is_masked() {
+        let line = command_line("root=UUID=1 ro quiet");
+        assert!(line.starts_with("root=UUID=1 ro quiet rdinit=/stiefel/stiefel noresume "), "{line}");
+        assert!(line.contains("systemd.mask=hibernate.target"), "{line}");
+    }
+}

@@ -3,9 +3,11 @@
 //! Counterpart: the crate `stiefel-server`, which this one never imports.
 
 pub mod attach;
+pub mod control;
 pub mod discovery;
 pub mod fetch;
 pub mod goodbye;
+mod guards;
 pub mod keeper;
 pub mod nbd;
 pub mod role;

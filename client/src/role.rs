@@ -1,1 +1,210 @@
-//! (being written)
+//! The desktop in the ramdisk: finds the laptop, wakes it if it sleeps, fetches what is to be booted, and loads it.
+//!
+//! Whatever goes wrong is said, and the search begins anew: the desktop has nowhere else to go.
+
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use stiefel_shared::bundle::{AttachSession, Manifest};
+use stiefel_shared::cpio;
+use stiefel_shared::discovery::{PORT, State};
+use stiefel_shared::handover::{ClientHandover, PROGRAM_PATH, Part, SESSION_PATH, SecretBytes};
+use stiefel_shared::session::MachineId;
+use stiefel_sys::console::Console;
+use stiefel_sys::link::{self, Link};
+use stiefel_sys::{kexec, wired};
+use tokio::sync::mpsc;
+
+use crate::attach::command_line;
+use crate::discovery::{self, Event, Found};
+use crate::fetch::{self, Progress};
+
+/// After this long without any answer the screen says what to look at.
+const HINT: Duration = Duration::from_secs(15);
+
+/// Searches and fetches until the laptop's kernel is loaded; then the caller reboots into it by kexec.
+///
+/// # Errors
+/// Only what makes searching impossible; a boot that fails is said and tried again.
+pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow::Result<()> {
+    let machine = machine_id(Path::new("/sys"))?;
+    let (links, followed) = mpsc::channel(64);
+    std::thread::Builder::new().name("links".to_owned()).spawn(move || {
+        if let Err(error) = wired::follow(true, |event| links.blocking_send(event).is_ok()) {
+            console.error(&format!("no more NICs are brought up: {:#}", anyhow::Error::new(error)));
+        }
+    })?;
+    let (tell, mut events) = mpsc::channel(64);
+    let key = handover.key.clone();
+    let search = tokio::spawn(async move { discovery::run(&key, PORT, true, followed, tell).await });
+    console.info(&format!("looking for the laptop that knows the key \"{}\"", handover.key.name));
+    let mut screen = Screen { console, interfaces: Vec::new(), last: None };
+    loop {
+        let event = match tokio::time::timeout(HINT, events.recv()).await {
+            Err(_) => {
+                screen.hint();
+                continue;
+            }
+            Ok(None) => break,
+            Ok(Some(event)) => event,
+        };
+        if let Some(found) = screen.show(event) {
+            match boot(console, handover, machine, &found).await {
+                Ok(()) => return Ok(()),
+                Err(error) => console.error(&format!("{error:#}\nsearching again")),
+            }
+            screen.last = None;
+            // What was heard meanwhile is old; offers come again.
+            while events.try_recv().is_ok() {}
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+    search.await??;
+    anyhow::bail!("the search ended")
+}
+
+/// What the user has been told.
+struct Screen {
+    console: &'static Console,
+    interfaces: Vec<String>,
+    /// What was last said about which laptop, so that repeated offers do not fill the screen.
+    last: Option<(String, State)>,
+}
+
+impl Screen {
+    /// Shows what happened; a laptop that is ready is returned.
+    fn show(&mut self, event: Event) -> Option<Found> {
+        match event {
+            Event::Asking { interface } => {
+                self.console.info(&format!("asking on {interface}"));
+                if !self.interfaces.contains(&interface) {
+                    self.interfaces.push(interface);
+                }
+                None
+            }
+            Event::Found(found) => {
+                let news = Some((found.hostname.clone(), found.state));
+                if self.last != news {
+                    let doing = match found.state {
+                        State::Asleep => "its own system runs; waking it",
+                        State::Waking => "it is on its way",
+                        State::Ready => "it is ready",
+                    };
+                    self.console.info(&format!("found {} on {}: {doing}", found.hostname, found.interface));
+                    self.last = news;
+                }
+                (found.state == State::Ready).then_some(found)
+            }
+            Event::Waking { interface, .. } => {
+                self.console.info(&format!("the laptop on {interface} heard us and is coming"));
+                None
+            }
+        }
+    }
+
+    /// Nobody has answered for a while.
+    fn hint(&self) {
+        if self.interfaces.is_empty() {
+            self.console.warn("no network adapter with a cable that carries a signal; plug the cable in at both ends");
+        } else {
+            self.console.warn(&format!(
+                "no laptop that knows this stick's key answers on {}; is stiefel running there, and was the key not revoked?",
+                self.interfaces.join(", ")
+            ));
+        }
+    }
+}
+
+/// Fetches and loads.
+async fn boot(
+    console: &'static Console,
+    handover: &ClientHandover,
+    machine: MachineId,
+    found: &Found,
+) -> anyhow::Result<()> {
+    let mut kernel = kexec::memfd("stiefel-kernel", |_| Ok(()))?;
+    let mut initrd = kexec::memfd("stiefel-initrd", |_| Ok(()))?;
+    let mut shown = None;
+    let manifest = {
+        let mut last = None;
+        let sink = |part: Part, bytes: &[u8]| -> std::io::Result<()> {
+            let file = if part == Part::Kernel { &mut kernel } else { &mut initrd };
+            if last.replace(part) != Some(part) {
+                // The kernel unpacks one archive after the other; each starts at a multiple of four.
+                let at = file.stream_position()?;
+                cpio::pad_to(file, at, 4)?;
+            }
+            file.write_all(bytes)
+        };
+        fetch::fetch(found.address, &found.challenge, &handover.key, machine, sink, |progress| match progress {
+            Progress::Connected => console.info(&format!("{} knows us; receiving", found.hostname)),
+            Progress::Waiting => console.progress("the laptop is not ready yet"),
+            Progress::Part { part, done, total } => {
+                let percent = done.saturating_mul(100) / total.max(1);
+                if shown != Some((part, percent)) {
+                    shown = Some((part, percent));
+                    console.progress(&format!("{:8} {}", part.name(), bar(percent)));
+                }
+            }
+        })
+        .await
+        .with_context(|| format!("nothing was booted from {}", found.hostname))?
+    };
+    console.info(&format!("received {} of {}", manifest.payload.version, manifest.hostname));
+    append_session(&mut initrd, &manifest, found)?;
+    let cmdline = command_line(&manifest.payload.cmdline);
+    kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &cmdline)?;
+    console.info(&format!("starting {}", manifest.payload.version));
+    Ok(())
+}
+
+/// A bar that every console's font has.
+fn bar(percent: u64) -> String {
+    let full = usize::try_from(percent / 4).unwrap_or(25).min(25);
+    format!("[{}{}] {percent:>3} %", "#".repeat(full), ".".repeat(25 - full))
+}
+
+/// Adds our program and the session, which [`crate::attach`] finds in the payload's initramfs.
+fn append_session(initrd: &mut File, manifest: &Manifest, found: &Found) -> anyhow::Result<()> {
+    let own = link::list()?
+        .into_iter()
+        .find(|link| link.index == found.address.scope_id())
+        .context("the NIC that led to the laptop is gone; plug it in again")?;
+    let session = AttachSession {
+        hostname: manifest.hostname.clone(),
+        version: manifest.payload.version.clone(),
+        link_mac: own.permanent_mac.unwrap_or(own.mac),
+        laptop: *found.address.ip(),
+        http_port: found.address.port(),
+        disk: manifest.disk.clone(),
+        control: manifest.control.clone(),
+        session: manifest.session.clone(),
+    };
+    let json = SecretBytes(serde_json::to_vec(&session)?);
+    let program = std::fs::read("/init").context("cannot read our own program")?;
+    let at = initrd.stream_position()?;
+    cpio::pad_to(initrd, at, 4)?;
+    let mut archive = cpio::Writer::new(&*initrd);
+    archive.dir("stiefel", 0o755)?;
+    archive.file(PROGRAM_PATH, 0o755, &program)?;
+    archive.file(SESSION_PATH, 0o600, &json.0)?;
+    archive.finish()?;
+    Ok(())
+}
+
+/// Which desktop this is: from its firmware, so that it stays the same at every boot.
+fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
+    let dmi = std::fs::read_to_string(sysfs.join("class/dmi/id/product_uuid")).ok();
+    if let Some(id) = dmi.and_then(|text| text.parse().ok()) {
+        return Ok(id);
+    }
+    // No DMI (not every firmware has it): the lowest hardware address of a NIC that is no USB adapter is as lasting.
+    let macs = link::list()?.into_iter().filter(Link::is_wired_physical).map(|link| link.permanent_mac.unwrap_or(link.mac));
+    let mac = macs.min().context("this machine has neither a DMI UUID nor a wired NIC")?;
+    let digits: String = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(format!("{digits:0>32}").parse()?)
+}

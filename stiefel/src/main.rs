@@ -1,3 +1,30 @@
-//! The `stiefel` command.
+//! The `stiefel` command: one static program that is the user's command, the laptop's service, PID 1 of the ramdisk, the
+//! role below it, and the first and the last process of a desktop's session. Which of them is told by argv\[0\].
 
-fn main() {}
+mod cli;
+mod commands;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use stiefel_client::{attach, goodbye, keeper};
+use stiefel_sys::process;
+
+fn main() -> ExitCode {
+    let arg0 = std::env::args_os().next().unwrap_or_default();
+    let name = Path::new(&arg0).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    // PID 1 is never called by a user, so nothing of the command line is read there.
+    if process::is_pid_one() {
+        match name {
+            "init" => stiefel_init::run(),
+            "stiefel" => attach::run(),
+            "shutdown" => goodbye::run(),
+            _ => {}
+        }
+    }
+    match name {
+        stiefel_init::ROLE_ARG0 => commands::role::run(),
+        attach::KEEPER_ARG0 => keeper::run(),
+        _ => cli::run(),
+    }
+}

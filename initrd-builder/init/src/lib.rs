@@ -1,1 +1,141 @@
 //! PID 1 of the ramdisk: mounts, drivers, role.
+//!
+//! Started by the kernel as `/init`. It mounts the kernel's file systems, loads drivers by modalias for what is there
+//! and for what is plugged in later, and runs the role that the handover names as a child, so that a fault there cannot
+//! end PID 1 (the kernel would panic). It never returns: a failing laptop goes back to its installed OS after a visible
+//! countdown, a failing desktop tries again.
+
+mod drivers;
+mod supervise;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use stiefel_shared::handover::{HANDOVER_PATH, Handover, MAX_DOCUMENT, SecretBytes};
+use stiefel_sys::console::Console;
+use stiefel_sys::kmsg;
+use stiefel_sys::mount::{self, MountFlags};
+use stiefel_sys::power::{self, Power};
+use stiefel_sys::process;
+
+pub use supervise::RoleEnd;
+
+/// The argv\[0\] under which the program knows that it is the child that runs the role.
+pub const ROLE_ARG0: &str = "stiefel-role";
+
+/// Runs the ramdisk; the kernel panics if PID 1 ends, so this never returns.
+pub fn run() -> ! {
+    let console = start();
+    console.info(&format!("ramdisk of stiefel {}", env!("CARGO_PKG_VERSION")));
+    drivers::spawn(console);
+    match read_handover() {
+        Ok(Some(handover)) => supervise::run(console, &handover),
+        Ok(None) => console.warn("this ramdisk was started without a handover, so it has no role"),
+        Err(error) => console.error(&format!("{error:#}")),
+    }
+    last_resort(console)
+}
+
+/// Mounts what everything else needs. What cannot be mounted is said and done without: better half a ramdisk that
+/// tells its trouble than a kernel panic.
+fn start() -> &'static Console {
+    let mut failed = Vec::new();
+    for (source, target, fstype, flags, data) in [
+        ("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None),
+        ("sysfs", "/sys", "sysfs", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None),
+        ("devtmpfs", "/dev", "devtmpfs", MountFlags::NOSUID, Some("mode=0755")),
+        ("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some("mode=0755")),
+    ] {
+        let target = Path::new(target);
+        let mounted = mount::make_dir_all(target, 0o755).and_then(|()| mount::mount(source, target, fstype, flags, data));
+        if let Err(error) = mounted {
+            failed.push(describe(&error));
+        }
+    }
+    // Lives as long as the machine.
+    let console: &'static Console = Box::leak(Box::new(Console::open(Path::new("/dev"), Path::new("/proc"))));
+    for failure in failed {
+        console.error(&failure);
+    }
+    for (what, done) in [
+        ("set the host name", process::set_hostname("stiefel")),
+        ("keep Ctrl-Alt-Del from rebooting at once", power::disable_ctrl_alt_del()),
+        ("log without limit", kmsg::unlimited(Path::new("/proc"))),
+    ] {
+        if let Err(error) = done {
+            console.warn(&format!("cannot {what}: {error}"));
+        }
+    }
+    console
+}
+
+/// Reads the handover, if there is one.
+fn read_handover() -> anyhow::Result<Option<Handover>> {
+    use anyhow::Context;
+    let path = Path::new("/").join(HANDOVER_PATH);
+    let meta = match std::fs::metadata(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        other => other.context("cannot look at the handover")?,
+    };
+    anyhow::ensure!(meta.len() <= MAX_DOCUMENT, "the handover is {} bytes long; at most {MAX_DOCUMENT} are read", meta.len());
+    anyhow::ensure!(meta.permissions().mode() & 0o077 == 0, "the handover can be read by everyone; build it with this stiefel");
+    let json = SecretBytes(std::fs::read(&path).context("cannot read the handover")?);
+    Ok(Some(Handover::parse(&json.0)?))
+}
+
+/// Overwrites and removes the secrets in the ramdisk's files.
+fn wipe_secrets(console: &Console) {
+    let path = Path::new("/").join(HANDOVER_PATH);
+    if let Ok(meta) = std::fs::metadata(&path) {
+        let zeroes = vec![0; usize::try_from(meta.len().min(MAX_DOCUMENT)).unwrap_or_default()];
+        let wiped = std::fs::File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|mut file| std::io::Write::write_all(&mut file, &zeroes))
+            .and_then(|()| std::fs::remove_file(&path));
+        if let Err(error) = wiped {
+            console.warn(&format!("cannot wipe the handover: {error}"));
+        }
+    }
+}
+
+/// Debug images offer a shell; others restart the machine after a countdown.
+fn last_resort(console: &Console) -> ! {
+    wipe_secrets(console);
+    if Path::new("/bin/sh").exists() {
+        console.info("debug image: a shell, for everyone at this console; leaving it reboots");
+        supervise::shell(console);
+    } else {
+        countdown(console, 30, "the machine reboots");
+    }
+    end(console, Power::Restart)
+}
+
+/// An error with its causes, on one line.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Counts down on the screen.
+fn countdown(console: &Console, seconds: u32, what: &str) {
+    for left in (1..=seconds).rev() {
+        console.progress(&format!("{what} in {left} s"));
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+    console.info(&format!("{what} now"));
+}
+
+/// Ends the machine's turn; tried until it works.
+fn end(console: &Console, how: Power) -> ! {
+    loop {
+        let Err(error) = power::sync_and(how);
+        console.error(&format!("{}; switch the machine off by hand", describe(&error)));
+        std::thread::sleep(std::time::Duration::from_secs(10));
+    }
+}

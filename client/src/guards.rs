@@ -1,0 +1,165 @@
+//! What the keeper writes into the payload's /run: guards against network managers, and the shutdown program.
+//!
+//! Everything is below /run, so nothing of it outlives the session. The folder is an argument, so that tests use a
+//! temporary one.
+
+use std::fs::File;
+use std::io::{self, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use stiefel_shared::bundle::AttachSession;
+use stiefel_shared::config::Mac;
+use stiefel_shared::handover::SecretBytes;
+use stiefel_sys::mount::{self, MountFlags};
+
+use crate::attach::LINK_NAME;
+
+/// A guard that could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {}: {source}; the link may be reconfigured", path.display())]
+pub struct GuardError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Writes the guards below `run`; tries all, and returns what failed.
+pub(crate) fn write(run: &Path, session: &AttachSession) -> Vec<GuardError> {
+    let mac = Mac(session.link_mac);
+    let disk = &session.disk.identity;
+    let files = [
+        (
+            "NetworkManager/conf.d/90-stiefel.conf",
+            format!(
+                "# Written by stiefel: the root file system comes over this NIC.\n\
+                 [keyfile]\nunmanaged-devices+=interface-name:{LINK_NAME};mac:{mac}\n\
+                 [device-stiefel]\nmatch-device=interface-name:{LINK_NAME},mac:{mac}\nmanaged=0\n"
+            ),
+        ),
+        (
+            "systemd/network/00-stiefel.network",
+            format!(
+                "# Written by stiefel: the root file system comes over this NIC.\n\
+                 [Match]\nName={LINK_NAME}\nMACAddress={mac}\n[Link]\nUnmanaged=yes\n"
+            ),
+        ),
+        (
+            "systemd/network/00-stiefel.link",
+            format!("# Written by stiefel.\n[Match]\nMACAddress={mac}\n[Link]\nNamePolicy=\nName={LINK_NAME}\n"),
+        ),
+        ("udev/rules.d/61-stiefel.rules", by_id_rules(disk.model.as_deref(), disk.serial.as_deref(), disk.wwid.as_deref())),
+    ];
+    files.into_iter().filter_map(|(name, text)| write_file(&run.join(name), &text).err()).collect()
+}
+
+fn write_file(path: &Path, text: &str) -> Result<(), GuardError> {
+    let failed = |source| GuardError { path: path.to_owned(), source };
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).map_err(failed)?;
+    }
+    std::fs::write(path, text).map_err(failed)
+}
+
+/// An NBD device has no identity of its own; these links let fstab, LVM and ZFS find the laptop's disk by its name.
+fn by_id_rules(model: Option<&str>, serial: Option<&str>, wwid: Option<&str>) -> String {
+    let mut rules = String::from("# Written by stiefel: the identity of the laptop's disk.\n");
+    let clean = |text: &str| -> String {
+        text.chars().map(|c| if c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c) { c } else { '_' }).collect()
+    };
+    let mut names = Vec::new();
+    if let (Some(model), Some(serial)) = (model, serial) {
+        // Which of them the laptop's own bus would have made is not known here; a link too many does no harm.
+        for bus in ["ata", "nvme", "scsi", "virtio"] {
+            names.push(format!("{bus}-{}_{}", clean(model), clean(serial)));
+        }
+    }
+    if let Some(serial) = serial {
+        names.push(format!("virtio-{}", clean(serial)));
+    }
+    if let Some(wwid) = wwid {
+        names.push(format!("wwn-0x{}", clean(wwid.trim_start_matches("naa.").trim_start_matches("0x"))));
+        names.push(format!("nvme-{}", clean(wwid)));
+    }
+    for name in names {
+        rules += &format!("SUBSYSTEM==\"block\", KERNEL==\"nbd0\", SYMLINK+=\"disk/by-id/{name}\"\n");
+        rules += &format!("SUBSYSTEM==\"block\", KERNEL==\"nbd0p*\", SYMLINK+=\"disk/by-id/{name}-part%n\"\n");
+    }
+    rules
+}
+
+/// Makes `run/initramfs`, which systemd pivots to at the end of a shutdown: a file system of its own, because /run may
+/// be mounted noexec. The empty `bin/sh` keeps dracut from unpacking its own over it.
+///
+/// # Errors
+/// When the folder cannot be mounted or filled; the shutdown then goes without a goodbye.
+pub(crate) fn put_shutdown_program(run: &Path, program: &File, session: &SecretBytes) -> anyhow::Result<()> {
+    let dir = run.join("initramfs");
+    mount::make_dir_all(&dir, 0o755)?;
+    mount::mount("stiefel", &dir, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some("mode=0755,size=64M"))?;
+    let create = |name: &str, mode: u32| {
+        File::options()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(dir.join(name))
+            .with_context(|| format!("cannot create {name} in {}", dir.display()))
+    };
+    mount::make_dir_all(&dir.join("bin"), 0o755)?;
+    create("bin/sh", 0o755)?;
+    create("session.json", 0o600)?.write_all(&session.0)?;
+    let mut source = program.try_clone()?;
+    source.rewind()?;
+    io::copy(&mut source, &mut create("shutdown", 0o755)?).context("cannot copy our own program")?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stiefel_shared::bundle::{ControlKey, DiskOffer, Transport};
+    use stiefel_shared::handover::DiskIdentity;
+
+    fn session() -> AttachSession {
+        AttachSession {
+            hostname: "laptop".to_owned(),
+            version: "6.1".to_owned(),
+            link_mac: [2, 0, 0, 0, 0, 0x1f],
+            laptop: std::net::Ipv6Addr::LOCALHOST,
+            http_port: 1,
+            disk: DiskOffer {
+                identity: DiskIdentity {
+                    model: Some("Fast \"SSD\" 1".to_owned()),
+                    serial: Some("S/1".to_owned()),
+                    ..DiskIdentity::default()
+                },
+                logical_block_size: 512,
+                transport: Transport::Nbd { port: 1, export: "secret-export".to_owned() },
+            },
+            control: ControlKey([0x5a; 32]),
+            session: "name".to_owned(),
+        }
+    }
+
+    #[test]
+    fn guards_name_the_link_by_address_and_hold_no_secret() {
+        let run = tempfile::tempdir().unwrap();
+        assert!(write(run.path(), &session()).is_empty());
+        let nm = std::fs::read_to_string(run.path().join("NetworkManager/conf.d/90-stiefel.conf")).unwrap();
+        assert!(nm.contains("mac:02:00:00:00:00:1f"), "{nm}");
+        let rules = std::fs::read_to_string(run.path().join("udev/rules.d/61-stiefel.rules")).unwrap();
+        assert!(rules.contains("disk/by-id/nvme-Fast__SSD__1_S_1\""), "{rules}");
+        for text in [nm, rules] {
+            assert!(!text.contains("secret-export") && !text.contains("5a5a"));
+        }
+    }
+
+    #[test]
+    fn a_guard_that_cannot_be_written_is_reported_and_the_others_are_written() {
+        let run = tempfile::tempdir().unwrap();
+        std::fs::write(run.path().join("systemd"), b"a file in the way").unwrap();
+        let failed = write(run.path(), &session());
+        assert_eq!(failed.len(), 2);
+        assert!(run.path().join("udev/rules.d/61-stiefel.rules").exists());
+    }
+}

@@ -1,0 +1,270 @@
+//! What the user types: parsed here, resolved against the machine in `commands`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use stiefel_shared::config::{CONFIG_PATH, ConfigError};
+
+use crate::commands;
+
+/// Exit status for wrong usage and for a configuration that cannot be used; clap exits with it, too.
+const USAGE: u8 = 2;
+
+/// Boot a desktop from a laptop's own disk over a cable.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, after_help = "Exit status: 0 done, 1 failed, 2 wrong usage or configuration.")]
+struct Cli {
+    /// The configuration.
+    #[arg(long, global = true, value_name = "FILE", default_value = CONFIG_PATH)]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build the ramdisk: kernel, ramdisk.cpio.zst and manifest. Needs no root.
+    Build(BuildArgs),
+    /// Put stiefel into this laptop's system: program, service, guards, configuration, key, ramdisk.
+    Install(InstallArgs),
+    /// Take out again what `install` put in.
+    Uninstall(UninstallArgs),
+    /// Write the desktop's boot medium: an image file, or a USB stick.
+    Stick(StickArgs),
+    /// The sticks' keys.
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// The service: wait for the dedicated NIC or for a wake, then leave the system and serve.
+    Autokexec(AutokexecArgs),
+    /// Leave this system and serve its disk now.
+    Serve(ServeArgs),
+    /// Show what the desktop would boot, and why.
+    Payload(PayloadArgs),
+    /// Serve a file or a device over NBD: just the server, in clear.
+    Nbd(NbdArgs),
+    /// Try stiefel in virtual machines.
+    #[command(name = "test-qemu")]
+    TestQemu(commands::test_qemu::TestQemuArgs),
+    /// Print the man page, or shell completions.
+    #[command(hide = true)]
+    Generate(GenerateArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct BuildArgs {
+    /// Where the three files go.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/stiefel")]
+    pub(crate) out: PathBuf,
+    /// Another kernel than the configured or running one; needs --modules.
+    #[arg(long, value_name = "FILE", requires = "modules")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// That kernel's modules, such as /lib/modules/6.1.0-13-amd64.
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    pub(crate) modules: Option<PathBuf>,
+    /// A folder with firmware; may be given several times.
+    #[arg(long, value_name = "DIR", default_values = ["/lib/firmware/updates", "/lib/firmware"])]
+    pub(crate) firmware: Vec<PathBuf>,
+    /// Busybox for a debug image (`modules: [default, debug]`).
+    #[arg(long, value_name = "FILE", default_value = "/bin/busybox")]
+    pub(crate) busybox: PathBuf,
+    /// Add the debug class whatever the configuration says: busybox, and a shell for everyone at the console.
+    #[arg(long)]
+    pub(crate) debug: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct InstallArgs {
+    /// Install into the system below this folder.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// The ramdisk, as `stiefel build --out DIR` made it; built now if it is not given.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) ramdisk: Option<PathBuf>,
+    /// Do not ask.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+    /// Only show what would be done.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct UninstallArgs {
+    /// The system below this folder.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// Remove configuration and keys as well.
+    #[arg(long)]
+    pub(crate) purge: bool,
+    /// Do not ask.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+    /// Only show what would be done.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct StickArgs {
+    /// An image file to create, or the USB stick's device, such as /dev/sdb.
+    pub(crate) target: PathBuf,
+    /// The key to put on it: a name below /etc/stiefel/keys, or a file.
+    #[arg(long, value_name = "NAME|FILE", default_value = "stick")]
+    pub(crate) key: String,
+    /// The ramdisk, as `stiefel build` made it.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/stiefel")]
+    pub(crate) ramdisk: PathBuf,
+    /// The UEFI stub (package systemd-boot-efi).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) stub: Option<PathBuf>,
+    /// Words for the kernel's command line on the desktop, besides `initrd.cmdline`.
+    #[arg(long, value_name = "WORDS", default_value = "")]
+    pub(crate) cmdline: String,
+    /// Replace an image file that exists.
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Write to a disk that is not removable.
+    #[arg(long)]
+    pub(crate) allow_fixed: bool,
+    /// Do not ask before wiping a device.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Make a new key; sticks written with it may connect.
+    New(KeyArgs),
+    /// List the keys' names.
+    List {
+        /// Where the keys are.
+        #[arg(long, value_name = "DIR", default_value = "/etc/stiefel/keys")]
+        dir: PathBuf,
+        /// Print as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Delete a key; sticks written with it are refused from the next serve on.
+    Revoke(KeyArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct KeyArgs {
+    /// The key's name.
+    pub(crate) name: String,
+    /// Where the keys are.
+    #[arg(long, value_name = "DIR", default_value = "/etc/stiefel/keys")]
+    pub(crate) dir: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct AutokexecArgs {
+    /// Say what would be done at a trigger, and load nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct ServeArgs {
+    /// Check and collect everything, but do not leave the system.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Do not ask.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct PayloadArgs {
+    /// Look at the system below this folder.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// Print as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct NbdArgs {
+    /// What to serve.
+    pub(crate) target: PathBuf,
+    /// Where to listen; may be given several times.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "[::1]:10809")]
+    pub(crate) listen: Vec<SocketAddr>,
+    /// Refuse every write.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// The export's name.
+    #[arg(long, default_value = "")]
+    pub(crate) name: String,
+}
+
+#[derive(Args)]
+struct GenerateArgs {
+    /// `man`, or the name of a shell.
+    what: String,
+}
+
+/// Runs the user's command.
+pub(crate) fn run() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            if error.chain().any(|cause| cause.is::<ConfigError>()) { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// What failed, and why, one line each.
+fn report(error: &anyhow::Error) {
+    eprintln!("Error: {error}");
+    for cause in error.chain().skip(1) {
+        eprintln!("  because: {cause}");
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    let config = &cli.config;
+    match cli.command {
+        Command::Build(args) => commands::build::build(config, &args),
+        Command::Install(args) => commands::install::install(config, &args),
+        Command::Uninstall(args) => commands::install::uninstall(&args),
+        Command::Stick(args) => commands::stick::stick(config, &args),
+        Command::Key(command) => commands::key::key(&command),
+        Command::Autokexec(args) => commands::serve::autokexec(config, &args),
+        Command::Serve(args) => commands::serve::serve(config, &args),
+        Command::Payload(args) => commands::serve::payload(config, &args),
+        Command::Nbd(args) => commands::nbd::nbd(&args),
+        Command::TestQemu(args) => commands::test_qemu::run(args),
+        Command::Generate(args) => generate(&args.what),
+    }
+}
+
+fn generate(what: &str) -> anyhow::Result<()> {
+    use clap::ValueEnum;
+    let mut command = Cli::command();
+    if what == "man" {
+        return Ok(clap_mangen::Man::new(command).render(&mut std::io::stdout())?);
+    }
+    let shell = clap_complete::Shell::from_str(what, true)
+        .map_err(|_| anyhow::anyhow!("`{what}` is not known; accepted: man, bash, elvish, fish, powershell, zsh"))?;
+    clap_complete::generate(shell, &mut command, "stiefel", &mut std::io::stdout());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,82 @@
+//! `stiefel stick`: the desktop's boot medium.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use stiefel_initrd_builder::ramdisk::Manifest;
+use stiefel_initrd_builder::stick::{self, DeviceInfo, StickOptions};
+use stiefel_shared::handover::{ClientHandover, Handover, ramdisk_cmdline};
+use stiefel_shared::key::{self, StickKey};
+use zeroize::Zeroizing;
+
+use super::{ask, config_or_default, mebibytes};
+use crate::cli::StickArgs;
+
+/// Where keys are looked for by name.
+const KEYS: &str = "/etc/stiefel/keys";
+
+/// Writes a file, or after asking a device.
+pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
+    let config = config_or_default(config)?;
+    let manifest = args.ramdisk.join("manifest");
+    let manifest = Manifest::parse(&fs::read(&manifest).with_context(|| {
+        format!("there is no ramdisk in {}; run `stiefel build`, or name its folder with --ramdisk", args.ramdisk.display())
+    })?)?;
+    manifest.verify(&args.ramdisk)?;
+    let handover = Handover::Client(ClientHandover { key: read_key(&args.key)? }).to_cpio()?;
+    let options = StickOptions {
+        kernel: args.ramdisk.join("kernel"),
+        ramdisk: args.ramdisk.join("ramdisk.cpio.zst"),
+        handover: Zeroizing::new(handover.0.clone()),
+        cmdline: ramdisk_cmdline(&format!("{} {}", config.initrd.cmdline, args.cmdline)),
+        stub: args.stub.clone(),
+    };
+    let bar = ProgressBar::new(0);
+    bar.set_style(ProgressStyle::with_template("writing {wide_bar} {bytes}/{total_bytes}")?);
+    let mut progress = |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    let target = &args.target;
+    let is_device = fs::metadata(target).is_ok_and(|meta| meta.file_type().is_block_device());
+    let report = if is_device {
+        let info = stick::describe(target)?;
+        info.check(args.allow_fixed)?;
+        show(&info);
+        if !args.yes && !ask("All of it is lost. Write the stick?")? {
+            bail!("nothing was written");
+        }
+        stick::write_device(&options, target, args.allow_fixed, &mut progress)?
+    } else {
+        stick::write_image(&options, target, args.overwrite, &mut progress)?
+    };
+    bar.finish_and_clear();
+    eprintln!("{}: {}, holds a key: keep it as you keep the laptop", target.display(), mebibytes(report.bytes));
+    Ok(())
+}
+
+fn show(info: &DeviceInfo) {
+    eprintln!("{}  {}  {}", info.path.display(), info.model, mebibytes(info.bytes));
+    for partition in &info.partitions {
+        eprintln!("  {}  {}", partition.name, mebibytes(partition.bytes));
+    }
+}
+
+/// A key by its name, or from a file.
+fn read_key(name: &str) -> anyhow::Result<StickKey> {
+    let path = if name.contains('/') { name.into() } else { Path::new(KEYS).join(format!("{name}.key")) };
+    let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    key::check_name(stem)?;
+    let file = fs::File::open(&path).with_context(|| {
+        format!("there is no key {}; make one with `stiefel key new {stem}`, or name its file with --key", path.display())
+    })?;
+    let mut content = Zeroizing::new(Vec::with_capacity(usize::try_from(key::MAX_KEY_FILE)? + 1));
+    file.take(key::MAX_KEY_FILE + 1)
+        .read_to_end(&mut content)
+        .with_context(|| format!("cannot read the key {}", path.display()))?;
+    Ok(StickKey::parse(stem, &content)?)
+}
