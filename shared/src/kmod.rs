@@ -9,6 +9,8 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 /// The longest index file taken, in bytes. Debian's largest (modules.alias) has 1.6 MB.
 pub const MAX_TEXT: usize = 16 << 20;
+/// The longest alias pattern and modalias taken, in bytes: the kernel's fit a page.
+const MAX_ALIAS: usize = 4096;
 
 /// The texts of one kernel version's index files; a missing file is the empty text.
 #[derive(Clone, Copy, Debug, Default)]
@@ -128,7 +130,7 @@ impl ModuleIndex {
         let inside = !path.starts_with('/') && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
         if inside && !name.is_empty() && !self.by_name.contains_key(&name) {
             self.by_name.insert(name.clone(), self.modules.len());
-            let depends = depends.split_whitespace().map(normalise).collect();
+            let depends = depends.split_ascii_whitespace().map(normalise).collect();
             self.modules.push(Module {
                 name,
                 path: path.to_owned(),
@@ -138,23 +140,33 @@ impl ModuleIndex {
     }
 
     fn add_alias(&mut self, order: usize, line: &str) {
-        let mut words = line.split_whitespace();
+        let mut words = line.split_ascii_whitespace();
         let (Some("alias"), Some(pattern), Some(module)) = (words.next(), words.next(), words.next()) else {
             return;
         };
+        if pattern.len() > MAX_ALIAS {
+            return;
+        }
         let pattern = underscore_pattern(pattern);
-        let literal = pattern.find(['*', '?', '[', '\\']).unwrap_or(pattern.len());
-        let key = pattern.get(..literal).unwrap_or_default().to_owned();
-        self.lengths.insert(key.len());
-        self.aliases.entry(key).or_default().push(Alias {
+        let wildcard = |byte| matches!(byte, b'*' | b'?' | b'[' | b'\\');
+        let literal = pattern.bytes().position(wildcard).unwrap_or(pattern.len());
+        let alias = Alias {
             order,
-            pattern,
             module: normalise(module),
-        });
+            pattern,
+        };
+        let key = alias.pattern.get(..literal).unwrap_or_default();
+        match self.aliases.get_mut(key) {
+            Some(same) => same.push(alias),
+            None => {
+                self.lengths.insert(key.len());
+                self.aliases.insert(key.to_owned(), vec![alias]);
+            }
+        }
     }
 
     fn add_soft(&mut self, line: &str) {
-        let mut words = line.split_whitespace();
+        let mut words = line.split_ascii_whitespace();
         let (Some("softdep"), Some(name)) = (words.next(), words.next()) else {
             return;
         };
@@ -194,6 +206,9 @@ impl ModuleIndex {
     /// modules.alias, each once.
     #[must_use]
     pub fn by_modalias(&self, modalias: &str) -> Vec<&str> {
+        if modalias.len() > MAX_ALIAS {
+            return Vec::new();
+        }
         let wanted = modalias.trim().replace('-', "_");
         let mut found: Vec<&Alias> = self
             .lengths
@@ -292,12 +307,15 @@ impl ModuleIndex {
 fn lines(text: &[u8]) -> impl Iterator<Item = &str> {
     text.split(|&byte| byte == b'\n')
         .filter_map(|line| std::str::from_utf8(line).ok())
-        .map(str::trim)
+        .map(str::trim_ascii)
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
 /// `-` becomes `_` but for ranges in brackets, as depmod does it.
 fn underscore_pattern(pattern: &str) -> String {
+    if !pattern.contains('-') {
+        return pattern.to_owned();
+    }
     let mut bracket = false;
     pattern
         .chars()
@@ -375,219 +393,4 @@ fn bracket(set: &[u8], byte: u8) -> Option<(bool, &[u8])> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn index(dep: &str, alias: &str, softdep: &str, builtin: &str) -> ModuleIndex {
-        let texts = Texts {
-            dep: dep.as_bytes(),
-            alias: alias.as_bytes(),
-            softdep: softdep.as_bytes(),
-            builtin: builtin.as_bytes(),
-        };
-        ModuleIndex::parse(&texts).unwrap()
-    }
-
-    #[test]
-    fn names_are_brought_into_the_kernels_form() {
-        for file in [
-            "nvme-tcp",
-            "kernel/drivers/nvme/host/nvme-tcp.ko",
-            "nvme-tcp.ko.xz",
-            "x/nvme_tcp.ko.zst",
-        ] {
-            assert_eq!(normalise(file), "nvme_tcp");
-        }
-        assert_eq!(normalise("a.ko.gz"), "a");
-        assert_eq!(normalise("odd.name"), "odd.name");
-    }
-
-    #[test]
-    fn dependencies_come_before_the_module_that_needs_them() {
-        let index = index("k/a.ko.xz: k/b.ko k/c.ko\nk/b.ko: k/c.ko\nk/c.ko:\n", "", "", "");
-        assert_eq!(index.resolve("a").unwrap(), ["c", "b", "a"]);
-        assert_eq!(index.path("a"), Some("k/a.ko.xz"));
-        assert_eq!(index.iter().collect::<Vec<_>>()[2], ("c", "k/c.ko"));
-    }
-
-    #[test]
-    fn soft_dependencies_are_found_through_aliases_and_stand_around_the_module() {
-        let index = index(
-            "ext4.ko: jbd2.ko\njbd2.ko:\ncrc32c_generic.ko:\nlate.ko: ext4.ko\n",
-            "alias crc32c crc32c_generic\n",
-            "# comment\nsoftdep ext4 pre: crc32c missing post: late\n",
-            "",
-        );
-        assert_eq!(
-            index.resolve("ext4").unwrap(),
-            ["crc32c_generic", "jbd2", "ext4", "late"]
-        );
-    }
-
-    #[test]
-    fn post_of_a_dependency_waits_for_the_module_itself() {
-        let index = index("a.ko: b.ko\nb.ko:\nc.ko: a.ko\n", "", "softdep b post: c\n", "");
-        assert_eq!(index.resolve("a").unwrap(), ["b", "a", "c"]);
-    }
-
-    #[test]
-    fn builtin_needs_no_loading_and_unknown_is_refused() {
-        let index = index("a.ko: scsi-mod.ko\n", "", "", "kernel/drivers/scsi/scsi_mod.ko\n");
-        assert_eq!(index.resolve("a").unwrap(), ["a"]);
-        assert!(index.is_builtin("scsi-mod"));
-        assert!(index.resolve("scsi_mod").unwrap().is_empty());
-        assert_eq!(
-            index.resolve("no-such"),
-            Err(KmodError::Unknown { name: "no_such".into() })
-        );
-    }
-
-    #[test]
-    fn cycles_end() {
-        let index = index(
-            "a.ko: b.ko\nb.ko: a.ko\n",
-            "alias x b\n",
-            "softdep a pre: x post: a b\n",
-            "",
-        );
-        assert_eq!(index.resolve("a").unwrap(), ["b", "a"]);
-    }
-
-    #[test]
-    fn modalias_finds_drivers_in_file_order_and_once() {
-        let index = index(
-            "",
-            "alias usb:v0BDAp8153d*dc*dsc*dp*icFFisc*ip*in* r8152\n\
-             alias usb:v*p*d*dc*dsc*dp*ic02isc06ip00in* cdc_ether\n\
-             alias usb:v0BDAp8153d*dc*dsc*dp*ic02isc0[5-7]ip00in* r8153_ecm\n\
-             alias usb:v0BDA* r8152\n\
-             alias platform:i2c-dash dash\n",
-            "",
-            "",
-        );
-        assert_eq!(
-            index.by_modalias("usb:v0BDAp8153d3100dc00dsc00dp00ic02isc06ip00in00\n"),
-            ["cdc_ether", "r8153_ecm", "r8152"]
-        );
-        assert_eq!(index.by_modalias("platform:i2c-dash"), ["dash"]);
-        assert!(index.by_modalias("pci:v1").is_empty());
-    }
-
-    #[test]
-    fn paths_that_lead_out_of_the_folder_are_not_taken() {
-        assert_eq!(
-            index("/etc/a.ko:\n../b.ko:\nx//c.ko:\nd.ko:\n", "", "", "")
-                .iter()
-                .count(),
-            1
-        );
-    }
-
-    #[test]
-    fn too_long_a_file_is_refused() {
-        let long = vec![b' '; MAX_TEXT + 1];
-        let texts = Texts {
-            alias: &long,
-            ..Texts::default()
-        };
-        let error = ModuleIndex::parse(&texts).unwrap_err();
-        assert_eq!(
-            error,
-            KmodError::TooLong {
-                file: "modules.alias",
-                bytes: MAX_TEXT + 1
-            }
-        );
-    }
-
-    #[test]
-    fn glob_knows_the_shells_signs() {
-        for (pattern, text, expected) in [
-            ("a?c", "abc", true),
-            ("a?c", "ac", false),
-            ("a*c*e", "abcde", true),
-            ("a*c*e", "abcdf", false),
-            ("[!a]x", "bx", true),
-            ("[^a]x", "ax", false),
-            ("[]a]", "]", true),
-            ("[a-", "[a-", true),
-            ("\\*", "*", true),
-            ("\\*", "x", false),
-            ("*", "", true),
-            ("", "", true),
-            ("", "a", false),
-        ] {
-            assert_eq!(glob(pattern.as_bytes(), text.as_bytes()), expected, "{pattern} {text}");
-        }
-    }
-
-    #[test]
-    fn many_stars_do_not_blow_up() {
-        let pattern = "*a".repeat(2000) + "b";
-        assert!(!glob(pattern.as_bytes(), "a".repeat(4000).as_bytes()));
-    }
-
-    #[test]
-    fn a_chain_of_dependencies_does_not_overflow_the_stack() {
-        let dep: String = (0..100_000).map(|n| format!("m{n}.ko: m{}.ko\n", n + 1)).collect();
-        assert_eq!(index(&dep, "", "", "").resolve("m0").unwrap().len(), 100_000);
-    }
-
-    /// What a glob means, written down plainly (and exponentially).
-    fn plain(pattern: &[u8], text: &[u8]) -> bool {
-        match pattern {
-            [] => text.is_empty(),
-            [b'*', rest @ ..] => (0..=text.len()).any(|skip| plain(rest, &text[skip..])),
-            [b'?', rest @ ..] => !text.is_empty() && plain(rest, &text[1..]),
-            [c, rest @ ..] => text.first() == Some(c) && plain(rest, &text[1..]),
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn glob_agrees_with_the_plain_meaning(pattern in "[ab*?]{0,8}", text in "[abc]{0,8}") {
-            prop_assert_eq!(glob(pattern.as_bytes(), text.as_bytes()), plain(pattern.as_bytes(), text.as_bytes()));
-        }
-
-        #[test]
-        fn glob_ends_on_any_bytes(pattern: Vec<u8>, text: Vec<u8>) {
-            glob(&pattern, &text);
-        }
-
-        #[test]
-        fn an_alias_without_wildcards_matches_itself_only(name in "[a-z:_-]{1,12}", other in "[a-z:_-]{1,12}") {
-            let index = index("", &format!("alias {name} driver\n"), "", "");
-            prop_assert_eq!(index.by_modalias(&name), vec!["driver"]);
-            let same = name.replace('-', "_") == other.replace('-', "_");
-            prop_assert_eq!(index.by_modalias(&other).is_empty(), !same);
-        }
-
-        #[test]
-        fn any_bytes_are_parsed(dep: Vec<u8>, alias: Vec<u8>, softdep: Vec<u8>, name: String) {
-            let texts = Texts { dep: &dep, alias: &alias, softdep: &softdep, builtin: &dep };
-            let index = ModuleIndex::parse(&texts).unwrap();
-            let _ = index.resolve(&name);
-            index.by_modalias(&name);
-        }
-
-        #[test]
-        fn every_dependency_stands_before_its_module(edges in prop::collection::vec((0usize..12, 0usize..12), 0..40)) {
-            // Edges point to higher numbers only, so there is no cycle.
-            let dep: String = (0..12)
-                .map(|from| {
-                    let to: Vec<_> = edges.iter().filter(|(a, b)| *a == from && b > a).map(|(_, b)| format!("m{b}.ko")).collect();
-                    format!("m{from}.ko: {}\n", to.join(" "))
-                })
-                .collect();
-            let index = index(&dep, "", "", "");
-            let order = index.resolve("m0").unwrap();
-            let place = |n: usize| order.iter().position(|name| *name == format!("m{n}"));
-            for (a, b) in edges.iter().filter(|(a, b)| b > a) {
-                if let Some(a) = place(*a) {
-                    prop_assert!(place(*b).is_some_and(|b| b < a));
-                }
-            }
-        }
-    }
-}
+mod tests;

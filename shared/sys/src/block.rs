@@ -16,7 +16,7 @@ use crate::{mount, read};
 
 pub use device::{discard, flush_buffers, logical_block_size, open_exclusive, reread_partitions, size, zero_out};
 pub use gpt::{Guid, gpt_disk_guid};
-pub use identity::{DiskIdentity, find, identity};
+pub use identity::{find, identity};
 
 /// sysfs counts in sectors of this many bytes, whatever the disk's own block size is.
 const SECTOR: u64 = 512;

@@ -37,8 +37,22 @@ pub enum LinkError {
     Refused {
         /// What was tried.
         action: &'static str,
-        /// The interface's index; 0 for all.
+        /// The interface's index.
         index: u32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The interfaces could not be listed.
+    #[error("cannot list the network interfaces; does this kernel have CONFIG_NET?")]
+    List {
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Duplicate address detection could not be turned off.
+    #[error("cannot turn duplicate address detection off on {name}; proc must be mounted and IPv6 enabled")]
+    Dad {
+        /// The interface's name.
+        name: String,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -119,7 +133,7 @@ impl Link {
 /// All interfaces of this network namespace, with what `/sys` tells about them.
 ///
 /// # Errors
-/// [`LinkError::Refused`] with index 0.
+/// [`LinkError::List`].
 pub fn list() -> Result<Vec<Link>, LinkError> {
     list_at(Path::new(crate::SYSFS))
 }
@@ -128,9 +142,10 @@ pub fn list() -> Result<Vec<Link>, LinkError> {
 /// physical ones are known from Linux 5.14 on.
 ///
 /// # Errors
-/// [`LinkError::Refused`] with index 0.
+/// [`LinkError::List`].
 pub fn list_at(sysfs: &Path) -> Result<Vec<Link>, LinkError> {
-    let answers = request("list", 0, libc::RTM_GETLINK, NLM_F_DUMP, &Body::new(&[0; LINK_HEADER]))?;
+    let answers = request(libc::RTM_GETLINK, NLM_F_DUMP, &Body::new(&[0; LINK_HEADER]))
+        .map_err(|source| LinkError::List { source })?;
     let links = answers
         .iter()
         .filter(|(kind, _)| *kind == libc::RTM_NEWLINK)
@@ -196,7 +211,9 @@ pub fn set_down(index: u32) -> Result<(), LinkError> {
 
 fn set_flags(action: &'static str, index: u32, flags: u32) -> Result<(), LinkError> {
     let body = link_body(index, flags, libc::IFF_UP.cast_unsigned());
-    request(action, index, libc::RTM_NEWLINK, 0, &body).map(drop)
+    request(libc::RTM_NEWLINK, 0, &body)
+        .map(drop)
+        .map_err(refused(action, index))
 }
 
 /// Renames an interface; before Linux 6.2 it must be down.
@@ -205,14 +222,10 @@ fn set_flags(action: &'static str, index: u32, flags: u32) -> Result<(), LinkErr
 /// [`LinkError::Name`]; [`LinkError::Refused`]: EEXIST if the name is taken, EBUSY while up.
 pub fn rename(index: u32, name: &str) -> Result<(), LinkError> {
     check_name(name)?;
-    request(
-        "rename",
-        index,
-        libc::RTM_NEWLINK,
-        0,
-        &link_body(index, 0, 0).attr_string(libc::IFLA_IFNAME, name),
-    )
-    .map(drop)
+    let body = link_body(index, 0, 0).attr_string(libc::IFLA_IFNAME, name);
+    request(libc::RTM_NEWLINK, 0, &body)
+        .map(drop)
+        .map_err(refused("rename", index))
 }
 
 fn link_body(index: u32, flags: u32, change: u32) -> Body {
@@ -246,13 +259,8 @@ pub struct Address {
 /// # Errors
 /// [`LinkError::Refused`].
 pub fn addresses(index: u32) -> Result<Vec<Address>, LinkError> {
-    let answers = request(
-        "list the addresses of",
-        index,
-        libc::RTM_GETADDR,
-        NLM_F_DUMP,
-        &Body::new(&[0; ADDRESS_HEADER]),
-    )?;
+    let answers = request(libc::RTM_GETADDR, NLM_F_DUMP, &Body::new(&[0; ADDRESS_HEADER]))
+        .map_err(refused("list the addresses of", index))?;
     let all = answers
         .iter()
         .filter(|(kind, _)| *kind == libc::RTM_NEWADDR)
@@ -300,14 +308,10 @@ fn ip(value: &[u8]) -> Option<IpAddr> {
 /// # Errors
 /// [`LinkError::Refused`]: EEXIST if it has it (changing it instead would be an event that calls for repair again).
 pub fn add_address(index: u32, addr: IpAddr, prefix: u8) -> Result<(), LinkError> {
-    request(
-        "add an address to",
-        index,
-        libc::RTM_NEWADDR,
-        NLM_F_CREATE | NLM_F_EXCL,
-        &address_body(index, addr, prefix),
-    )
-    .map(drop)
+    let body = address_body(index, addr, prefix);
+    request(libc::RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, &body)
+        .map(drop)
+        .map_err(refused("add an address to", index))
 }
 
 fn address_body(index: u32, addr: IpAddr, prefix: u8) -> Body {
@@ -325,18 +329,16 @@ fn address_body(index: u32, addr: IpAddr, prefix: u8) -> Body {
 /// called before it is brought up. `procfs` is where proc is mounted.
 ///
 /// # Errors
-/// [`LinkError::Name`]; [`LinkError::Refused`] with index 0 if IPv6 or proc is missing.
+/// [`LinkError::Name`]; [`LinkError::Dad`] if IPv6 or proc is missing.
 pub fn disable_dad(procfs: &Path, name: &str) -> Result<(), LinkError> {
     check_name(name)?;
     let folder = procfs.join("sys/net/ipv6/conf").join(name);
     // Not in every kernel, and only of use where something else turns the asking on again.
     let _ = std::fs::write(folder.join("optimistic_dad"), "1\n");
-    let refused = |source| LinkError::Refused {
-        action: "disable duplicate address detection on",
-        index: 0,
+    std::fs::write(folder.join("accept_dad"), "0\n").map_err(|source| LinkError::Dad {
+        name: name.to_owned(),
         source,
-    };
-    std::fs::write(folder.join("accept_dad"), "0\n").map_err(refused)
+    })
 }
 
 /// The USB device that an interface belongs to.
@@ -478,11 +480,7 @@ pub fn wait_link_local(index: u32, timeout: Duration) -> Result<Ipv6Addr, LinkEr
                     kind: ChangeKind::LinkGone,
                 })) if at == index => {
                     let source = io::Error::from_raw_os_error(libc::ENODEV);
-                    return Err(LinkError::Refused {
-                        action: "wait for an address of",
-                        index,
-                        source,
-                    });
+                    return Err(refused("wait for an address of", index)(source));
                 }
                 Ok(Some(change)) if change.index == index => break,
                 Ok(Some(_)) => {}
@@ -516,16 +514,12 @@ fn usable_link_local(index: u32, addresses: &[Address]) -> Result<Option<Ipv6Add
     duplicate.map_or(Ok(None), |address| Err(LinkError::Duplicate { index, address }))
 }
 
-fn request(
-    action: &'static str,
-    index: u32,
-    kind: u16,
-    flags: u16,
-    body: &Body,
-) -> Result<Vec<(u16, Vec<u8>)>, LinkError> {
-    netlink::Socket::open(NETLINK_ROUTE)
-        .and_then(|mut socket| socket.request(kind, flags, body))
-        .map_err(|source| LinkError::Refused { action, index, source })
+fn request(kind: u16, flags: u16, body: &Body) -> io::Result<netlink::Answer> {
+    netlink::Socket::open(NETLINK_ROUTE)?.request(kind, flags, body)
+}
+
+fn refused(action: &'static str, index: u32) -> impl Fn(io::Error) -> LinkError {
+    move |source| LinkError::Refused { action, index, source }
 }
 
 #[cfg(test)]

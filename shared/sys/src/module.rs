@@ -15,8 +15,6 @@ use crate::read;
 
 /// The longest module file taken, and the longest it may unpack to, in bytes (amdgpu has 30 MB).
 const MAX_MODULE: usize = 256 << 20;
-/// The longest modalias taken: the kernel's fit a page.
-const MAX_MODALIAS: usize = 4096;
 
 /// Why a module cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +59,14 @@ pub enum ModuleError {
         hint: &'static str,
         /// The kernel's answer.
         source: io::Error,
+    },
+    /// The kernel refused a module because one that it needs could not be loaded.
+    #[error("cannot load the module {name}, for one that it needs failed")]
+    Dependency {
+        /// Which.
+        name: String,
+        /// The failure of the other.
+        source: Box<ModuleError>,
     },
     /// It was refused before, and is not tried again.
     #[error("the module {name} could not be loaded before; see the first message about it")]
@@ -123,11 +129,11 @@ impl Loader {
         &self.index
     }
 
-    /// Loads a module (or what an alias stands for) with all it needs. A module that the kernel already has, or
+    /// Loads a module (or all that an alias stands for) with what it needs. A module that the kernel already has, or
     /// that is built in, is fine. Failures of other modules on the way are in [`Loaded::failed`].
     ///
     /// # Errors
-    /// Why the module itself is not in the kernel.
+    /// Why the module itself (of an alias, none) is in the kernel.
     pub fn load(&mut self, name: &str) -> Result<Loaded, ModuleError> {
         self.load_with(name, insert)
     }
@@ -139,16 +145,10 @@ impl Loader {
 
     fn load_modalias_with(&mut self, modalias: &str, insert: Insert) -> Loaded {
         let mut all = Loaded::default();
-        if modalias.len() > MAX_MODALIAS || !self.seen.insert(modalias.to_owned()) {
+        if !self.seen.insert(modalias.to_owned()) {
             return all;
         }
-        let names: Vec<String> = self
-            .index
-            .by_modalias(modalias)
-            .into_iter()
-            .map(str::to_owned)
-            .collect();
-        for name in names {
+        for name in owned(self.index.by_modalias(modalias)) {
             if self.blacklist.contains(&name) {
                 continue;
             }
@@ -166,19 +166,32 @@ impl Loader {
 
     fn load_with(&mut self, name: &str, insert: Insert) -> Result<Loaded, ModuleError> {
         let wanted = kmod::normalise(name);
-        let order: Vec<String> = self.index.resolve(&wanted)?.into_iter().map(str::to_owned).collect();
+        let order = owned(self.index.resolve(&wanted)?);
+        let meant = match self.index.path(&wanted) {
+            Some(_) => vec![wanted],
+            None => owned(self.index.by_modalias(&wanted)),
+        };
         let mut loaded = Loaded::default();
-        let mut own = Ok(());
+        let mut present = meant.iter().any(|name| self.index.is_builtin(name)) || order.is_empty();
+        let mut refused = None;
         for name in order {
+            let own = meant.contains(&name);
             match self.insert_once(&name, insert) {
-                Ok(true) => loaded.names.push(name),
-                Ok(false) => {}
-                Err(error) if name == wanted => own = Err(error),
+                Ok(new) => {
+                    present |= own;
+                    loaded.names.extend(new.then_some(name));
+                }
+                Err(error) if own && refused.is_none() => refused = Some(explain(error, &mut loaded.failed)),
                 Err(ModuleError::FailedBefore { .. } | ModuleError::Blacklisted { .. }) => {}
                 Err(error) => loaded.failed.push(error),
             }
         }
-        own.map(|()| loaded)
+        match refused {
+            Some(error) if !present => return Err(error),
+            Some(ModuleError::FailedBefore { .. } | ModuleError::Blacklisted { .. }) | None => {}
+            Some(error) => loaded.failed.push(error),
+        }
+        Ok(loaded)
     }
 
     /// Whether it was this call that loaded the module.
@@ -197,6 +210,25 @@ impl Loader {
         let result = insert(name, &self.folder.join(path));
         self.tried.insert(name.to_owned(), result.is_ok());
         result
+    }
+}
+
+fn owned(names: Vec<&str>) -> Vec<String> {
+    names.into_iter().map(str::to_owned).collect()
+}
+
+/// A missing symbol is only the consequence where a dependency failed just before: that is what the user must mend.
+fn explain(error: ModuleError, failed: &mut Vec<ModuleError>) -> ModuleError {
+    match error {
+        ModuleError::Refused { name, source, .. }
+            if source.raw_os_error() == Some(libc::ENOENT) && !failed.is_empty() =>
+        {
+            ModuleError::Dependency {
+                name,
+                source: Box::new(failed.swap_remove(0)),
+            }
+        }
+        error => error,
     }
 }
 
@@ -347,17 +379,31 @@ mod tests {
         let mut loader = Loader::open(folder.path(), &["cdc-subset"]).unwrap();
         let loaded = loader.load_modalias_with("usb:v0525pa4a2", pretend);
         assert_eq!(loaded.names, ["usbnet", "cdc_ether"]);
-        // Of "bad", its own failure stands for that of its dependency.
-        let failed: Vec<_> = loaded
-            .failed
-            .iter()
-            .map(|error| matches!(error, ModuleError::Refused { name, .. } if name == "bad"))
-            .collect();
-        assert_eq!(failed, [true]);
+        // What "bad" needs is what failed.
+        let messages: Vec<_> = loaded.failed.iter().map(ToString::to_string).collect();
+        assert_eq!(messages, ["cannot load the module bad, for one that it needs failed"]);
+        let reason = std::error::Error::source(&loaded.failed[0]).unwrap().to_string();
+        assert!(reason.contains("broken"), "{reason}");
         assert!(loader.load_modalias_with("usb:v0525pa4a2", pretend).failed.is_empty());
         assert!(loader.load_modalias_with("usb:v0525pffff", pretend).failed.is_empty());
         assert!(matches!(
             loader.load_with("bad", pretend),
+            Err(ModuleError::FailedBefore { .. })
+        ));
+    }
+
+    #[test]
+    fn an_alias_is_loaded_if_one_of_its_modules_is() {
+        let folder = folder();
+        std::fs::write(
+            folder.path().join("modules.alias"),
+            "alias good bad\nalias good mii\nalias none bad\n",
+        )
+        .unwrap();
+        let mut loader = Loader::open(folder.path(), &[]).unwrap();
+        assert_eq!(loader.load_with("good", pretend).unwrap().failed.len(), 1);
+        assert!(matches!(
+            loader.load_with("none", pretend),
             Err(ModuleError::FailedBefore { .. })
         ));
     }

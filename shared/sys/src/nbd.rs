@@ -91,11 +91,11 @@ pub struct Connect<'a> {
     pub size: u64,
     /// The logical block size in bytes. It must be the disk's own, or its partitions are looked for at wrong places.
     pub block_size: u64,
-    /// How long a request may take before its connection counts as dead, in whole seconds; zero means for ever.
+    /// How long a request may take before its connection counts as dead, in seconds (rounded up); zero means for ever.
     pub timeout: Duration,
     /// The transmission flags of the handshake.
     pub server_flags: u16,
-    /// How long requests wait for a new connection when none is left, in whole seconds, before they fail.
+    /// How long requests wait for a new connection when none is left, in seconds (rounded up), before they fail.
     pub dead_conn_timeout: Duration,
     /// Shown in `/sys/block/nbdN/backend`; each [`reconfigure`] must give the same.
     pub backend_identifier: &'a str,
@@ -171,12 +171,12 @@ impl Connect<'_> {
         };
         body.attr(NBD_ATTR_SIZE_BYTES, &self.size.to_ne_bytes())
             .attr(NBD_ATTR_BLOCK_SIZE_BYTES, &self.block_size.to_ne_bytes())
-            .attr(NBD_ATTR_TIMEOUT, &self.timeout.as_secs().to_ne_bytes())
+            .attr(NBD_ATTR_TIMEOUT, &seconds(self.timeout).to_ne_bytes())
             .attr(NBD_ATTR_SERVER_FLAGS, &u64::from(self.server_flags).to_ne_bytes())
             .nest(NBD_ATTR_SOCKETS, &socket_list(self.sockets))
             .attr(
                 NBD_ATTR_DEAD_CONN_TIMEOUT,
-                &self.dead_conn_timeout.as_secs().to_ne_bytes(),
+                &seconds(self.dead_conn_timeout).to_ne_bytes(),
             )
             .attr_string(NBD_ATTR_BACKEND_IDENTIFIER, self.backend_identifier)
     }
@@ -186,14 +186,21 @@ impl Reconfigure<'_> {
     fn body(&self) -> Body {
         generic(NBD_CMD_RECONFIGURE, VERSION)
             .attr(NBD_ATTR_INDEX, &self.index.to_ne_bytes())
-            .attr(NBD_ATTR_TIMEOUT, &self.timeout.as_secs().to_ne_bytes())
+            .attr(NBD_ATTR_TIMEOUT, &seconds(self.timeout).to_ne_bytes())
             .nest(NBD_ATTR_SOCKETS, &socket_list(self.sockets))
             .attr(
                 NBD_ATTR_DEAD_CONN_TIMEOUT,
-                &self.dead_conn_timeout.as_secs().to_ne_bytes(),
+                &seconds(self.dead_conn_timeout).to_ne_bytes(),
             )
             .attr_string(NBD_ATTR_BACKEND_IDENTIFIER, self.backend_identifier)
     }
+}
+
+/// Rounded up: less than a second must not become "for ever".
+fn seconds(duration: Duration) -> u64 {
+    duration
+        .as_secs()
+        .saturating_add(u64::from(duration.subsec_nanos() > 0))
 }
 
 fn disconnect_body(index: u32) -> Body {
@@ -350,7 +357,7 @@ mod tests {
             index: Some(3),
             size: 0x1122_3344_5500,
             block_size: 4096,
-            timeout: Duration::from_secs(30),
+            timeout: Duration::from_millis(29_001),
             server_flags: 0x10d,
             dead_conn_timeout: Duration::from_secs(3600),
             backend_identifier: "abc",

@@ -132,6 +132,9 @@ pub(crate) fn encode(kind: u16, flags: u16, sequence: u32, body: &Body) -> Vec<u
     bytes
 }
 
+/// All messages that answer a request: type and what follows the header.
+pub(crate) type Answer = Vec<(u16, Vec<u8>)>;
+
 /// A netlink socket towards the kernel.
 pub(crate) struct Socket {
     inner: netlink_sys::Socket,
@@ -187,7 +190,7 @@ impl Socket {
     /// Sends a request and returns the bodies of all messages that answer it, each with its type.
     ///
     /// The kernel's errno comes back as the error.
-    pub(crate) fn request(&mut self, kind: u16, flags: u16, body: &Body) -> io::Result<Vec<(u16, Vec<u8>)>> {
+    pub(crate) fn request(&mut self, kind: u16, flags: u16, body: &Body) -> io::Result<Answer> {
         for _ in 0..DUMP_ATTEMPTS {
             if let Some(answer) = self.attempt(kind, flags, body)? {
                 return Ok(answer);
@@ -197,7 +200,7 @@ impl Socket {
     }
 
     /// `None`: the dump was interrupted by a change.
-    fn attempt(&mut self, kind: u16, flags: u16, body: &Body) -> io::Result<Option<Vec<(u16, Vec<u8>)>>> {
+    fn attempt(&mut self, kind: u16, flags: u16, body: &Body) -> io::Result<Option<Answer>> {
         self.sequence = self.sequence.wrapping_add(1);
         let request = encode(kind, flags | NLM_F_REQUEST | NLM_F_ACK, self.sequence, body);
         self.inner.send_to(&request, &SocketAddr::new(0, 0), 0)?;

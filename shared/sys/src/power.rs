@@ -1,7 +1,7 @@
 //! The end of a kernel: restart, power off, halt, kexec (reboot(2)).
 
 use std::convert::Infallible;
-use std::io;
+use std::{fmt, io};
 
 use rustix::system::{RebootCommand, reboot};
 
@@ -18,6 +18,17 @@ pub enum Power {
     Kexec,
 }
 
+impl fmt::Display for Power {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Restart => "restart",
+            Self::PowerOff => "power off",
+            Self::Halt => "halt",
+            Self::Kexec => "kexec",
+        })
+    }
+}
+
 /// The kernel did not leave.
 #[derive(Debug, thiserror::Error)]
 pub enum PowerError {
@@ -25,7 +36,7 @@ pub enum PowerError {
     #[error("cannot kexec: no kernel is loaded; load one first, or restart instead")]
     NothingLoaded,
     /// The kernel refused.
-    #[error("cannot {power:?} this machine; hold its power key")]
+    #[error("cannot {power} this machine; hold its power key")]
     Refused {
         /// What was tried.
         power: Power,
@@ -33,7 +44,7 @@ pub enum PowerError {
         source: io::Error,
     },
     /// The call came back as if it had worked.
-    #[error("the kernel did not {power:?}; hold the machine's power key")]
+    #[error("the kernel did not {power}; hold the machine's power key")]
     Returned {
         /// What was tried.
         power: Power,

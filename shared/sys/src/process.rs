@@ -209,6 +209,7 @@ mod tests {
         }
     }
 
+    #[expect(clippy::zombie_processes, reason = "reaping is what is tested")]
     fn child(code: i32) -> i32 {
         let child = Command::new("/bin/sh")
             .args(["-c", &format!("exit {code}")])

@@ -156,12 +156,18 @@ pub fn coldplug(sysfs: &Path) -> impl Iterator<Item = Modalias> + use<> {
     let mut waiting = vec![(sysfs.join("devices"), 0)];
     std::iter::from_fn(move || {
         while let Some((folder, depth)) = waiting.pop() {
-            if depth < MAX_DEPTH {
-                let inner = std::fs::read_dir(&folder).into_iter().flatten().flatten();
-                let inner = inner.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-                waiting.extend(inner.map(|entry| (entry.path(), depth + 1)));
+            // There are some ten thousand folders: each is only listed, and nothing opened in vain.
+            let mut modalias = None;
+            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    if depth < MAX_DEPTH {
+                        waiting.push((entry.path(), depth + 1));
+                    }
+                } else if entry.file_name() == "modalias" {
+                    modalias = read::attribute(&entry.path());
+                }
             }
-            if let Some(modalias) = read::attribute(&folder.join("modalias")) {
+            if let Some(modalias) = modalias {
                 return Some(Modalias {
                     device: folder,
                     modalias,

@@ -1,39 +1,8 @@
 //! Which disk was meant: told apart by what it is, not by its name.
 
-use std::fmt;
+use stiefel_shared::handover::DiskIdentity;
 
 use super::{BlockError, Disk, gpt_disk_guid};
-
-/// What a disk is known by, wherever it is plugged in and whatever it is called. Absent parts are unknown.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DiskIdentity {
-    /// The GUID of its partition table, in lower case.
-    pub gpt_guid: Option<String>,
-    /// Its world-wide name.
-    pub wwid: Option<String>,
-    /// Its serial number.
-    pub serial: Option<String>,
-    /// Its model.
-    pub model: Option<String>,
-    /// In bytes.
-    pub size: u64,
-}
-
-impl fmt::Display for DiskIdentity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes", self.size)?;
-        let parts = [
-            ("model", &self.model),
-            ("serial", &self.serial),
-            ("WWID", &self.wwid),
-            ("GPT GUID", &self.gpt_guid),
-        ];
-        parts.iter().try_for_each(|(name, value)| match value {
-            Some(value) => write!(f, ", {name} {value}"),
-            None => Ok(()),
-        })
-    }
-}
 
 /// Describes a disk, reading its partition table.
 ///
@@ -50,30 +19,39 @@ pub fn identity(disk: &Disk) -> Result<DiskIdentity, BlockError> {
     })
 }
 
-/// Finds the wanted disk: by its partition table's GUID, else by its WWID, else by serial number and model. Where
-/// several have the same GUID (a copy of a disk), WWID, serial number and model decide between them.
+/// Finds the wanted disk: by its partition table's GUID where both have one, else by its WWID, else by serial number and
+/// model. Where several have the same GUID (a copy of a disk), WWID, serial number and model decide between them.
 ///
 /// # Errors
 /// [`BlockError::Ambiguous`] names two that cannot be told apart, [`BlockError::NotFound`] what there is instead.
 pub fn find<'a>(wanted: &DiskIdentity, disks: &'a [(Disk, DiskIdentity)]) -> Result<&'a Disk, BlockError> {
-    type Same = fn(&DiskIdentity, &DiskIdentity) -> bool;
+    /// `None` where one of both does not know.
+    type Same = fn(&DiskIdentity, &DiskIdentity) -> Option<bool>;
     let criteria: [(&'static str, Same); 3] = [
         ("same GPT GUID", |a, b| same(a.gpt_guid.as_ref(), b.gpt_guid.as_ref())),
         ("same WWID", |a, b| same(a.wwid.as_ref(), b.wwid.as_ref())),
         ("same serial number and model", |a, b| {
-            same(a.serial.as_ref(), b.serial.as_ref()) && a.model == b.model && a.size == b.size
+            let serial = same(a.serial.as_ref(), b.serial.as_ref())?;
+            Some(serial && a.model == b.model && a.size == b.size)
         }),
     ];
     let mut left: Vec<&(Disk, DiskIdentity)> = disks.iter().collect();
     let mut matched_by = None;
     for (by, is_same) in criteria {
-        let matching: Vec<_> = left.iter().copied().filter(|(_, seen)| is_same(wanted, seen)).collect();
+        let matching: Vec<_> = left
+            .iter()
+            .copied()
+            .filter(|(_, seen)| is_same(wanted, seen) == Some(true))
+            .collect();
         if let [(disk, _)] = matching[..] {
             return Ok(disk);
         }
         if !matching.is_empty() {
             left = matching;
             matched_by = Some(by);
+        } else if matched_by.is_none() {
+            // What is known to differ is not the disk, whatever else is the same.
+            left.retain(|(_, seen)| is_same(wanted, seen).is_none());
         }
     }
     match (matched_by, &left[..]) {
@@ -100,9 +78,9 @@ pub fn find<'a>(wanted: &DiskIdentity, disks: &'a [(Disk, DiskIdentity)]) -> Res
     }
 }
 
-/// Two unknowns are not the same.
-fn same(a: Option<&String>, b: Option<&String>) -> bool {
-    a.is_some_and(|a| b.is_some_and(|b| a.eq_ignore_ascii_case(b)))
+/// `None` if one is unknown: two unknowns are not the same.
+fn same(a: Option<&String>, b: Option<&String>) -> Option<bool> {
+    Some(a?.eq_ignore_ascii_case(b?))
 }
 
 #[cfg(test)]
@@ -157,6 +135,13 @@ mod tests {
             ..disk("old", "", "", "s3").1
         };
         assert!(matches!(find(&other_model, &disks), Err(BlockError::NotFound { .. })));
+    }
+
+    #[test]
+    fn a_disk_with_another_guid_is_not_taken_for_its_wwid() {
+        let disks = [disk("sda", "g2", "w1", "s1")];
+        let (_, wanted) = disk("old", "g1", "w1", "s1");
+        assert!(matches!(find(&wanted, &disks), Err(BlockError::NotFound { .. })));
     }
 
     #[test]

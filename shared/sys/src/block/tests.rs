@@ -1,8 +1,10 @@
 use super::*;
 use std::os::unix::fs::symlink;
 
+type Files<'a> = &'a [(&'a str, &'a str)];
+
 /// Builds a sysfs: `devices` are (path below devices, dev number, files with their content).
-fn sysfs(devices: &[(&str, &str, &[(&str, &str)])]) -> tempfile::TempDir {
+fn sysfs(devices: &[(&str, &str, Files<'_>)]) -> tempfile::TempDir {
     let root = tempfile::tempdir().unwrap();
     for folder in ["block", "dev/block"] {
         std::fs::create_dir_all(root.path().join(folder)).unwrap();

@@ -169,7 +169,7 @@ fn a_monitor_hears_of_a_new_address() {
     add_address(1, addr, 32).unwrap();
     let heard = monitor.next(Some(Duration::from_secs(10))).unwrap();
     let body = address_body(1, addr, 32);
-    request("remove an address from", 1, libc::RTM_DELADDR, 0, &body).unwrap();
+    request(libc::RTM_DELADDR, 0, &body).unwrap();
     assert_eq!(heard.map(|change| change.index), Some(1));
 }
 
