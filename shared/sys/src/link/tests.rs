@@ -167,10 +167,12 @@ fn a_monitor_hears_of_a_new_address() {
     let addr: IpAddr = [127, 83, 84, u8::try_from(std::process::id() % 250).unwrap() + 1].into();
     let mut monitor = LinkMonitor::open().unwrap();
     add_address(1, addr, 32).unwrap();
-    let heard = monitor.next(Some(Duration::from_secs(10))).unwrap();
+    // Other interfaces of the machine may change meanwhile.
+    let mut heard = std::iter::from_fn(|| monitor.next(Some(Duration::from_secs(10))).unwrap());
+    let heard = heard.find(|change| change.index == 1);
     let body = address_body(1, addr, 32);
     request(libc::RTM_DELADDR, 0, &body).unwrap();
-    assert_eq!(heard.map(|change| change.index), Some(1));
+    assert!(heard.is_some());
 }
 
 #[test]
