@@ -1,1 +1,230 @@
-//! (being written)
+//! autokexec: the service that waits for the dedicated NIC or an authenticated wake, and then leaves the laptop's OS.
+//!
+//! Counterpart: `init` in the ramdisk. Specification: design.md, "The way of a boot" 1–4. It never polls: uevents, datagrams and
+//! the wall clock's jumps wake it. Each decision is one line in the journal. A trigger while one is followed is ignored.
+
+mod leave;
+mod log;
+mod nics;
+mod plug;
+mod resume;
+mod wake;
+
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+
+use anyhow::Context;
+use stiefel_shared::config::{self, Config};
+use stiefel_shared::discovery::{State, Woken};
+use stiefel_sys::link;
+use stiefel_sys::uevent::{Monitor, Uevent, UeventError};
+
+pub use leave::{LeaveError, Mode};
+use nics::{Interface, Known, NetEvent, Nics};
+use plug::Moment;
+use wake::Wake;
+
+/// What can happen to the service.
+enum Event {
+    Uevent(Uevent),
+    /// Uevents were lost.
+    Lost,
+    /// Uevents cannot be had any more.
+    Deaf(UeventError),
+    /// The wall clock jumped; perhaps the machine was asleep.
+    Clock,
+    Woken(Woken),
+    /// Leaving has ended.
+    Left(Result<(), LeaveError>),
+}
+
+/// Leaves the OS now: `stiefel serve`. When it returns `Ok`, the shutdown has begun, or the dry run has ended.
+///
+/// # Errors
+/// [`LeaveError`]; the OS goes on as if nothing had been.
+pub fn serve(config: &Config, mode: Mode) -> Result<(), LeaveError> {
+    // Nobody else cancels it: the user's Ctrl-C ends the process.
+    let (_keep, cancel) = mpsc::channel();
+    leave::leave(config, mode, &cancel)
+}
+
+/// The service: `stiefel autokexec`. Ends only when it cannot go on, or has nothing to wait for.
+///
+/// # Errors
+/// If the kernel's events cannot be had.
+pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
+    let (sender, events) = mpsc::channel();
+    let known = nics::dedicated(&config.trigger);
+    // The monitor is opened before the list is taken, so that nothing falls between.
+    let monitor = Monitor::open()?;
+    let nics = Nics::new(known.clone(), &interfaces()?, Moment::now());
+    let wake = match config.trigger.wake {
+        config::Wake::Off => None,
+        config::Wake::Wired => listen(known.clone(), &sender),
+    };
+    if known.is_empty() && wake.is_none() {
+        log::warning(format_args!(
+            "there is nothing to wait for: set trigger.macs or trigger.usb in config.yaml, or let trigger.wake be wired and make a key"
+        ));
+        return Ok(());
+    }
+    watch_uevents(monitor, sender.clone())?;
+    watch_clock(sender.clone())?;
+    Service { config: config.clone(), mode, nics, wake, sender, leaving: None }.run(&events)
+}
+
+/// Listens for wakes; what is missing for that is told, and plugs still count.
+fn listen(known: Vec<Known>, sender: &Sender<Event>) -> Option<Wake> {
+    let (woken, wakes) = mpsc::channel();
+    let sender = sender.clone();
+    let forward = move || wakes.into_iter().try_for_each(|woken| sender.send(Event::Woken(woken)).ok());
+    let listening = wake::listen(known, woken).and_then(|wake| {
+        thread::Builder::new().name("wakes".to_owned()).spawn(forward)?;
+        Ok(wake)
+    });
+    listening.map_err(|error| log::warning(format_args!("no wake is heard: {error:#}"))).ok()
+}
+
+fn interfaces() -> anyhow::Result<Vec<Interface>> {
+    Ok(link::list()?.iter().map(Interface::of).collect())
+}
+
+fn watch_uevents(mut monitor: Monitor, sender: Sender<Event>) -> anyhow::Result<()> {
+    let watch = move || {
+        loop {
+            let event = match monitor.next(None) {
+                Ok(Some(event)) if nics::net_event(&event).is_none() => continue,
+                Ok(Some(event)) => Event::Uevent(event),
+                Ok(None) => continue,
+                Err(UeventError::Lost) => Event::Lost,
+                Err(error) => {
+                    let _ = sender.send(Event::Deaf(error));
+                    return;
+                }
+            };
+            if sender.send(event).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("uevents".to_owned()).spawn(watch).context("cannot start a thread")?;
+    Ok(())
+}
+
+fn watch_clock(sender: Sender<Event>) -> anyhow::Result<()> {
+    let clock = resume::ClockWatch::new().context("cannot watch the clock for resumes")?;
+    let watch = move || {
+        while clock.wait().is_ok() && sender.send(Event::Clock).is_ok() {}
+    };
+    thread::Builder::new().name("clock".to_owned()).spawn(watch).context("cannot start a thread")?;
+    Ok(())
+}
+
+struct Service {
+    config: Config,
+    mode: Mode,
+    nics: Nics,
+    wake: Option<Wake>,
+    sender: Sender<Event>,
+    leaving: Option<Leaving>,
+}
+
+/// A trigger that is followed.
+struct Leaving {
+    cancel: Sender<String>,
+    /// It was triggered by a plug, so unplugging cancels it.
+    by_plug: bool,
+}
+
+impl Service {
+    fn run(mut self, events: &Receiver<Event>) -> anyhow::Result<()> {
+        // It never ends by itself: `self` holds a sender.
+        for event in events {
+            match event {
+                Event::Uevent(event) => self.uevent(&event),
+                Event::Lost => {
+                    log::warning(format_args!("device events were lost; looking at all interfaces again"));
+                    self.nics.resynchronise(&interfaces()?, Moment::now());
+                }
+                Event::Deaf(error) => return Err(error.into()),
+                Event::Clock => self.nics.clock(Moment::now()),
+                Event::Woken(woken) => {
+                    self.trigger(&format!("a wake from {} with the key {}", woken.peer, woken.key), false);
+                }
+                Event::Left(result) => self.left(&result),
+            }
+        }
+        Ok(())
+    }
+
+    fn uevent(&mut self, event: &Uevent) {
+        let now = Moment::now();
+        match nics::net_event(event) {
+            Some(NetEvent::Added(index)) => {
+                let links = link::list().unwrap_or_default();
+                // One that is gone again tells of that by its next event.
+                let Some(link) = links.iter().find(|link| link.index == index) else { return };
+                if let Some(known) = self.nics.appeared(&Interface::of(link), now) {
+                    self.trigger(&format!("the dedicated NIC {known} was plugged in ({})", link.name), true);
+                }
+            }
+            Some(NetEvent::Removed(index)) => {
+                self.nics.disappeared(index, now);
+                if let Some(leaving) = self.leaving.as_ref().filter(|leaving| leaving.by_plug)
+                    && !self.nics.any_present()
+                {
+                    // Heard only during the countdown; later the NIC's return is waited for in the ramdisk.
+                    let _ = leaving.cancel.send("the dedicated NIC was unplugged".to_owned());
+                }
+            }
+            None => {}
+        }
+    }
+
+    fn trigger(&mut self, why: &str, by_plug: bool) {
+        if self.leaving.is_some() {
+            log::info(format_args!("ignored, because another trigger is being followed: {why}"));
+            return;
+        }
+        log::notice(format_args!("triggered: {why}"));
+        self.say(State::Waking);
+        let (cancel, cancelled) = mpsc::channel();
+        let (config, mode, sender) = (self.config.clone(), self.mode, self.sender.clone());
+        let leave = move || {
+            let _ = sender.send(Event::Left(leave::leave(&config, mode, &cancelled)));
+        };
+        match thread::Builder::new().name("leave".to_owned()).spawn(leave) {
+            Ok(_) => self.leaving = Some(Leaving { cancel, by_plug }),
+            Err(error) => {
+                log::error(format_args!("cannot start a thread: {error}"));
+                self.say(State::Asleep);
+            }
+        }
+    }
+
+    fn left(&mut self, result: &Result<(), LeaveError>) {
+        match result {
+            // From now on systemd ends us; a new trigger has nothing to add.
+            Ok(()) if self.mode == Mode::Real => return,
+            Ok(()) => {}
+            Err(error) => {
+                let mut text = error.to_string();
+                let mut cause = std::error::Error::source(error);
+                while let Some(source) = cause {
+                    text += &format!("\n  because: {source}");
+                    cause = source.source();
+                }
+                log::error(format_args!("staying in this system: {text}"));
+            }
+        }
+        self.leaving = None;
+        self.say(State::Asleep);
+    }
+
+    /// Tells those who ask over the network what the laptop is doing.
+    fn say(&self, state: State) {
+        if let Some(wake) = &self.wake {
+            wake.set_state(state);
+        }
+    }
+}

@@ -151,7 +151,7 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
     let state = tree.path(STATE_DIR);
     let manifest = Manifest::load(&state)?;
     manifest.verify(&state)?;
-    let keys = keys::read(&tree.path(KEYS_DIR), 0)?;
+    let keys = read_keys(&tree.path(KEYS_DIR))?;
     let payload = payload::find(root, &config.boot.load)?;
     let disk = disk(&tree, &config.boot.disk)?;
     let firmware = ["/lib/firmware/updates", "/lib/firmware", "/usr/lib/firmware"];
@@ -177,12 +177,12 @@ pub(crate) fn hostname(tree: &Tree) -> String {
         .unwrap_or_else(|| "laptop".to_owned())
 }
 
-/// The keys of the system below `root`.
+/// The keys in `folder`: each must belong to root or to who asks, and be closed to all others.
 ///
 /// # Errors
 /// [`CollectError::NoKeys`], [`CollectError::KeyNotPrivate`], [`CollectError::Key`], [`CollectError::Read`].
-pub fn keys(root: &Path) -> Result<Vec<StickKey>, CollectError> {
-    keys::read(&Tree::new(root).path(KEYS_DIR), 0)
+pub fn read_keys(folder: &Path) -> Result<Vec<StickKey>, CollectError> {
+    keys::read(folder, rustix::process::geteuid().as_raw())
 }
 
 /// Whether the payload's kernel says that it unpacks zstd; where it says nothing, it need not.
@@ -241,8 +241,7 @@ fn btrfs_disks(tree: &Tree) -> BTreeSet<String> {
 }
 
 fn identity(disk: &Disk) -> Result<DiskIdentity, CollectError> {
-    let block::DiskIdentity { gpt_guid, wwid, serial, model, size } = block::identity(disk)?;
-    Ok(DiskIdentity { gpt_guid, wwid, serial, model, size })
+    Ok(block::identity(disk)?)
 }
 
 /// A part that a desktop takes.

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use super::CollectError;
 
-/// Reads `*.key` in `folder`, which must belong to `owner`.
+/// Reads `*.key` in `folder`, which must belong to root or to `owner`.
 pub(super) fn read(folder: &Path, owner: u32) -> Result<Vec<StickKey>, CollectError> {
     let unreadable = |source| CollectError::Read { path: folder.to_owned(), source };
     let mut paths = Vec::new();
@@ -37,7 +37,7 @@ fn read_key(path: &Path, owner: u32) -> Result<StickKey, CollectError> {
     // Of the opened file, so that what was checked is what is read.
     let meta = file.metadata().map_err(unreadable)?;
     let mode = meta.mode() & 0o7777;
-    if mode & 0o177 != 0 || meta.uid() != owner {
+    if mode & 0o177 != 0 || (meta.uid() != 0 && meta.uid() != owner) {
         return Err(CollectError::KeyNotPrivate { path: path.to_owned(), mode, owner: meta.uid() });
     }
     // As large as ever needed from the start: a growing vector would leave copies of the secret behind.
@@ -101,7 +101,16 @@ mod tests {
         }
         fs::set_permissions(&file, Permissions::from_mode(0o400)).unwrap();
         assert!(keys.read().is_ok());
-        assert!(matches!(read(keys.0.path(), keys.owner() + 1), Err(CollectError::KeyNotPrivate { .. })));
+    }
+
+    #[test]
+    fn a_key_of_another_user_is_refused() {
+        let keys = Keys::new(&["blue.key"]);
+        if keys.owner() == 0 && std::os::unix::fs::chown(keys.0.path().join("blue.key"), Some(12345), None).is_err() {
+            return; // Root in a sandbox that cannot give files away.
+        }
+        let asking = if keys.owner() == 0 { 0 } else { keys.owner() + 1 };
+        assert!(matches!(read(keys.0.path(), asking), Err(CollectError::KeyNotPrivate { .. })));
     }
 
     #[test]

@@ -1,0 +1,187 @@
+//! Leaves the laptop's OS: guards, collection, countdown, kexec, an orderly shutdown into the ramdisk.
+//!
+//! Specification: design.md, "The way of a boot" 2–4. The kernel is loaded last, so that what is refused or cancelled
+//! leaves nothing behind: Debian's kexec-tools would start a loaded kernel at any reboot.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+
+use stiefel_shared::config::Config;
+use stiefel_shared::handover::ramdisk_cmdline;
+use stiefel_sys::kexec::{self, KexecError};
+
+use super::log;
+use crate::collect::{self, CollectError, Image, STATE_DIR};
+use crate::guards::{self, Refusal};
+
+/// Why the laptop stayed in its OS.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaveError {
+    /// The guards speak against it.
+    #[error("not now:\n{}", refusals.iter().map(|refusal| format!("- {refusal}")).collect::<Vec<_>>().join("\n"))]
+    Refused {
+        /// All their reasons.
+        refusals: Vec<Refusal>,
+    },
+    /// Something is missing.
+    #[error("this laptop cannot serve as it is")]
+    Collect(#[from] CollectError),
+    /// Somebody stopped the countdown.
+    #[error("cancelled: {why}")]
+    Cancelled {
+        /// Why.
+        why: String,
+    },
+    /// The ramdisk's kernel cannot be read.
+    #[error("the ramdisk's kernel {path} cannot be read\n  next: run `stiefel build`, then `stiefel install`", path = path.display())]
+    Kernel {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel did not take it.
+    #[error("the ramdisk was not loaded")]
+    Kexec(#[from] KexecError),
+    /// The shutdown did not begin.
+    #[error("`systemctl kexec` did not begin the shutdown: {why}\n  next: see `systemctl status` and the journal; the ramdisk stays loaded until the next boot")]
+    Systemctl {
+        /// What it says.
+        why: String,
+    },
+}
+
+/// How far to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// All the way.
+    Real,
+    /// Collect everything, load nothing, and say what would be done.
+    DryRun,
+}
+
+/// Leaves the OS. When it returns `Ok`, the shutdown has begun ([`Mode::Real`]).
+///
+/// `cancel` ends the countdown with a reason; its other end must live for as long.
+///
+/// # Errors
+/// [`LeaveError`]; the OS goes on as if nothing had been.
+pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(), LeaveError> {
+    guard(config)?;
+    let collected = collect::collect(Path::new("/"), config)?;
+    log::info(format_args!(
+        "serving {} ({}), keys: {}",
+        collected.disk.display(),
+        collected.identity.model.as_deref().unwrap_or("unknown model"),
+        collected.keys.iter().map(|key| key.name.as_str()).collect::<Vec<_>>().join(", ")
+    ));
+    log::info(format_args!("the payload:\n{}", collected.payload));
+    let image = collected.image()?;
+    let cmdline = ramdisk_cmdline(&config.initrd.cmdline.to_string());
+    describe(&image, &collected.manifest.kernel_version, &cmdline);
+    if mode == Mode::DryRun {
+        log::notice(format_args!("a dry run: would load this now and call `systemctl kexec`"));
+        return Ok(());
+    }
+    count_down(config, cancel)?;
+    let kernel = File::open(&collected.kernel)
+        .map_err(|source| LeaveError::Kernel { path: collected.kernel.clone(), source })?;
+    kexec::load(kernel.as_fd(), Some(image.initrd.as_fd()), &cmdline)?;
+    // The kernel has its own copy: free ours, the shutdown needs memory too.
+    drop(image);
+    log::notice(format_args!("leaving: the ramdisk is loaded, the shutdown begins"));
+    shut_down()
+}
+
+fn guard(config: &Config) -> Result<(), LeaveError> {
+    let kernel = Path::new(STATE_DIR).join(stiefel_initrd_builder::ramdisk::KERNEL);
+    let refusals = guards::check(Path::new("/"), config.trigger.battery.0, &kernel);
+    if refusals.is_empty() { Ok(()) } else { Err(LeaveError::Refused { refusals }) }
+}
+
+fn describe(image: &Image, version: &str, cmdline: &str) {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    log::info(format_args!(
+        "the ramdisk: kernel {version}, image {} MiB with {} modules for the desktop, command line: {cmdline}",
+        mib(image.size),
+        image.modules
+    ));
+    for part in &image.handover.payload.parts {
+        log::info(format_args!("  {} {} KiB", part.part.name(), part.size.div_ceil(1024)));
+    }
+}
+
+fn count_down(config: &Config, cancel: &Receiver<String>) -> Result<(), LeaveError> {
+    let countdown = config.trigger.countdown.0;
+    if !countdown.is_zero() {
+        log::notice(format_args!("leaving in {} s", countdown.as_secs()));
+    }
+    match cancel.recv_timeout(countdown) {
+        Ok(why) => return Err(LeaveError::Cancelled { why }),
+        Err(RecvTimeoutError::Timeout) => {}
+        Err(RecvTimeoutError::Disconnected) => return Err(LeaveError::Cancelled { why: "the service ends".to_owned() }),
+    }
+    // Meanwhile an upgrade may have begun.
+    if countdown.is_zero() { Ok(()) } else { guard(config) }
+}
+
+/// With a kernel loaded, `systemctl kexec` takes that one, ends all units in order, and unmounts.
+fn shut_down() -> Result<(), LeaveError> {
+    let failed = |why: String| LeaveError::Systemctl { why };
+    let output = Command::new("systemctl")
+        .arg("kexec")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| failed(format!("it cannot be started: {error}")))?;
+    if output.status.success() {
+        Ok(())
+    } else {
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(failed(format!("{}; {}", output.status, said.trim())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+    use stiefel_shared::config::Seconds;
+
+    fn counting(seconds: u64) -> Config {
+        let mut config = Config::default();
+        config.trigger.countdown = Seconds(Duration::from_secs(seconds));
+        config
+    }
+
+    #[test]
+    fn a_cancelled_countdown_ends_at_once_with_its_reason() {
+        let (sender, receiver) = mpsc::channel();
+        sender.send("the NIC was unplugged".to_owned()).unwrap();
+        let error = count_down(&counting(3600), &receiver).unwrap_err();
+        assert_eq!(error.to_string(), "cancelled: the NIC was unplugged");
+    }
+
+    #[test]
+    fn a_service_that_ends_does_not_leave() {
+        let (sender, receiver) = mpsc::channel::<String>();
+        drop(sender);
+        assert!(count_down(&counting(3600), &receiver).is_err());
+    }
+
+    #[test]
+    fn all_refusals_are_in_the_message() {
+        let error = LeaveError::Refused {
+            refusals: vec![
+                Refusal::Battery { percent: 3, limit: 10 },
+                Refusal::Hibernated { place: "/dev/sda3".into() },
+            ],
+        };
+        assert!(error.to_string().contains("3 %") && error.to_string().contains("/dev/sda3"));
+    }
+}

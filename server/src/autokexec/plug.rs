@@ -1,0 +1,242 @@
+//! Decides whether an interface that appears was plugged in by a person.
+//!
+//! Pure: told what happens and when. Rules (design.md, "The way of a boot" 1): a plug counts only after the interface was seen
+//! absent for [`ABSENCE`]; never at the service's start, never right after a resume (USB devices come anew then), never for
+//! an interface that flaps. One that was there at the start counts only once it was unplugged, else a laptop that returned
+//! home with the cable in would leave again for ever.
+
+use std::fmt;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// How long an interface must have been absent.
+pub const ABSENCE: Duration = Duration::from_secs(10);
+/// For how long after a resume nothing counts.
+pub const AFTER_RESUME: Duration = Duration::from_secs(15);
+/// The two clocks are read one after the other; a sleep is longer than what that makes of difference.
+const CLOCK_SLACK: Duration = Duration::from_secs(1);
+
+/// A point in time by the clock that stops in suspend and by the one that does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment {
+    /// CLOCK_MONOTONIC.
+    pub awake: Duration,
+    /// CLOCK_BOOTTIME.
+    pub boot: Duration,
+}
+
+impl Moment {
+    /// Now.
+    #[must_use]
+    pub fn now() -> Self {
+        let read = |clock| {
+            let time = clock_gettime(clock);
+            Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+        };
+        Self { awake: read(ClockId::Monotonic), boot: read(ClockId::Boottime) }
+    }
+
+    /// How long the machine has slept since it was started.
+    fn slept(self) -> Duration {
+        self.boot.saturating_sub(self.awake)
+    }
+}
+
+/// What an appearance means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// A person plugged it in.
+    Plugged,
+    /// It was there all the time.
+    AlreadyThere,
+    /// It was away for too short a time.
+    Flapped {
+        /// How long.
+        absent: Duration,
+    },
+    /// The machine has just woken up.
+    Resumed {
+        /// How long ago.
+        ago: Duration,
+    },
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plugged => f.write_str("plugged in"),
+            Self::AlreadyThere => f.write_str("was there already; it counts once it was unplugged"),
+            Self::Flapped { absent } => write!(
+                f,
+                "is back, or new since the service's start, after {:.1} s; a plug counts after {} s of absence",
+                absent.as_secs_f32(),
+                ABSENCE.as_secs()
+            ),
+            Self::Resumed { ago } => {
+                write!(f, "appeared {:.1} s after the machine woke up, which is no plug; unplug it once", ago.as_secs_f32())
+            }
+        }
+    }
+}
+
+/// One interface that is waited for.
+#[derive(Debug)]
+pub struct Plug {
+    /// Since when it is absent; `None` while it is there.
+    absent_since: Option<Duration>,
+    slept: Duration,
+    resumed: Option<Duration>,
+}
+
+impl Plug {
+    /// At the service's start.
+    #[must_use]
+    pub fn new(present: bool, now: Moment) -> Self {
+        Self { absent_since: (!present).then_some(now.awake), slept: now.slept(), resumed: None }
+    }
+
+    /// Tells that a clock may have jumped; to be called after a resume, at the latest with the next event.
+    pub fn clock(&mut self, now: Moment) {
+        if now.slept() > self.slept + CLOCK_SLACK {
+            self.resumed = Some(now.awake);
+        }
+        self.slept = now.slept();
+    }
+
+    /// The interface has appeared.
+    pub fn appeared(&mut self, now: Moment) -> Verdict {
+        self.clock(now);
+        let Some(since) = self.absent_since.take() else { return Verdict::AlreadyThere };
+        let absent = now.awake.saturating_sub(since);
+        match self.resumed.map(|at| now.awake.saturating_sub(at)) {
+            Some(ago) if ago < AFTER_RESUME => Verdict::Resumed { ago },
+            _ if absent < ABSENCE => Verdict::Flapped { absent },
+            _ => Verdict::Plugged,
+        }
+    }
+
+    /// The interface is gone.
+    pub fn disappeared(&mut self, now: Moment) {
+        self.clock(now);
+        self.absent_since.get_or_insert(now.awake);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Seconds awake, seconds slept.
+    fn at(awake: u64, slept: u64) -> Moment {
+        Moment { awake: Duration::from_secs(awake), boot: Duration::from_secs(awake + slept) }
+    }
+
+    #[test]
+    fn a_plug_after_ten_seconds_of_absence_counts() {
+        let mut plug = Plug::new(false, at(100, 0));
+        assert_eq!(plug.appeared(at(110, 0)), Verdict::Plugged);
+        assert_eq!(plug.appeared(at(130, 0)), Verdict::AlreadyThere);
+    }
+
+    #[test]
+    fn what_was_there_at_the_start_counts_only_once_it_was_unplugged() {
+        let mut plug = Plug::new(true, at(100, 0));
+        assert_eq!(plug.appeared(at(200, 0)), Verdict::AlreadyThere);
+        plug.disappeared(at(300, 0));
+        assert_eq!(plug.appeared(at(310, 0)), Verdict::Plugged);
+    }
+
+    #[test]
+    fn what_appears_right_after_the_start_was_only_slow() {
+        let mut plug = Plug::new(false, at(100, 0));
+        assert!(matches!(plug.appeared(at(109, 0)), Verdict::Flapped { .. }));
+        assert_eq!(plug.appeared(at(200, 0)), Verdict::AlreadyThere);
+    }
+
+    #[test]
+    fn an_interface_that_flaps_never_counts() {
+        let mut plug = Plug::new(true, at(0, 0));
+        for second in (10..200).step_by(9) {
+            plug.disappeared(at(second, 0));
+            assert!(matches!(plug.appeared(at(second + 9, 0)), Verdict::Flapped { .. }));
+        }
+    }
+
+    #[test]
+    fn being_told_twice_of_an_absence_does_not_shorten_it() {
+        let mut plug = Plug::new(true, at(0, 0));
+        plug.disappeared(at(10, 0));
+        plug.disappeared(at(19, 0));
+        assert_eq!(plug.appeared(at(20, 0)), Verdict::Plugged);
+    }
+
+    #[test]
+    fn what_appears_after_a_resume_does_not_count() {
+        let mut plug = Plug::new(false, at(100, 0));
+        plug.clock(at(200, 3600));
+        assert!(matches!(plug.appeared(at(214, 3600)), Verdict::Resumed { .. }));
+        plug.disappeared(at(220, 3600));
+        assert_eq!(plug.appeared(at(230, 3600)), Verdict::Plugged);
+    }
+
+    #[test]
+    fn a_resume_is_seen_by_the_clock_even_if_nobody_told() {
+        let mut plug = Plug::new(false, at(100, 0));
+        assert!(matches!(plug.appeared(at(200, 3600)), Verdict::Resumed { .. }));
+    }
+
+    #[test]
+    fn time_asleep_is_no_time_of_absence() {
+        let mut plug = Plug::new(true, at(100, 0));
+        plug.disappeared(at(200, 0));
+        plug.clock(at(201, 3600));
+        assert!(!matches!(plug.appeared(at(205, 3600)), Verdict::Plugged));
+    }
+
+    #[test]
+    fn long_after_a_resume_a_plug_counts() {
+        let mut plug = Plug::new(false, at(100, 0));
+        plug.clock(at(200, 3600));
+        assert_eq!(plug.appeared(at(215, 3600)), Verdict::Plugged);
+    }
+
+    #[test]
+    fn setting_the_wall_clock_is_no_resume() {
+        let mut plug = Plug::new(false, at(100, 50));
+        plug.clock(at(200, 50));
+        assert_eq!(plug.appeared(at(201, 50)), Verdict::Plugged);
+    }
+
+    proptest! {
+        /// Whatever happens, a plug counts only after ten seconds awake without the interface.
+        #[test]
+        fn no_order_of_events_triggers_without_absence(present: bool, events in prop::collection::vec((0_u64..30, 0_u64..5, 0_u8..3), 0..40)) {
+            let (mut awake, mut slept) = (1000, 0);
+            let mut plug = Plug::new(present, at(awake, slept));
+            let mut absent_since = (!present).then_some(awake);
+            let mut asleep_at = None;
+            for (pause, sleep, event) in events {
+                awake += pause;
+                slept += sleep * 2;
+                if sleep > 0 {
+                    asleep_at = Some(awake);
+                }
+                match event {
+                    0 => plug.clock(at(awake, slept)),
+                    1 => {
+                        plug.disappeared(at(awake, slept));
+                        absent_since = absent_since.or(Some(awake));
+                    }
+                    _ => {
+                        let verdict = plug.appeared(at(awake, slept));
+                        let absent = absent_since.take().is_some_and(|since| awake - since >= 10);
+                        let quiet = asleep_at.is_none_or(|at| awake - at >= 15);
+                        prop_assert_eq!(verdict == Verdict::Plugged, absent && quiet);
+                    }
+                }
+            }
+        }
+    }
+}
