@@ -31,7 +31,7 @@ fn what_is_written_is_read_back_and_is_in_the_file() {
         assert_eq!(client.read(12345, 3 * MIB), data);
         assert_eq!(client.ask(CMD_FLUSH, 0, 0, 0, &[]), Answer::Done);
     }
-    let file = std::fs::read(fixture.file.path()).unwrap();
+    let file = std::fs::read(fixture.file().path()).unwrap();
     assert!(file[12345..][..data.len()] == data);
     assert!(file[..12345].iter().all(|byte| *byte == 0));
     let stats = fixture.export.stats();
@@ -109,7 +109,7 @@ fn every_writing_command_is_eperm_on_a_read_only_export() {
 fn a_medium_that_lost_its_data_is_eio() {
     let fixture = Fixture::new(8192);
     let mut client = fixture.client();
-    fixture.file.as_file().set_len(1024).unwrap();
+    fixture.file().as_file().set_len(1024).unwrap();
     assert_eq!(client.ask(CMD_READ, 0, 4096, 512, &[]), Answer::Error(Errno::Io));
     assert_eq!(client.read(0, 512), vec![0; 512]);
 }
@@ -282,8 +282,8 @@ fn a_write_whose_payload_never_came_does_not_reach_the_file() {
     let mut client = fixture.client();
     client.send(CMD_WRITE, 0, 0, 4096, &[7; 1000]);
     drop(client);
-    fixture.server.stop(PATIENCE).unwrap();
-    assert_eq!(std::fs::read(fixture.file.path()).unwrap(), vec![0; 8192]);
+    fixture.server.drop_connections(PATIENCE).unwrap();
+    assert_eq!(std::fs::read(fixture.file().path()).unwrap(), vec![0; 8192]);
 }
 
 #[derive(Debug, Clone)]
@@ -330,6 +330,6 @@ proptest! {
                 }
             }
         }
-        prop_assert!(std::fs::read(fixture.file.path()).unwrap() == model);
+        prop_assert!(std::fs::read(fixture.file().path()).unwrap() == model);
     }
 }

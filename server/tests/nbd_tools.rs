@@ -45,7 +45,8 @@ fn image(directory: &Path) -> std::path::PathBuf {
     let mut data = vec![0_u8; usize::try_from(SIZE).unwrap()];
     for (index, byte) in data.iter_mut().enumerate() {
         if index / (1 << 20) % 3 == 1 {
-            *byte = (index % 253) as u8;
+            // Not zero, and not the same in every block.
+            *byte = (index / 512 + index).to_le_bytes()[0] | 1;
         }
     }
     std::fs::write(&path, data).unwrap();
@@ -98,7 +99,7 @@ fn nbdcopy_writes_and_reads_back_over_many_connections() {
         "nbdcopy",
         &["--flush", "--connections=4", image.to_str().unwrap(), &uri],
     );
-    assert!(std::fs::read(fixture.file.path()).unwrap() == std::fs::read(&image).unwrap());
+    assert!(std::fs::read(fixture.file().path()).unwrap() == std::fs::read(&image).unwrap());
     let copy = directory.path().join("copy");
     run("nbdcopy", &["--connections=4", &uri, copy.to_str().unwrap()]);
     assert!(std::fs::read(copy).unwrap() == std::fs::read(image).unwrap());

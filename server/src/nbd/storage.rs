@@ -71,29 +71,20 @@ fn queue(device: u64, name: &str) -> Option<u64> {
 
 /// Gives the range's space back where the medium can; never fails for want of support, it is a hint.
 pub(super) fn trim(file: &File, medium: Medium, range: Range) -> io::Result<()> {
-    let (offset, length) = (range.offset, u64::from(range.length));
     let done = match medium {
-        Medium::File => fallocate(
-            file,
-            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-            offset,
-            length,
-        ),
+        Medium::File => {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(file, flags, range.offset, u64::from(range.length)).map_err(io::Error::from)
+        }
         Medium::Device { block, .. } => match inner(range, block) {
-            Some((start, length)) => discard(file, start, length),
+            Some((start, length)) => stiefel_sys::block::discard(file, start, length),
             None => Ok(()),
         },
     };
     match done {
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-        other => other.map_err(io::Error::from),
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+        other => other,
     }
-}
-
-/// Discards whole blocks of a device; afterwards their content is undefined.
-fn discard(file: &File, offset: u64, length: u64) -> rustix::io::Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE | FallocateFlags::NO_HIDE_STALE;
-    fallocate(file, flags, offset, length)
 }
 
 /// The whole blocks inside of a range: start and length, unless there is none.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use stiefel_server::nbd::{Export, ExportOptions, Gate, Limits, Listed, Server};
 use stiefel_shared::nbd::*;
+use tempfile::NamedTempFile;
 
 /// Far more than anything takes: a test that waits this long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,21 +36,22 @@ impl Gate for OneExport {
     }
 }
 
-/// A server of a temporary file.
+/// A server of one export called "disk".
 pub struct Fixture {
     pub server: Server,
     pub export: Arc<Export>,
     pub address: SocketAddr,
-    pub file: tempfile::NamedTempFile,
+    file: Option<NamedTempFile>,
 }
 
 impl Fixture {
+    /// Of a new temporary file.
     pub fn new(size: u64) -> Self {
         Self::with(size, ExportOptions::default(), Limits::default(), true)
     }
 
     pub fn with(size: u64, options: ExportOptions, limits: Limits, admits: bool) -> Self {
-        let file = tempfile::NamedTempFile::new().unwrap();
+        let file = NamedTempFile::new().unwrap();
         file.as_file().set_len(size).unwrap();
         let options = ExportOptions {
             name: "disk".into(),
@@ -57,6 +59,15 @@ impl Fixture {
             ..options
         };
         let export = Export::open(file.path(), options).unwrap();
+        Self::start(export, Some(file), limits, admits)
+    }
+
+    /// Of anything.
+    pub fn of(export: Arc<Export>) -> Self {
+        Self::start(export, None, Limits::default(), true)
+    }
+
+    fn start(export: Arc<Export>, file: Option<NamedTempFile>, limits: Limits, admits: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let gate = Arc::new(OneExport {
@@ -74,6 +85,11 @@ impl Fixture {
 
     pub fn uri(&self) -> String {
         format!("nbd://{}/disk", self.address)
+    }
+
+    /// The temporary file.
+    pub fn file(&self) -> &NamedTempFile {
+        self.file.as_ref().unwrap()
     }
 
     /// A client in transmission with structured replies and block sizes.
