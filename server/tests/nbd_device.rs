@@ -4,34 +4,35 @@
 mod nbd_support;
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nbd_support::{Answer, Fixture};
-use stiefel_server::nbd::{Export, ExportError, ExportOptions};
+use nbd_support::{Answer, Fixture, PATIENCE};
+use stiefel_server::nbd::{DropError, Export, ExportError, ExportOptions};
 use stiefel_shared::nbd::*;
 
 const SIZE: u64 = 16 << 20;
 
-/// A loop device over a file full of 0x5a, gone at the end.
+/// A loop device over a file, gone at the end.
 struct Loop {
     path: PathBuf,
-    backing: tempfile::NamedTempFile,
+    backing: PathBuf,
 }
 
 impl Loop {
-    fn new(sector: u32) -> Option<Self> {
-        let backing = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(backing.path(), vec![0x5a; usize::try_from(SIZE).unwrap()]).unwrap();
+    fn new(sector: u32, backing: &Path) -> Option<Self> {
         let sector = sector.to_string();
         let made = Command::new("losetup")
             .args(["--find", "--show", "-b", &sector])
-            .arg(backing.path())
+            .arg(backing)
             .output();
         match made {
             Ok(output) if output.status.success() => {
                 let path = String::from_utf8(output.stdout).unwrap().trim().into();
-                Some(Self { path, backing })
+                Some(Self {
+                    path,
+                    backing: backing.into(),
+                })
             }
             _ => {
                 eprintln!("skipped: no loop device can be had");
@@ -40,9 +41,16 @@ impl Loop {
         }
     }
 
+    /// Over a file full of 0x5a.
+    fn full(sector: u32) -> Option<(Self, tempfile::NamedTempFile)> {
+        let backing = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(backing.path(), vec![0x5a; usize::try_from(SIZE).unwrap()]).unwrap();
+        Some((Self::new(sector, backing.path())?, backing))
+    }
+
     /// Bytes that the backing file occupies.
     fn occupied(&self) -> u64 {
-        self.backing.as_file().metadata().unwrap().blocks() * 512
+        self.backing.metadata().unwrap().blocks() * 512
     }
 }
 
@@ -54,7 +62,9 @@ impl Drop for Loop {
 
 #[test]
 fn a_block_device_is_opened_exclusively_and_with_its_own_block_size() {
-    let Some(device) = Loop::new(4096) else { return };
+    let Some((device, _backing)) = Loop::full(4096) else {
+        return;
+    };
     let small = ExportOptions {
         block_size: Some(512),
         ..ExportOptions::default()
@@ -78,7 +88,9 @@ fn a_block_device_is_opened_exclusively_and_with_its_own_block_size() {
 
 #[test]
 fn a_block_device_is_written_zeroed_and_discarded() {
-    let Some(device) = Loop::new(512) else { return };
+    let Some((device, _backing)) = Loop::full(512) else {
+        return;
+    };
     let fixture = Fixture::of(Export::open(&device.path, ExportOptions::default()).unwrap());
     // Told of no block sizes, so zeroes may begin and end inside of a block.
     let mut client = fixture.simple_client();
@@ -107,4 +119,57 @@ fn a_block_device_is_written_zeroed_and_discarded() {
     );
     assert_eq!(client.read((1 << 20) - 2, 2), [0x5a; 2]);
     assert_eq!(client.read(5 << 20, 2), [0x5a; 2]);
+}
+
+/// A file system of 4 MiB, gone at the end.
+struct TooSmall(tempfile::TempDir);
+
+impl TooSmall {
+    fn new() -> Option<Self> {
+        let directory = tempfile::tempdir().unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=4m", "none"])
+            .arg(directory.path())
+            .status();
+        if mounted.is_ok_and(|status| status.success()) {
+            return Some(Self(directory));
+        }
+        eprintln!("skipped: nothing can be mounted");
+        None
+    }
+}
+
+impl Drop for TooSmall {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
+}
+
+/// The device takes everything into the page cache, but the file below has no room for it.
+#[test]
+fn a_failed_flush_is_reported_and_stays_reported_on_all_connections() {
+    let Some(too_small) = TooSmall::new() else { return };
+    let backing = too_small.0.path().join("sparse");
+    std::fs::File::create(&backing).unwrap().set_len(SIZE).unwrap();
+    let Some(device) = Loop::new(512, &backing) else { return };
+    let fixture = Fixture::of(Export::open(&device.path, ExportOptions::default()).unwrap());
+    let mut clients = [fixture.client(), fixture.simple_client()];
+    // The device itself may refuse the last ones already.
+    for offset in (0..SIZE).step_by(1 << 20) {
+        clients[0].ask(CMD_WRITE, 0, offset, 1 << 20, &vec![1; 1 << 20]);
+    }
+    for _ in 0..3 {
+        for client in &mut clients {
+            assert_eq!(client.ask(CMD_FLUSH, 0, 0, 0, &[]), Answer::Error(Errno::Io));
+            assert_eq!(
+                client.ask(CMD_WRITE, CMD_FLAG_FUA, 0, 512, &[3; 512]),
+                Answer::Error(Errno::Io)
+            );
+            assert_eq!(client.ask(CMD_WRITE, 0, 0, 512, &[2; 512]), Answer::Error(Errno::Io));
+        }
+    }
+    assert!(fixture.export.flush().is_err());
+    let Fixture { server, export, .. } = fixture;
+    assert!(matches!(server.stop(PATIENCE), Err(DropError::Flush { .. })));
+    drop(export);
 }

@@ -390,6 +390,19 @@ mod tests {
     }
 
     #[test]
+    fn concurrent_flushes_all_end() {
+        let backing = file(4096);
+        let export = Export::open(backing.path(), ExportOptions::default()).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| (0..20).for_each(|_| export.flush().unwrap()));
+            }
+        });
+        let syncs = export.syncs.lock().unwrap();
+        assert!(!syncs.running && syncs.begun == syncs.ended && (20..=160).contains(&syncs.ended));
+    }
+
+    #[test]
     fn a_read_beyond_a_file_that_was_cut_is_an_error() {
         let backing = file(4096);
         let export = Export::open(backing.path(), ExportOptions::default()).unwrap();
