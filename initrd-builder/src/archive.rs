@@ -16,13 +16,20 @@ pub(crate) struct Archive<W: Write> {
 
 impl<W: Write> Archive<W> {
     pub(crate) fn new(out: W) -> Self {
-        Self { writer: Writer::new(out), folders: BTreeSet::new() }
+        Self {
+            writer: Writer::new(out),
+            folders: BTreeSet::new(),
+        }
     }
 
     /// Adds a folder, and those above it.
     pub(crate) fn dir(&mut self, path: &str, mode: u32) -> io::Result<()> {
         self.parents(path)?;
-        if self.folders.insert(path.to_owned()) { self.writer.dir(path, mode) } else { Ok(()) }
+        if self.folders.insert(path.to_owned()) {
+            self.writer.dir(path, mode)
+        } else {
+            Ok(())
+        }
     }
 
     pub(crate) fn file(&mut self, path: &str, mode: u32, data: &[u8]) -> io::Result<()> {

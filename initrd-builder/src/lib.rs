@@ -5,4 +5,6 @@ pub mod modules;
 pub mod overlay;
 pub mod ramdisk;
 pub mod stick;
+#[cfg(test)]
+mod testing;
 pub mod uki;

@@ -45,7 +45,10 @@ pub enum ModulesError {
         dir: PathBuf,
     },
     /// Neither a class nor a module of this kernel.
-    #[error("kernel {version} has no module {name}, and no class is called so: classes are {}", known_classes())]
+    #[error(
+        "kernel {version} has no module {name}, and no class is called so: classes are {}",
+        known_classes()
+    )]
     Unknown {
         /// The word from the configuration.
         name: String,
@@ -53,7 +56,10 @@ pub enum ModulesError {
         version: String,
     },
     /// A class of which this kernel has nothing.
-    #[error("kernel {version} has no module of the class {class} ({}): install a kernel that has, or leave the class out", about(class))]
+    #[error(
+        "kernel {version} has no module of the class {class} ({}): install a kernel that has, or leave the class out",
+        about(class)
+    )]
     EmptyClass {
         /// The class.
         class: String,
@@ -72,7 +78,10 @@ pub enum ModulesError {
 }
 
 fn known_classes() -> String {
-    let names: Vec<_> = [DEFAULT].into_iter().chain(CLASSES.iter().map(|class| class.name)).collect();
+    let names: Vec<_> = [DEFAULT]
+        .into_iter()
+        .chain(CLASSES.iter().map(|class| class.name))
+        .collect();
     names.join(", ")
 }
 
@@ -131,9 +140,25 @@ impl ModuleTree {
         let alias = optional("modules.alias")?;
         let softdep = optional("modules.softdep")?;
         let builtin = optional("modules.builtin")?;
-        let index = ModuleIndex::parse(&Texts { dep: &dep, alias: &alias, softdep: &softdep, builtin: &builtin })
-            .map_err(|source| ModulesError::BadIndex { dir: dir.clone(), source })?;
-        Ok(Self { dir, version, index, alias, softdep, builtin, dep })
+        let index = ModuleIndex::parse(&Texts {
+            dep: &dep,
+            alias: &alias,
+            softdep: &softdep,
+            builtin: &builtin,
+        })
+        .map_err(|source| ModulesError::BadIndex {
+            dir: dir.clone(),
+            source,
+        })?;
+        Ok(Self {
+            dir,
+            version,
+            index,
+            alias,
+            softdep,
+            builtin,
+            dep,
+        })
     }
 
     /// The kernel's version, as `uname -r` prints it.
@@ -164,31 +189,45 @@ impl ModuleTree {
         for word in wanted.iter().map(AsRef::as_ref) {
             if word == DEFAULT {
                 // All of them: what this kernel lacks is not needed by who asked for nothing special.
-                roots.extend(CLASSES.iter().filter(|class| class.name != DEBUG).flat_map(|class| self.members(class)));
+                roots.extend(
+                    CLASSES
+                        .iter()
+                        .filter(|class| class.name != DEBUG)
+                        .flat_map(|class| self.members(class)),
+                );
             } else if let Some(class) = Class::named(word) {
                 if class.name != DEBUG && !self.offers_class(class) {
-                    return Err(ModulesError::EmptyClass { class: word.to_owned(), version: self.version.clone() });
+                    return Err(ModulesError::EmptyClass {
+                        class: word.to_owned(),
+                        version: self.version.clone(),
+                    });
                 }
                 roots.extend(self.members(class));
             } else if self.offers(word) {
                 roots.insert(normalise(word));
             } else {
-                return Err(ModulesError::Unknown { name: word.to_owned(), version: self.version.clone() });
+                return Err(ModulesError::Unknown {
+                    name: word.to_owned(),
+                    version: self.version.clone(),
+                });
             }
         }
         let mut selection = BTreeSet::new();
         for root in &roots {
-            let order = self
-                .index
-                .resolve(root)
-                .map_err(|_| ModulesError::Unknown { name: root.clone(), version: self.version.clone() })?;
+            let order = self.index.resolve(root).map_err(|_| ModulesError::Unknown {
+                name: root.clone(),
+                version: self.version.clone(),
+            })?;
             selection.extend(order.into_iter().map(str::to_owned));
         }
         Ok(selection)
     }
 
     fn members<'a>(&'a self, class: &'a Class) -> impl Iterator<Item = String> + 'a {
-        self.index.iter().filter(|(name, path)| class.has(name, path)).map(|(name, _)| name.to_owned())
+        self.index
+            .iter()
+            .filter(|(name, path)| class.has(name, path))
+            .map(|(name, _)| name.to_owned())
     }
 
     /// Reads the selected modules, the firmware they ask for, and cuts the lists down to them.
@@ -213,7 +252,9 @@ impl ModuleTree {
         };
         let mut wanted_firmware = BTreeSet::new();
         for name in selection {
-            let Some(relative) = self.index.path(name) else { continue };
+            let Some(relative) = self.index.path(name) else {
+                continue;
+            };
             let path = self.dir.join(relative);
             let bytes = file::read_module(&path).map_err(|source| ModulesError::Module { path, source })?;
             wanted_firmware.extend(file::firmware_names(&bytes));
@@ -233,13 +274,19 @@ impl ModuleTree {
     /// The index files, with only the lines of the selected modules.
     fn lists(&self, selection: &Selection) -> BTreeMap<String, Vec<u8>> {
         let keep = |line: &str, word: Option<&str>| {
-            word.is_some_and(|name| selection.contains(&normalise(name))).then(|| format!("{line}\n"))
+            word.is_some_and(|name| selection.contains(&normalise(name)))
+                .then(|| format!("{line}\n"))
         };
         let dep = text_lines(&self.dep).filter_map(|line| {
             let (path, depends) = line.split_once(':')?;
-            let depends: String =
-                depends.split_whitespace().map(|path| format!(" {}", file::plain_name(path))).collect();
-            keep(&format!("{}:{depends}", file::plain_name(path.trim())), Some(path.trim()))
+            let depends: String = depends
+                .split_whitespace()
+                .map(|path| format!(" {}", file::plain_name(path)))
+                .collect();
+            keep(
+                &format!("{}:{depends}", file::plain_name(path.trim())),
+                Some(path.trim()),
+            )
         });
         let alias = text_lines(&self.alias).filter_map(|line| keep(line, line.split_whitespace().nth(2)));
         let softdep = text_lines(&self.softdep).filter_map(|line| keep(line, line.split_whitespace().nth(1)));
@@ -269,4 +316,174 @@ fn text_lines(text: &[u8]) -> impl Iterator<Item = &str> {
     text.split(|byte| *byte == b'\n')
         .filter_map(|line| std::str::from_utf8(line).ok())
         .filter(|line| !line.trim().is_empty() && !line.starts_with('#'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{VERSION, module_tree};
+
+    fn tree() -> (tempfile::TempDir, ModuleTree) {
+        let root = tempfile::tempdir().unwrap();
+        let tree = ModuleTree::open(&module_tree(root.path())).unwrap();
+        (root, tree)
+    }
+
+    fn names(selection: &Selection) -> Vec<&str> {
+        selection.iter().map(String::as_str).collect()
+    }
+
+    #[test]
+    fn class_nic_takes_wired_adapters_and_their_dependencies_only() {
+        let (_root, tree) = tree();
+        assert_eq!(names(&tree.select(&["nic"]).unwrap()), ["cdc_ether", "mii", "r8169"]);
+    }
+
+    #[test]
+    fn soft_dependencies_by_alias_come_along() {
+        let (_root, tree) = tree();
+        assert_eq!(names(&tree.select(&["fs"]).unwrap()), ["crc32c_generic", "ext4"]);
+    }
+
+    #[test]
+    fn plain_names_are_taken_in_any_spelling_and_builtin_ones_need_no_file() {
+        let (_root, tree) = tree();
+        assert_eq!(
+            names(&tree.select(&["nvme-tcp", "iwlwifi"]).unwrap()),
+            ["iwlwifi", "nvme_tcp"]
+        );
+        assert_eq!(names(&tree.select(&["wireguard", "usbhid"]).unwrap()), [""; 0]);
+    }
+
+    #[test]
+    fn default_is_every_class_that_the_kernel_has_but_debug() {
+        let (_root, tree) = tree();
+        let expected = [
+            "cdc_ether",
+            "crc32c_generic",
+            "ext4",
+            "mii",
+            "nbd",
+            "nvme",
+            "nvme_tcp",
+            "r8169",
+            "xhci_hcd",
+        ];
+        assert_eq!(names(&tree.select(&[DEFAULT]).unwrap()), expected);
+    }
+
+    #[test]
+    fn unknown_word_is_refused_with_the_classes_that_exist() {
+        let (_root, tree) = tree();
+        let error = tree.select(&["nics"]).unwrap_err().to_string();
+        assert!(error.contains("nics") && error.contains(VERSION), "{error}");
+        for word in [
+            "default",
+            "nic",
+            "disk",
+            "usb",
+            "hid",
+            "nbd",
+            "nvme",
+            "wireguard",
+            "fs",
+            "debug",
+        ] {
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_class_that_the_kernel_lacks_is_refused() {
+        let (_root, tree) = tree();
+        let error = tree.select(&["power"]).unwrap_err();
+        assert!(
+            matches!(&error, ModulesError::EmptyClass { class, .. } if class == "power"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn modules_are_stored_uncompressed_with_lists_cut_down_to_them() {
+        let (_root, tree) = tree();
+        let set = tree.load(&tree.select(&["nic"]).unwrap(), &[], &mut |_, _| {}).unwrap();
+        assert_eq!(set.modules, 3);
+        let text = |name: &str| String::from_utf8(set.files[name].clone()).unwrap();
+        assert_eq!(
+            text("modules.dep"),
+            "kernel/drivers/net/ethernet/realtek/r8169.ko: kernel/drivers/net/mii.ko\n\
+             kernel/drivers/net/mii.ko:\n\
+             kernel/drivers/net/usb/cdc_ether.ko: kernel/drivers/net/mii.ko\n"
+        );
+        let alias = text("modules.alias");
+        assert!(alias.contains(" r8169\n") && alias.contains(" cdc_ether\n"), "{alias}");
+        assert!(!alias.contains("cdc_subset") && !alias.contains("crc32c"), "{alias}");
+        assert_eq!(text("modules.softdep"), "");
+        assert!(text("modules.builtin").contains("wireguard"));
+        for path in [
+            "kernel/drivers/net/mii.ko",
+            "kernel/drivers/net/usb/cdc_ether.ko",
+            "kernel/drivers/net/ethernet/realtek/r8169.ko",
+        ] {
+            assert!(set.files[path].starts_with(b"\x7fELF"), "{path}");
+        }
+        // The result is an index again.
+        let index = ModuleIndex::parse(&Texts {
+            dep: &set.files["modules.dep"],
+            ..Texts::default()
+        })
+        .unwrap();
+        assert_eq!(index.resolve("r8169").unwrap(), ["mii", "r8169"]);
+    }
+
+    #[test]
+    fn firmware_is_found_in_order_and_decompressed_and_missing_is_counted() {
+        let (root, tree) = tree();
+        let [updates, base] = ["updates", "base"].map(|name| root.path().join(name));
+        let load = || {
+            tree.load(
+                &tree.select(&["r8169"]).unwrap(),
+                &[updates.clone(), base.clone()],
+                &mut |_, _| {},
+            )
+            .unwrap()
+        };
+        fs::create_dir_all(base.join("rtl_nic")).unwrap();
+        fs::write(
+            base.join("rtl_nic/rtl8168.fw.zst"),
+            zstd::bulk::compress(b"old", 3).unwrap(),
+        )
+        .unwrap();
+        let set = load();
+        assert_eq!(
+            set.firmware,
+            BTreeMap::from([("rtl_nic/rtl8168.fw".to_owned(), b"old".to_vec())])
+        );
+        assert_eq!(set.missing_firmware, BTreeSet::from(["rtl_nic/absent.fw".to_owned()]));
+        fs::create_dir_all(updates.join("rtl_nic")).unwrap();
+        fs::write(updates.join("rtl_nic/rtl8168.fw"), b"new").unwrap();
+        assert_eq!(load().firmware["rtl_nic/rtl8168.fw"], b"new");
+    }
+
+    #[test]
+    fn a_broken_module_is_named() {
+        let (root, tree) = tree();
+        let path = root
+            .path()
+            .join("lib/modules")
+            .join(VERSION)
+            .join("kernel/drivers/block/nbd.ko");
+        fs::write(&path, b"<html>").unwrap();
+        let error = tree
+            .load(&tree.select(&["nbd"]).unwrap(), &[], &mut |_, _| {})
+            .unwrap_err();
+        assert!(error.to_string().contains("nbd.ko"), "{error}");
+    }
+
+    #[test]
+    fn folder_without_lists_says_what_to_do() {
+        let root = tempfile::tempdir().unwrap();
+        let error = ModuleTree::open(root.path()).err().unwrap().to_string();
+        assert!(error.contains("modules.dep") && error.contains("depmod"), "{error}");
+    }
 }

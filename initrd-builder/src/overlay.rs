@@ -21,7 +21,9 @@ const LEVEL: i32 = 3;
 #[derive(Debug, thiserror::Error)]
 pub enum OverlayError {
     /// The payload's kernel cannot have its root on the network.
-    #[error("kernel {version} has no module nbd, without which a desktop cannot use this disk: boot a kernel that has (Debian: linux-image-amd64, not the cloud one)")]
+    #[error(
+        "kernel {version} has no module nbd, without which a desktop cannot use this disk: boot a kernel that has (Debian: linux-image-amd64, not the cloud one)"
+    )]
     NoNbd {
         /// The payload's kernel.
         version: String,
@@ -67,17 +69,101 @@ pub fn overlay(modules_dir: &Path, firmware_dirs: &[PathBuf], zstd: bool) -> Res
     if !tree.offers("nbd") {
         return Err(OverlayError::NoNbd { version });
     }
-    let classes = CLASSES.into_iter().filter(|name| Class::named(name).is_some_and(|class| tree.offers_class(class)));
-    let wanted: Vec<_> =
-        classes.chain(["nbd"]).chain(TRANSPORTS.into_iter().filter(|module| tree.offers(module))).collect();
+    let classes = CLASSES
+        .into_iter()
+        .filter(|name| Class::named(name).is_some_and(|class| tree.offers_class(class)));
+    let wanted: Vec<_> = classes
+        .chain(["nbd"])
+        .chain(TRANSPORTS.into_iter().filter(|module| tree.offers(module)))
+        .collect();
     let set = tree.load(&tree.select(&wanted)?, firmware_dirs, &mut |_, _| {})?;
     let pack = || -> io::Result<Vec<u8>> {
         let mut archive = Archive::new(Vec::new());
         set.write(&mut archive, "stiefel")?;
         let plain = archive.finish()?;
-        if zstd { zstd::bulk::compress(&plain, LEVEL) } else { Ok(plain) }
+        if zstd {
+            zstd::bulk::compress(&plain, LEVEL)
+        } else {
+            Ok(plain)
+        }
     };
-    let bytes = pack().map_err(|source| OverlayError::Archive { version: version.clone(), source })?;
+    let bytes = pack().map_err(|source| OverlayError::Archive {
+        version: version.clone(),
+        source,
+    })?;
     let (modules, firmware, missing_firmware) = (set.modules, set.firmware.len(), set.missing_firmware.len());
-    Ok(Overlay { bytes, version, modules, firmware, missing_firmware })
+    Ok(Overlay {
+        bytes,
+        version,
+        modules,
+        firmware,
+        missing_firmware,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{VERSION, module_tree};
+    use std::fs;
+    use stiefel_shared::cpio::Reader;
+
+    fn paths(bytes: &[u8]) -> Vec<String> {
+        Reader::new(bytes)
+            .map(|entry| String::from_utf8(entry.unwrap().path.to_vec()).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn everything_lies_below_stiefel() {
+        let root = tempfile::tempdir().unwrap();
+        let firmware = root.path().join("firmware");
+        fs::create_dir_all(firmware.join("rtl_nic")).unwrap();
+        fs::write(firmware.join("rtl_nic/rtl8168.fw"), b"firmware").unwrap();
+        let overlay = overlay(&module_tree(root.path()), &[firmware], false).unwrap();
+        assert_eq!((overlay.modules, overlay.firmware, overlay.missing_firmware), (6, 1, 1));
+        let paths = paths(&overlay.bytes);
+        assert!(
+            paths
+                .iter()
+                .all(|path| path == "stiefel" || path.starts_with("stiefel/")),
+            "{paths:?}"
+        );
+        for path in [
+            format!("stiefel/modules/{VERSION}/modules.dep"),
+            format!("stiefel/modules/{VERSION}/kernel/drivers/block/nbd.ko"),
+            format!("stiefel/modules/{VERSION}/kernel/drivers/nvme/host/nvme-tcp.ko"),
+            "stiefel/firmware/rtl_nic/rtl8168.fw".to_owned(),
+        ] {
+            assert!(paths.contains(&path), "{path} missing in {paths:?}");
+        }
+        assert!(
+            !paths.iter().any(|path| path.ends_with("/nvme.ko")),
+            "the desktop's own disks are none of ours"
+        );
+        assert_eq!(overlay.bytes.len() % 4, 0);
+    }
+
+    #[test]
+    fn compressed_overlay_holds_the_same() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = module_tree(root.path());
+        let plain = overlay(&dir, &[], false).unwrap();
+        let packed = overlay(&dir, &[], true).unwrap();
+        assert_eq!(zstd::bulk::decompress(&packed.bytes, 1 << 20).unwrap(), plain.bytes);
+    }
+
+    #[test]
+    fn kernel_without_nbd_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = module_tree(root.path());
+        let dep = fs::read_to_string(dir.join("modules.dep")).unwrap();
+        fs::write(
+            dir.join("modules.dep"),
+            dep.replace("kernel/drivers/block/nbd.ko:\n", ""),
+        )
+        .unwrap();
+        let error = overlay(&dir, &[], false).unwrap_err();
+        assert!(matches!(error, OverlayError::NoNbd { .. }), "{error}");
+    }
 }

@@ -29,8 +29,11 @@ const JOB_SIZE: u32 = 16 << 20;
 /// The largest program or extra file taken, in bytes.
 const FILE_MAX: u64 = 256 << 20;
 /// Character devices that PID 1 needs before it mounts devtmpfs: name, mode, major, minor.
-const NODES: [(&str, u32, u32, u32); 3] =
-    [("dev/console", 0o600, 5, 1), ("dev/null", 0o666, 1, 3), ("dev/kmsg", 0o600, 1, 11)];
+const NODES: [(&str, u32, u32, u32); 3] = [
+    ("dev/console", 0o600, 5, 1),
+    ("dev/null", 0o666, 1, 3),
+    ("dev/kmsg", 0o600, 1, 11),
+];
 
 /// What goes into a ramdisk.
 #[derive(Debug, Clone)]
@@ -118,7 +121,9 @@ pub enum RamdiskError {
         modules: String,
     },
     /// The class `debug` wants a shell.
-    #[error("the class debug needs a static busybox: install it (Debian: busybox-static) and name it, or leave the class out")]
+    #[error(
+        "the class debug needs a static busybox: install it (Debian: busybox-static) and name it, or leave the class out"
+    )]
     NoBusybox,
     /// Modules cannot be chosen or read.
     #[error(transparent)]
@@ -159,7 +164,10 @@ fn default_kernel_in(root: &Path, version: String) -> Result<(PathBuf, PathBuf),
             let looked = modules.map(|dir| dir.join("modules.dep")).to_vec();
             Err(RamdiskError::NoDefaultKernel { version, looked })
         }
-        (None, _) => Err(RamdiskError::NoDefaultKernel { version, looked: kernels.to_vec() }),
+        (None, _) => Err(RamdiskError::NoDefaultKernel {
+            version,
+            looked: kernels.to_vec(),
+        }),
     }
 }
 
@@ -188,7 +196,10 @@ struct Parts {
 /// See [`RamdiskError`]; all input is checked before anything is written.
 pub fn build(options: &RamdiskOptions, progress: Progress) -> Result<BuildReport, RamdiskError> {
     let parts = gather(options, progress)?;
-    let failed = |source| RamdiskError::Write { path: options.out_dir.clone(), source };
+    let failed = |source| RamdiskError::Write {
+        path: options.out_dir.clone(),
+        source,
+    };
     write(options, &parts, progress).map_err(failed)
 }
 
@@ -205,7 +216,11 @@ fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, Ramdisk
     let machine = program::kernel_machine(&kernel).map_err(unusable(&options.kernel))?;
     if let Some(version) = kernel_version(&kernel).filter(|version| version != tree.version()) {
         let modules = tree.version().to_owned();
-        return Err(RamdiskError::VersionMismatch { path: options.kernel.clone(), kernel: version, modules });
+        return Err(RamdiskError::VersionMismatch {
+            path: options.kernel.clone(),
+            kernel: version,
+            modules,
+        });
     }
     let static_program = |path: &Path| -> Result<Vec<u8>, RamdiskError> {
         let bytes = read(path)?;
@@ -222,26 +237,56 @@ fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, Ramdisk
     for (source, path) in &options.extra_files {
         let bytes = read(source)?;
         let found = fs::metadata(source);
-        let mode = found.map_err(|error| RamdiskError::Read { path: source.clone(), source: error })?.permissions().mode();
-        extras.push(Extra { path: path.trim_start_matches('/').to_owned(), mode: mode & 0o755, bytes });
+        let mode = found
+            .map_err(|error| RamdiskError::Read {
+                path: source.clone(),
+                source: error,
+            })?
+            .permissions()
+            .mode();
+        extras.push(Extra {
+            path: path.trim_start_matches('/').to_owned(),
+            mode: mode & 0o755,
+            bytes,
+        });
     }
-    let modules =
-        tree.load(&selection, &options.firmware_dirs, &mut |done, total| progress(Stage::Modules, done, total))?;
-    Ok(Parts { kernel, program, busybox, extras, modules })
+    let modules = tree.load(&selection, &options.firmware_dirs, &mut |done, total| {
+        progress(Stage::Modules, done, total)
+    })?;
+    Ok(Parts {
+        kernel,
+        program,
+        busybox,
+        extras,
+        modules,
+    })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, RamdiskError> {
-    let failed = |source| RamdiskError::Read { path: path.to_owned(), source };
+    let failed = |source| RamdiskError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let len = fs::metadata(path).map_err(failed)?.len();
     if len > FILE_MAX {
-        return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {FILE_MAX} bytes"))));
+        return Err(failed(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("it has more than {FILE_MAX} bytes"),
+        )));
     }
     fs::read(path).map_err(failed)
 }
 
 /// Writes the archive's entries. `each` is told how many bytes are written so far.
 fn fill<W: Write>(archive: &mut Archive<W>, parts: &Parts) -> io::Result<()> {
-    for (path, mode) in [("dev", 0o755), ("proc", 0o555), ("sys", 0o555), ("run", 0o755), ("tmp", 0o1777), ("etc", 0o755)] {
+    for (path, mode) in [
+        ("dev", 0o755),
+        ("proc", 0o555),
+        ("sys", 0o555),
+        ("run", 0o755),
+        ("tmp", 0o1777),
+        ("etc", 0o755),
+    ] {
         archive.dir(path, mode)?;
     }
     for (path, mode, major, minor) in NODES {
@@ -282,12 +327,21 @@ fn write(options: &RamdiskOptions, parts: &Parts, progress: Progress) -> io::Res
     };
     let (manifest_file, _) = plain(&options.out_dir, &manifest.to_json())?;
     let place = |name| options.out_dir.join(name);
-    for (file, name) in [(kernel_file, KERNEL), (ramdisk_file, RAMDISK), (manifest_file, MANIFEST)] {
+    for (file, name) in [
+        (kernel_file, KERNEL),
+        (ramdisk_file, RAMDISK),
+        (manifest_file, MANIFEST),
+    ] {
         file.persist(place(name)).map_err(|error| error.error)?;
     }
     File::open(&options.out_dir)?.sync_all()?;
     let missing_firmware = parts.modules.missing_firmware.iter().cloned().collect();
-    Ok(BuildReport { manifest, kernel: place(KERNEL), ramdisk: place(RAMDISK), missing_firmware })
+    Ok(BuildReport {
+        manifest,
+        kernel: place(KERNEL),
+        ramdisk: place(RAMDISK),
+        missing_firmware,
+    })
 }
 
 /// Writes the compressed archive beside its place; returns also its uncompressed length.
@@ -297,14 +351,24 @@ fn compress(dir: &Path, parts: &Parts, total: u64, progress: Progress) -> io::Re
     encoder.window_log(WINDOW_LOG)?;
     encoder.include_checksum(true)?;
     // One worker or many give the same bytes, so long as there is one.
-    encoder.multithread(std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1)))?;
+    encoder
+        .multithread(std::thread::available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1)))?;
     encoder.set_parameter(zstd::zstd_safe::CParameter::JobSize(JOB_SIZE))?;
-    let counting = Counting { out: encoder, done: 0, total, progress };
+    let counting = Counting {
+        out: encoder,
+        done: 0,
+        total,
+        progress,
+    };
     let mut archive = Archive::new(counting);
     fill(&mut archive, parts)?;
     let counting = archive.finish()?;
     let unpacked = counting.done;
-    let hashing = counting.out.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
+    let hashing = counting
+        .out
+        .finish()?
+        .into_inner()
+        .map_err(io::IntoInnerError::into_error)?;
     let (file, part) = hashing.finish()?;
     Ok((file, part, unpacked))
 }
@@ -317,7 +381,10 @@ fn plain(dir: &Path, bytes: &[u8]) -> io::Result<(NamedTempFile, Part)> {
 }
 
 fn beside(dir: &Path) -> io::Result<NamedTempFile> {
-    tempfile::Builder::new().prefix(".stiefel-").permissions(fs::Permissions::from_mode(0o644)).tempfile_in(dir)
+    tempfile::Builder::new()
+        .prefix(".stiefel-")
+        .permissions(fs::Permissions::from_mode(0o644))
+        .tempfile_in(dir)
 }
 
 /// Writes into a file and hashes what it writes.
@@ -329,12 +396,22 @@ struct Hashing {
 
 impl Hashing {
     fn new(file: NamedTempFile) -> Self {
-        Self { file, hash: Sha256::new(), bytes: 0 }
+        Self {
+            file,
+            hash: Sha256::new(),
+            bytes: 0,
+        }
     }
 
     fn finish(self) -> io::Result<(NamedTempFile, Part)> {
         self.file.as_file().sync_all()?;
-        Ok((self.file, Part { bytes: self.bytes, sha256: manifest::hex(&self.hash.finalize()) }))
+        Ok((
+            self.file,
+            Part {
+                bytes: self.bytes,
+                sha256: manifest::hex(&self.hash.finalize()),
+            },
+        ))
     }
 }
 
@@ -371,3 +448,6 @@ impl<W: Write> Write for Counting<'_, W> {
         self.out.flush()
     }
 }
+
+#[cfg(test)]
+mod tests;

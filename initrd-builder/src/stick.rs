@@ -26,7 +26,9 @@ pub use device::{DeviceError, DeviceInfo, PartitionInfo, describe};
 /// Where Debian's package systemd-boot-efi (and Arch's and Fedora's systemd) put the EFI stub.
 pub const DEFAULT_STUB: &str = "/usr/lib/systemd/boot/efi/linuxx64.efi.stub";
 /// GUID of EFI system partitions, as it is stored.
-const ESP_TYPE: [u8; 16] = [0x28, 0x73, 0x2a, 0xc1, 0x1f, 0xf8, 0xd2, 0x11, 0xba, 0x4b, 0x00, 0xa0, 0xc9, 0x3e, 0xc9, 0x3b];
+const ESP_TYPE: [u8; 16] = [
+    0x28, 0x73, 0x2a, 0xc1, 0x1f, 0xf8, 0xd2, 0x11, 0xba, 0x4b, 0x00, 0xa0, 0xc9, 0x3e, 0xc9, 0x3b,
+];
 /// Name of the partition.
 const PARTITION_NAME: &str = "stiefel";
 /// Where the partition begins, and what stays free behind it for the second partition table, in bytes.
@@ -95,7 +97,9 @@ pub enum StickError {
     #[error(transparent)]
     Uki(#[from] UkiError),
     /// No removable-disk name is known for the stub's machine.
-    #[error("the EFI stub is for a machine (PE {machine:#06x}) that sticks are not made for: use that for x86-64 or arm64")]
+    #[error(
+        "the EFI stub is for a machine (PE {machine:#06x}) that sticks are not made for: use that for x86-64 or arm64"
+    )]
     UnknownMachine {
         /// The PE machine number.
         machine: u16,
@@ -178,14 +182,27 @@ pub fn write_image(
     if !overwrite && path.symlink_metadata().is_ok() {
         return Err(exists());
     }
-    let failed = |source| StickError::Write { path: path.to_owned(), source };
+    let failed = |source| StickError::Write {
+        path: path.to_owned(),
+        source,
+    };
     let content = Content::new(options, esp::Sector::S512)?;
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = path
+        .parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     // A temporary file is 0600 from the beginning, and stays so.
-    let mut file = tempfile::Builder::new().prefix(".stiefel-").tempfile_in(dir).map_err(failed)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".stiefel-")
+        .tempfile_in(dir)
+        .map_err(failed)?;
     file.as_file().set_len(content.disk_bytes()).map_err(failed)?;
     content.write(file.as_file_mut(), path, progress)?;
-    let renamed = if overwrite { file.persist(path) } else { file.persist_noclobber(path) };
+    let renamed = if overwrite {
+        file.persist(path)
+    } else {
+        file.persist_noclobber(path)
+    };
     renamed.map_err(|error| match error.error.kind() {
         io::ErrorKind::AlreadyExists => exists(),
         _ => failed(error.error),
@@ -208,13 +225,25 @@ pub fn write_device(
     info.check(allow_fixed)?;
     let content = Content::new(options, esp::Sector::of(info.sector_bytes, path)?)?;
     if info.bytes < content.disk_bytes() {
-        return Err(StickError::TooSmall { path: path.to_owned(), have: info.bytes, need: content.disk_bytes() });
+        return Err(StickError::TooSmall {
+            path: path.to_owned(),
+            have: info.bytes,
+            need: content.disk_bytes(),
+        });
     }
-    let failed = |source| StickError::Write { path: path.to_owned(), source };
+    let failed = |source| StickError::Write {
+        path: path.to_owned(),
+        source,
+    };
     // On a block device O_EXCL fails if anybody in the kernel has it: what was mounted since the check is not overwritten.
     let flags = rustix::fs::OFlags::EXCL.union(rustix::fs::OFlags::CLOEXEC);
     let flags = i32::try_from(flags.bits()).unwrap_or_default();
-    let mut device = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(failed)?;
+    let mut device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(path)
+        .map_err(failed)?;
     info.check_same(&device)?;
     // Traces of older file systems and tables at both ends would confuse whoever looks at the disk.
     let zeros = vec![0; usize::try_from(MIB).unwrap_or_default()];
@@ -242,7 +271,9 @@ impl Content {
         let kernel = read(KERNEL, &options.kernel)?;
         let ramdisk = read(RAMDISK, &options.ramdisk)?;
         if !ramdisk.starts_with(&ZSTD_MAGIC) {
-            return Err(StickError::NotARamdisk { path: options.ramdisk.clone() });
+            return Err(StickError::NotARamdisk {
+                path: options.ramdisk.clone(),
+            });
         }
         if let Some(source) = cpio::Reader::new(&options.handover).find_map(Result::err) {
             return Err(StickError::BadHandover { source });
@@ -255,7 +286,13 @@ impl Content {
             "\n"
         );
         let initrd = [ramdisk.as_slice(), options.handover.as_slice()];
-        let uki = Uki { stub: &stub, os_release, cmdline: &options.cmdline, initrd: &initrd, kernel: &kernel };
+        let uki = Uki {
+            stub: &stub,
+            os_release,
+            cmdline: &options.cmdline,
+            initrd: &initrd,
+            kernel: &kernel,
+        };
         let program = uki.assemble()?;
         let name = match uki::machine(&program)? {
             0x8664 => "BOOTX64.EFI",
@@ -274,7 +311,13 @@ impl Content {
         let [a, b, c, d, ..] = volume;
         let esp = esp::build(&program, name, sector, u32::from_le_bytes([a, b, c, d]))
             .map_err(|source| StickError::Fat { source })?;
-        Ok(Self { esp, sector, program_bytes: program.len() as u64, disk_guid, partition_guid })
+        Ok(Self {
+            esp,
+            sector,
+            program_bytes: program.len() as u64,
+            disk_guid,
+            partition_guid,
+        })
     }
 
     /// Bytes of the smallest disk that holds it.
@@ -283,16 +326,28 @@ impl Content {
     }
 
     fn report(&self) -> StickReport {
-        StickReport { bytes: self.disk_bytes(), program_bytes: self.program_bytes }
+        StickReport {
+            bytes: self.disk_bytes(),
+            program_bytes: self.program_bytes,
+        }
     }
 
     /// Writes to a file or device of the right length whose first and last MiB are zero, and syncs.
     fn write(&self, disk: &mut File, path: &Path, progress: Progress) -> Result<(), StickError> {
-        let failed = |source| StickError::Write { path: path.to_owned(), source };
-        let broken = |source| StickError::Gpt { path: path.to_owned(), source };
+        let failed = |source| StickError::Write {
+            path: path.to_owned(),
+            source,
+        };
+        let broken = |source| StickError::Gpt {
+            path: path.to_owned(),
+            source,
+        };
         // Behind the last byte that is not zero there are only free clusters: their content does not matter.
         let used = self.esp.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-        let used = self.esp.get(..used.next_multiple_of(CHUNK).min(self.esp.len())).unwrap_or_default();
+        let used = self
+            .esp
+            .get(..used.next_multiple_of(CHUNK).min(self.esp.len()))
+            .unwrap_or_default();
         let total = used.len() as u64;
         disk.seek(SeekFrom::Start(MIB)).map_err(failed)?;
         let mut done = 0;
@@ -320,10 +375,20 @@ impl Content {
 }
 
 fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, StickError> {
-    let failed = |source| StickError::Read { what, path: path.to_owned(), source };
+    let failed = |source| StickError::Read {
+        what,
+        path: path.to_owned(),
+        source,
+    };
     let len = fs::metadata(path).map_err(failed)?.len();
     if len > INPUT_MAX {
-        return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {INPUT_MAX} bytes"))));
+        return Err(failed(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("it has more than {INPUT_MAX} bytes"),
+        )));
     }
     fs::read(path).map_err(failed)
 }
+
+#[cfg(test)]
+mod tests;

@@ -31,16 +31,22 @@ pub enum UkiError {
         source: object::Error,
     },
     /// The stub carries a signature that would not hold any more.
-    #[error("the EFI stub is signed, and sections cannot be added to it: give the unsigned one (package systemd-boot-efi)")]
+    #[error(
+        "the EFI stub is signed, and sections cannot be added to it: give the unsigned one (package systemd-boot-efi)"
+    )]
     SignedStub,
     /// The stub already holds one of the sections.
-    #[error("the EFI stub already has a section {name}: it is a whole image; give the plain stub (package systemd-boot-efi)")]
+    #[error(
+        "the EFI stub already has a section {name}: it is a whole image; give the plain stub (package systemd-boot-efi)"
+    )]
     SectionExists {
         /// The section's name.
         name: String,
     },
     /// There is no room for further section headers before the first section.
-    #[error("the EFI stub has room for {have} bytes of headers, {need} are needed: use a newer stub (package systemd-boot-efi)")]
+    #[error(
+        "the EFI stub has room for {have} bytes of headers, {need} are needed: use a newer stub (package systemd-boot-efi)"
+    )]
     NoHeaderSpace {
         /// Bytes before the first section.
         have: usize,
@@ -54,7 +60,9 @@ pub enum UkiError {
         what: &'static str,
     },
     /// Kernel and stub are for different machines.
-    #[error("the kernel is for machine {kernel:#06x}, the EFI stub for {stub:#06x}: give both for the same architecture")]
+    #[error(
+        "the kernel is for machine {kernel:#06x}, the EFI stub for {stub:#06x}: give both for the same architecture"
+    )]
     OtherMachine {
         /// The kernel's PE machine number.
         kernel: u16,
@@ -99,13 +107,20 @@ pub struct Section<'a> {
 /// # Errors
 /// `NotPe` for anything else, also if a section lies outside of the file.
 pub fn sections(bytes: &[u8]) -> Result<Vec<Section<'_>>, UkiError> {
-    let not_pe = |source| UkiError::NotPe { what: "the image", source };
+    let not_pe = |source| UkiError::NotPe {
+        what: "the image",
+        source,
+    };
     let file = PeFile64::parse(bytes).map_err(not_pe)?;
     let mut sections = Vec::new();
     for header in file.section_table().iter() {
         let name = header.raw_name();
         let data = header.pe_data(bytes).map_err(not_pe)?;
-        sections.push(Section { name: String::from_utf8_lossy(name).into_owned(), address: header.virtual_address.get(LE), data });
+        sections.push(Section {
+            name: String::from_utf8_lossy(name).into_owned(),
+            address: header.virtual_address.get(LE),
+            data,
+        });
     }
     Ok(sections)
 }
@@ -115,7 +130,10 @@ pub fn sections(bytes: &[u8]) -> Result<Vec<Section<'_>>, UkiError> {
 /// # Errors
 /// `NotPe` for anything else.
 pub fn machine(bytes: &[u8]) -> Result<u16, UkiError> {
-    let file = PeFile64::parse(bytes).map_err(|source| UkiError::NotPe { what: "the image", source })?;
+    let file = PeFile64::parse(bytes).map_err(|source| UkiError::NotPe {
+        what: "the image",
+        source,
+    })?;
     Ok(file.nt_headers().file_header().machine.get(LE).0)
 }
 
@@ -166,11 +184,20 @@ impl Uki<'_> {
 
     /// Checks stub and kernel, and finds the room for the new sections.
     fn check_stub(&self, names: &[&str]) -> Result<StubLayout, UkiError> {
-        let stub = PeFile64::parse(self.stub).map_err(|source| UkiError::NotPe { what: "the EFI stub", source })?;
-        let kernel = PeFile64::parse(self.kernel).map_err(|source| UkiError::NotPe { what: "the kernel", source })?;
+        let stub = PeFile64::parse(self.stub).map_err(|source| UkiError::NotPe {
+            what: "the EFI stub",
+            source,
+        })?;
+        let kernel = PeFile64::parse(self.kernel).map_err(|source| UkiError::NotPe {
+            what: "the kernel",
+            source,
+        })?;
         let machine = |file: &PeFile64| file.nt_headers().file_header().machine.get(LE).0;
         if machine(&stub) != machine(&kernel) {
-            return Err(UkiError::OtherMachine { kernel: machine(&kernel), stub: machine(&stub) });
+            return Err(UkiError::OtherMachine {
+                kernel: machine(&kernel),
+                stub: machine(&stub),
+            });
         }
         let signed = |directory: &object::pe::ImageDataDirectory| directory.virtual_address.get(LE) != 0;
         if stub.data_directory(IMAGE_DIRECTORY_ENTRY_SECURITY).is_some_and(signed) {
@@ -190,12 +217,19 @@ impl Uki<'_> {
             if names.contains(&name.as_str()) {
                 return Err(UkiError::SectionExists { name });
             }
-            header.pe_data(self.stub).map_err(|source| UkiError::NotPe { what: "the EFI stub", source })?;
+            header.pe_data(self.stub).map_err(|source| UkiError::NotPe {
+                what: "the EFI stub",
+                source,
+            })?;
             let address = header.virtual_address.get(LE);
             if address < next_address {
-                return Err(UkiError::BadLayout { what: "sections overlap in memory" });
+                return Err(UkiError::BadLayout {
+                    what: "sections overlap in memory",
+                });
             }
-            next_address = address.checked_add(header.virtual_size.get(LE)).ok_or(UkiError::TooLarge)?;
+            next_address = address
+                .checked_add(header.virtual_size.get(LE))
+                .ok_or(UkiError::TooLarge)?;
             if header.size_of_raw_data.get(LE) > 0 {
                 first_data = first_data.min(header.pointer_to_raw_data.get(LE) as usize);
             }
@@ -204,16 +238,33 @@ impl Uki<'_> {
         if need > first_data {
             return Err(UkiError::NoHeaderSpace { have: first_data, need });
         }
-        if self.stub.get(headers_end..need).is_none_or(|room| room.iter().any(|byte| *byte != 0)) {
-            return Err(UkiError::BadLayout { what: "data between headers and sections" });
+        if self
+            .stub
+            .get(headers_end..need)
+            .is_none_or(|room| room.iter().any(|byte| *byte != 0))
+        {
+            return Err(UkiError::BadLayout {
+                what: "data between headers and sections",
+            });
         }
         let (file_align, section_align) = (optional.file_alignment(), optional.section_alignment());
         if !file_align.is_power_of_two() || !section_align.is_power_of_two() {
-            return Err(UkiError::BadLayout { what: "alignment is no power of two" });
+            return Err(UkiError::BadLayout {
+                what: "alignment is no power of two",
+            });
         }
-        let next_address = next_address.checked_next_multiple_of(section_align.max(PAGE)).ok_or(UkiError::TooLarge)?;
+        let next_address = next_address
+            .checked_next_multiple_of(section_align.max(PAGE))
+            .ok_or(UkiError::TooLarge)?;
         let initialized_data = optional.size_of_initialized_data();
-        Ok(StubLayout { optional_at, headers_end, count, file_align, next_address, initialized_data })
+        Ok(StubLayout {
+            optional_at,
+            headers_end,
+            count,
+            file_align,
+            next_address,
+            initialized_data,
+        })
     }
 }
 
@@ -223,9 +274,16 @@ fn place<'a>(
     layout: &StubLayout,
     stub_len: usize,
 ) -> Result<Vec<Placed<'a>>, UkiError> {
-    let round = |value: u32, to: u32| value.checked_next_multiple_of(to).filter(|value| i32::try_from(*value).is_ok());
+    let round = |value: u32, to: u32| {
+        value
+            .checked_next_multiple_of(to)
+            .filter(|value| i32::try_from(*value).is_ok())
+    };
     let round = |value, to| round(value, to).ok_or(UkiError::TooLarge);
-    let mut file_at = round(u32::try_from(stub_len).map_err(|_| UkiError::TooLarge)?, layout.file_align)?;
+    let mut file_at = round(
+        u32::try_from(stub_len).map_err(|_| UkiError::TooLarge)?,
+        layout.file_align,
+    )?;
     let mut address = layout.next_address;
     let mut placed = Vec::new();
     for (name, parts, align) in new {
@@ -239,7 +297,15 @@ fn place<'a>(
         let len = u32::try_from(total).map_err(|_| UkiError::TooLarge)?;
         let file_len = round(len, layout.file_align)?;
         let end = address.checked_add(len).ok_or(UkiError::TooLarge)?;
-        placed.push(Placed { name, parts, align, len, address, file_at, file_len });
+        placed.push(Placed {
+            name,
+            parts,
+            align,
+            len,
+            address,
+            file_at,
+            file_len,
+        });
         file_at = file_at.checked_add(file_len).ok_or(UkiError::TooLarge)?;
         address = round(end, PAGE)?;
     }
@@ -248,7 +314,9 @@ fn place<'a>(
 
 /// Writes stub, headers and sections. The layout was checked: all places lie inside.
 fn write(stub: &[u8], layout: &StubLayout, placed: &[Placed]) -> Zeroizing<Vec<u8>> {
-    let total = placed.last().map_or(stub.len(), |last| (last.file_at + last.file_len) as usize);
+    let total = placed
+        .last()
+        .map_or(stub.len(), |last| (last.file_at + last.file_len) as usize);
     // The full size from the beginning: growing would leave copies of the secrets behind.
     let mut image = Zeroizing::new(Vec::with_capacity(total));
     image.extend_from_slice(stub);
@@ -264,13 +332,23 @@ fn write(stub: &[u8], layout: &StubLayout, placed: &[Placed]) -> Zeroizing<Vec<u
 
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     for (index, section) in placed.iter().enumerate() {
-        put(layout.headers_end + index * SECTION_HEADER_LEN, &section_header(section));
+        put(
+            layout.headers_end + index * SECTION_HEADER_LEN,
+            &section_header(section),
+        );
     }
     let added = u16::try_from(placed.len()).unwrap_or(u16::MAX);
-    put(layout.optional_at - OPTIONAL_HEADER_AT + 6, &(layout.count + added).to_le_bytes());
-    let data_len = placed.iter().fold(layout.initialized_data, |sum, section| sum.saturating_add(section.file_len));
+    put(
+        layout.optional_at - OPTIONAL_HEADER_AT + 6,
+        &(layout.count + added).to_le_bytes(),
+    );
+    let data_len = placed.iter().fold(layout.initialized_data, |sum, section| {
+        sum.saturating_add(section.file_len)
+    });
     put(layout.optional_at + 8, &data_len.to_le_bytes());
-    let image_len = placed.last().map_or(layout.next_address, |last| (last.address + last.len).next_multiple_of(PAGE));
+    let image_len = placed.last().map_or(layout.next_address, |last| {
+        (last.address + last.len).next_multiple_of(PAGE)
+    });
     put(layout.optional_at + 56, &image_len.to_le_bytes());
     // The checksum is optional for EFI programs; a wrong one would be worse than none.
     put(layout.optional_at + 64, &0_u32.to_le_bytes());
@@ -325,7 +403,13 @@ pub(crate) mod tests {
     const AMD64: u16 = 0x8664;
 
     fn uki<'a>(stub: &'a [u8], kernel: &'a [u8], initrd: &'a [&'a [u8]]) -> Uki<'a> {
-        Uki { stub, os_release: "ID=stiefel\n", cmdline: "quiet", initrd, kernel }
+        Uki {
+            stub,
+            os_release: "ID=stiefel\n",
+            cmdline: "quiet",
+            initrd,
+            kernel,
+        }
     }
 
     #[test]
@@ -342,19 +426,34 @@ pub(crate) mod tests {
         assert_eq!(sections[4].data, kernel);
         for pair in sections.windows(2) {
             let end = pair[0].address as usize + pair[0].data.len();
-            assert!(end <= pair[1].address as usize, "{} overlaps {}", pair[0].name, pair[1].name);
+            assert!(
+                end <= pair[1].address as usize,
+                "{} overlaps {}",
+                pair[0].name,
+                pair[1].name
+            );
             assert_eq!(pair[1].address % PAGE, 0);
         }
         let last = &sections[4];
-        let size = PeFile64::parse(&**image).unwrap().nt_headers().optional_header().size_of_image();
-        assert_eq!(size as usize, (last.address as usize + last.data.len()).next_multiple_of(4096));
+        let size = PeFile64::parse(&**image)
+            .unwrap()
+            .nt_headers()
+            .optional_header()
+            .size_of_image();
+        assert_eq!(
+            size as usize,
+            (last.address as usize + last.data.len()).next_multiple_of(4096)
+        );
     }
 
     #[test]
     fn stub_without_room_for_headers_is_refused() {
         let (stub, kernel) = (tiny_pe(AMD64, 512), tiny_pe(AMD64, 512));
         let error = uki(&stub, &kernel, &[]).assemble().unwrap_err();
-        assert!(matches!(error, UkiError::NoHeaderSpace { have: 512, need: 528 }), "{error}");
+        assert!(
+            matches!(error, UkiError::NoHeaderSpace { have: 512, need: 528 }),
+            "{error}"
+        );
     }
 
     #[test]
@@ -362,14 +461,20 @@ pub(crate) mod tests {
         let (stub, kernel) = (tiny_pe(AMD64, 2048), tiny_pe(AMD64, 512));
         let image = uki(&stub, &kernel, &[]).assemble().unwrap();
         let error = uki(&image, &kernel, &[]).assemble().unwrap_err();
-        assert!(matches!(&error, UkiError::SectionExists { name } if name == ".osrel"), "{error}");
+        assert!(
+            matches!(&error, UkiError::SectionExists { name } if name == ".osrel"),
+            "{error}"
+        );
     }
 
     #[test]
     fn signed_stub_and_foreign_kernel_and_newlines_are_refused() {
         let (mut stub, kernel) = (tiny_pe(AMD64, 1024), tiny_pe(AMD64, 512));
         let arm = tiny_pe(0xaa64, 512);
-        assert!(matches!(uki(&stub, &arm, &[]).assemble(), Err(UkiError::OtherMachine { .. })));
+        assert!(matches!(
+            uki(&stub, &arm, &[]).assemble(),
+            Err(UkiError::OtherMachine { .. })
+        ));
         let mut lines = uki(&stub, &kernel, &[]);
         lines.cmdline = "quiet\nsplash";
         assert!(matches!(lines.assemble(), Err(UkiError::BadCommandLine)));
@@ -389,6 +494,7 @@ pub(crate) mod tests {
     }
 
     proptest::proptest! {
+        #![proptest_config(crate::testing::cases(256))]
         #[test]
         fn damaged_stubs_never_panic(at in 0_usize..1536, value: u8, with in 0_usize..1536, other: u8) {
             let (mut stub, kernel) = (tiny_pe(AMD64, 1024), tiny_pe(AMD64, 512));
@@ -403,19 +509,30 @@ pub(crate) mod tests {
 
     #[test]
     fn objdump_sees_the_same_sections_on_systemds_stub() {
-        let Ok(stub) = std::fs::read(crate::stick::DEFAULT_STUB) else { return };
+        let Ok(stub) = std::fs::read(crate::stick::DEFAULT_STUB) else {
+            return;
+        };
         let kernel = tiny_pe(AMD64, 512);
         let image = uki(&stub, &kernel, &[&[7; 5000]]).assemble().unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("uki.efi");
         std::fs::write(&path, &*image).unwrap();
-        let Ok(output) = std::process::Command::new("objdump").arg("-h").arg(&path).output() else { return };
+        let Ok(output) = std::process::Command::new("objdump").arg("-h").arg(&path).output() else {
+            return;
+        };
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{text}");
         for section in sections(&image).unwrap() {
-            let line = text.lines().find(|line| line.split_whitespace().nth(1) == Some(&section.name)).unwrap();
+            let line = text
+                .lines()
+                .find(|line| line.split_whitespace().nth(1) == Some(&section.name))
+                .unwrap();
             let fields: Vec<_> = line.split_whitespace().collect();
-            assert_eq!(usize::from_str_radix(fields[2], 16).unwrap(), section.data.len(), "{line}");
+            assert_eq!(
+                usize::from_str_radix(fields[2], 16).unwrap(),
+                section.data.len(),
+                "{line}"
+            );
             assert_eq!(u32::from_str_radix(fields[3], 16).unwrap(), section.address, "{line}");
         }
     }

@@ -111,18 +111,9 @@ impl<W: Write> Writer<W> {
     ///
     /// # Errors
     /// As [`Writer::file`]; `UnexpectedEof` if `data` ends early (the archive is then unusable), `InvalidInput` if it goes on.
-    pub fn file_from_reader(
-        &mut self,
-        path: &str,
-        mode: u32,
-        len: u64,
-        data: &mut dyn Read,
-    ) -> io::Result<()> {
-        let size = u32::try_from(len).map_err(|_| {
-            invalid(format!(
-                "{path}: {len} bytes do not fit into a cpio archive"
-            ))
-        })?;
+    pub fn file_from_reader(&mut self, path: &str, mode: u32, len: u64, data: &mut dyn Read) -> io::Result<()> {
+        let size =
+            u32::try_from(len).map_err(|_| invalid(format!("{path}: {len} bytes do not fit into a cpio archive")))?;
         self.entry(
             path,
             &Header {
@@ -156,9 +147,7 @@ impl<W: Write> Writer<W> {
         let size = match u32::try_from(target.len()) {
             Ok(size) if size > 0 && target.len() < NAME_MAX && !target.contains('\0') => size,
             _ => {
-                return Err(invalid(format!(
-                    "{path}: {target:?} cannot be the target of a link"
-                )));
+                return Err(invalid(format!("{path}: {target:?} cannot be the target of a link")));
             }
         };
         self.entry(
@@ -263,14 +252,11 @@ fn invalid(text: String) -> io::Error {
 /// The name to store for `path`: without a leading slash, and never outside the root.
 fn relative(path: &str) -> io::Result<&str> {
     let name = path.trim_start_matches('/').trim_end_matches('/');
-    let plain =
-        !name.is_empty() && name != TRAILER && name.len() < NAME_MAX && !name.contains('\0');
+    let plain = !name.is_empty() && name != TRAILER && name.len() < NAME_MAX && !name.contains('\0');
     if plain && name.split('/').all(|part| !matches!(part, "" | "." | "..")) {
         Ok(name)
     } else {
-        Err(invalid(format!(
-            "{path:?} cannot be a path in an initramfs"
-        )))
+        Err(invalid(format!("{path:?} cannot be a path in an initramfs")))
     }
 }
 
@@ -367,8 +353,7 @@ impl<'a> Reader<'a> {
             return Err(ReadError::NoHeader { offset });
         }
         let field = |index: usize| hex(header, 6 + 8 * index).ok_or(ReadError::NoHeader { offset });
-        let size =
-            |index: usize| field(index).map(|value| usize::try_from(value).unwrap_or(usize::MAX));
+        let size = |index: usize| field(index).map(|value| usize::try_from(value).unwrap_or(usize::MAX));
         let (mode, data_len, name_len) = (field(1)?, size(6)?, size(11)?);
         let rdev = (field(9)?, field(10)?);
         if !(2..=NAME_MAX).contains(&name_len) {
@@ -380,24 +365,12 @@ impl<'a> Reader<'a> {
             _ => return Err(ReadError::BadName { offset }),
         };
         let data_at = aligned(offset + HEADER_LEN + name_len).ok_or(truncated)?;
-        let data = if data_len == 0 {
-            &[]
-        } else {
-            slice(data_at, data_len)?
-        };
+        let data = if data_len == 0 { &[] } else { slice(data_at, data_len)? };
         let next = data_at
             .checked_add(data_len)
             .and_then(aligned)
             .ok_or(ReadError::Truncated { offset })?;
-        Ok((
-            Entry {
-                path,
-                mode,
-                data,
-                rdev,
-            },
-            next,
-        ))
+        Ok((Entry { path, mode, data, rdev }, next))
     }
 }
 
@@ -498,19 +471,13 @@ mod tests {
             .map(|entry| std::str::from_utf8(entry.path).unwrap())
             .collect();
         assert_eq!(paths, ["dev", "dev/console", "init", "bin/sh"]);
-        assert_eq!(
-            (entries[0].kind(), entries[0].permissions()),
-            (S_IFDIR, 0o755)
-        );
+        assert_eq!((entries[0].kind(), entries[0].permissions()), (S_IFDIR, 0o755));
         assert_eq!((entries[1].kind(), entries[1].rdev), (S_IFCHR, (5, 1)));
         assert_eq!(
             (entries[2].kind(), entries[2].permissions(), entries[2].data),
             (S_IFREG, 0o755, &b"hello"[..])
         );
-        assert_eq!(
-            (entries[3].kind(), entries[3].data),
-            (S_IFLNK, &b"busybox"[..])
-        );
+        assert_eq!((entries[3].kind(), entries[3].data), (S_IFLNK, &b"busybox"[..]));
         assert_eq!(reader.rest(), b"");
         assert_eq!(bytes.len() % 4, 0);
     }
@@ -529,10 +496,7 @@ mod tests {
 
     #[test]
     fn padding_reaches_the_next_multiple_and_not_further() {
-        assert_eq!(
-            [0, 1, 2, 3, 4, 5].map(|len| padding(len, 4)),
-            [0, 3, 2, 1, 0, 3]
-        );
+        assert_eq!([0, 1, 2, 3, 4, 5].map(|len| padding(len, 4)), [0, 3, 2, 1, 0, 3]);
     }
 
     #[test]
@@ -566,10 +530,7 @@ mod tests {
     #[test]
     fn compressed_data_is_named_as_no_header() {
         let zstd = [b"\x28\xb5\x2f\xfd".as_slice(), &[7; 200]].concat();
-        assert_eq!(
-            Reader::new(&zstd).next(),
-            Some(Err(ReadError::NoHeader { offset: 0 }))
-        );
+        assert_eq!(Reader::new(&zstd).next(), Some(Err(ReadError::NoHeader { offset: 0 })));
     }
 
     #[test]
@@ -577,10 +538,7 @@ mod tests {
         let bytes = sample();
         let trailer = bytes.len() - 124;
         for len in 0..trailer + HEADER_LEN {
-            assert!(
-                Reader::new(&bytes[..len]).any(|entry| entry.is_err()),
-                "{len}"
-            );
+            assert!(Reader::new(&bytes[..len]).any(|entry| entry.is_err()), "{len}");
         }
     }
 

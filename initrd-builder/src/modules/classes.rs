@@ -35,7 +35,15 @@ pub const CLASSES: &[Class] = &[
             "kernel/drivers/net/pcs/",
             "kernel/drivers/net/thunderbolt/",
         ],
-        names: &["virtio_net", "thunderbolt_net", "vmxnet3", "xen_netfront", "hv_netvsc", "af_packet", "ipv6"],
+        names: &[
+            "virtio_net",
+            "thunderbolt_net",
+            "vmxnet3",
+            "xen_netfront",
+            "hv_netvsc",
+            "af_packet",
+            "ipv6",
+        ],
         without: &[
             // It races cdc_ether for the same adapters, and gives them a random MAC address.
             "cdc_subset",
@@ -89,12 +97,22 @@ pub const CLASSES: &[Class] = &[
             "kernel/drivers/memstick/",
             "kernel/drivers/misc/cardreader/",
         ],
-        names: &["vmd", "virtio_blk", "virtio_scsi", "virtio_pci", "virtio_mmio", "xen_blkfront", "hv_storvsc", "sd_mod"],
+        names: &[
+            "vmd",
+            "virtio_blk",
+            "virtio_scsi",
+            "virtio_pci",
+            "virtio_mmio",
+            "xen_blkfront",
+            "hv_storvsc",
+            "sd_mod",
+        ],
         without: &[
             // Fibre Channel, iSCSI and InfiniBand: no disk of a laptop or a desktop.
             "nvme_fc",
             "nvme_rdma",
             "qla*",
+            "tcm_*",
             "lpfc",
             "efct",
             "bfa",
@@ -154,7 +172,14 @@ pub const CLASSES: &[Class] = &[
             "kernel/drivers/thunderbolt/",
         ],
         names: &["intel_lpss_pci", "intel_lpss_acpi", "usbhid"],
-        without: &["sl811*", "u132_hcd", "ledtrig_usbport", "*_test"],
+        // Pictures over USB-C would bring the graphics stack.
+        without: &[
+            "sl811*",
+            "u132_hcd",
+            "ledtrig_usbport",
+            "typec_displayport",
+            "typec_nvidia",
+        ],
     },
     Class {
         name: "hid",
@@ -227,7 +252,13 @@ pub const CLASSES: &[Class] = &[
         ],
         without: &[],
     },
-    Class { name: "nbd", about: "network block devices", folders: &[], names: &["nbd"], without: &[] },
+    Class {
+        name: "nbd",
+        about: "network block devices",
+        folders: &[],
+        names: &["nbd"],
+        without: &[],
+    },
     Class {
         name: "nvme",
         about: "NVMe over TCP, both sides",
@@ -287,14 +318,28 @@ pub const CLASSES: &[Class] = &[
         name: "power",
         about: "battery, mains, power key",
         folders: &[],
-        names: &["battery", "ac", "button", "surface_battery", "surface_charger", "pcspkr"],
+        names: &[
+            "battery",
+            "ac",
+            "button",
+            "surface_battery",
+            "surface_charger",
+            "pcspkr",
+        ],
         without: &[],
     },
     Class {
         name: DEBUG,
         about: "a shell, and help for looking for faults",
         folders: &[],
-        names: &["netconsole", "usb_serial_simple", "ftdi_sio", "pl2303", "8250_pci", "efi_pstore"],
+        names: &[
+            "netconsole",
+            "usb_serial_simple",
+            "ftdi_sio",
+            "pl2303",
+            "8250_pci",
+            "efi_pstore",
+        ],
         without: &[],
     },
 ];

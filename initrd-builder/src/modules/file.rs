@@ -46,15 +46,23 @@ fn read_plain(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     reader.take(max + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > max {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {max} bytes")));
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("it has more than {max} bytes"),
+        ));
     }
     Ok(bytes)
 }
 
 /// The firmware files a module asks for: `firmware=` in its section `.modinfo`.
 pub(super) fn firmware_names(module: &[u8]) -> BTreeSet<String> {
-    let Ok(elf) = object::File::parse(module) else { return BTreeSet::new() };
-    let info = elf.section_by_name(".modinfo").and_then(|section| section.data().ok()).unwrap_or_default();
+    let Ok(elf) = object::File::parse(module) else {
+        return BTreeSet::new();
+    };
+    let info = elf
+        .section_by_name(".modinfo")
+        .and_then(|section| section.data().ok())
+        .unwrap_or_default();
     info.split(|byte| *byte == 0)
         .filter_map(|field| std::str::from_utf8(field).ok()?.strip_prefix("firmware="))
         .filter(|name| name.split('/').all(|part| !matches!(part, "" | "." | "..")))
@@ -68,4 +76,41 @@ pub(super) fn find_firmware(dirs: &[PathBuf], version: &str, name: &str) -> Opti
     places
         .flat_map(|dir| ["", ".xz", ".zst"].map(|ending| dir.join(format!("{name}{ending}"))))
         .find_map(|path| read_plain(&path, FIRMWARE_MAX).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{cases, module};
+    use proptest::prelude::*;
+
+    #[test]
+    fn firmware_that_leads_outside_is_ignored() {
+        let names = firmware_names(&module(&["a/b.fw", "../../etc/shadow", "/etc/shadow", ""]));
+        assert_eq!(names, BTreeSet::from(["a/b.fw".to_owned()]));
+    }
+
+    proptest! {
+        #![proptest_config(cases(256))]
+        #[test]
+        fn damaged_modules_never_panic(at in any::<prop::sample::Index>(), value: u8, len in any::<prop::sample::Index>()) {
+            let mut bytes = module(&["a.fw"]);
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+            bytes.truncate(len.index(bytes.len() + 1));
+            let _ = firmware_names(&bytes);
+        }
+    }
+
+    #[test]
+    fn what_unpacks_to_too_much_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bomb.ko.zst");
+        std::fs::write(&path, zstd::bulk::compress(&vec![0; 100_000], 19).unwrap()).unwrap();
+        assert_eq!(
+            read_plain(&path, 99_999).unwrap_err().kind(),
+            io::ErrorKind::FileTooLarge
+        );
+        assert_eq!(read_plain(&path, 100_000).unwrap().len(), 100_000);
+    }
 }

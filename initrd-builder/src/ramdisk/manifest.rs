@@ -88,7 +88,10 @@ impl Manifest {
         let path = dir.join(MANIFEST);
         let mut text = Vec::new();
         let result = File::open(&path).and_then(|file| file.take(MANIFEST_MAX).read_to_end(&mut text));
-        result.map_err(|source| ManifestError::Read { path: path.clone(), source })?;
+        result.map_err(|source| ManifestError::Read {
+            path: path.clone(),
+            source,
+        })?;
         serde_json::from_slice(&text).map_err(|source| ManifestError::Format { path, source })
     }
 
@@ -107,7 +110,10 @@ impl Manifest {
                 io::copy(&mut File::open(&path)?, &mut HashWriter(&mut hash))?;
                 Ok(Some(hex(&hash.finalize())))
             };
-            let found = hash().map_err(|source| ManifestError::Read { path: path.clone(), source })?;
+            let found = hash().map_err(|source| ManifestError::Read {
+                path: path.clone(),
+                source,
+            })?;
             if found.as_ref() != Some(&part.sha256) {
                 return Err(ManifestError::Changed { path });
             }

@@ -52,11 +52,17 @@ pub(super) fn kernel_machine(kernel: &[u8]) -> Result<Machine, ProgramError> {
             _ => Err(ProgramError::NotAKernel),
         };
     }
-    if has_setup_header(kernel) { Ok(Machine::X86_64) } else { Err(ProgramError::NotAKernel) }
+    if has_setup_header(kernel) {
+        Ok(Machine::X86_64)
+    } else {
+        Err(ProgramError::NotAKernel)
+    }
 }
 
 fn has_setup_header(kernel: &[u8]) -> bool {
-    kernel.get(SETUP_MAGIC_AT..).is_some_and(|rest| rest.starts_with(b"HdrS"))
+    kernel
+        .get(SETUP_MAGIC_AT..)
+        .is_some_and(|rest| rest.starts_with(b"HdrS"))
 }
 
 /// The version a bzImage says it is, as `uname -r` would print it; `None` for other formats.
@@ -69,7 +75,10 @@ pub fn kernel_version(kernel: &[u8]) -> Option<String> {
     let start = usize::from(u16::from_le_bytes(pointer)) + 0x200;
     let text = kernel.get(start..)?.split(|byte| matches!(byte, 0 | b' ')).next()?;
     let text = text.get(..VERSION_MAX).unwrap_or(text);
-    std::str::from_utf8(text).ok().filter(|text| !text.is_empty()).map(str::to_owned)
+    std::str::from_utf8(text)
+        .ok()
+        .filter(|text| !text.is_empty())
+        .map(str::to_owned)
 }
 
 /// Checks that a program runs on `machine` without anything else.
@@ -94,6 +103,65 @@ pub(super) fn check_static(program: &[u8], machine: Machine) -> Result<(), Progr
             let path = segment.data(endian, program).unwrap_or_default();
             let loader = String::from_utf8_lossy(path).trim_end_matches('\0').to_owned();
             Err(ProgramError::Dynamic { loader })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{EM_X86_64, cases, dynamic_program, kernel, static_program};
+    use proptest::prelude::*;
+
+    #[test]
+    fn only_static_programs_for_the_machine_pass() {
+        assert_eq!(check_static(&static_program(EM_X86_64), Machine::X86_64), Ok(()));
+        assert_eq!(
+            check_static(&static_program(EM_X86_64), Machine::Aarch64),
+            Err(ProgramError::OtherMachine)
+        );
+        let loader = "/lib64/ld-linux-x86-64.so.2".to_owned();
+        assert_eq!(
+            check_static(&dynamic_program(), Machine::X86_64),
+            Err(ProgramError::Dynamic { loader })
+        );
+        assert_eq!(
+            check_static(b"#!/bin/sh\n", Machine::X86_64),
+            Err(ProgramError::NotAProgram)
+        );
+    }
+
+    #[test]
+    fn this_very_test_is_a_static_program() {
+        let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let machine = if cfg!(target_arch = "x86_64") {
+            Machine::X86_64
+        } else {
+            Machine::Aarch64
+        };
+        assert_eq!(check_static(&program, machine), Ok(()));
+    }
+
+    #[test]
+    fn kernel_says_its_version() {
+        assert_eq!(
+            kernel_version(&kernel("6.1.0-13-amd64")).as_deref(),
+            Some("6.1.0-13-amd64")
+        );
+        assert_eq!(kernel_version(b"\x7fELF"), None);
+        assert_eq!(kernel_machine(b"\x7fELF"), Err(ProgramError::NotAKernel));
+    }
+
+    proptest! {
+        #![proptest_config(cases(256))]
+        #[test]
+        fn damaged_files_never_panic(at in any::<prop::sample::Index>(), value: u8, len in any::<prop::sample::Index>()) {
+            for mut bytes in [static_program(EM_X86_64), dynamic_program(), kernel("1.2.3")] {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+                bytes.truncate(len.index(bytes.len() + 1));
+                let _ = (kernel_machine(&bytes), kernel_version(&bytes), check_static(&bytes, Machine::X86_64));
+            }
         }
     }
 }

@@ -112,7 +112,11 @@ pub struct DeviceInfo {
 impl fmt::Display for DeviceInfo {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes >> 20;
-        let model = if self.model.is_empty() { "unknown model" } else { &self.model };
+        let model = if self.model.is_empty() {
+            "unknown model"
+        } else {
+            &self.model
+        };
         let kind = if self.removable { "removable" } else { "fixed" };
         write!(out, "{}: {model}, {} MiB, {kind}", self.path.display(), mib(self.bytes))?;
         for partition in &self.partitions {
@@ -127,13 +131,19 @@ impl DeviceInfo {
     pub(super) fn check(&self, allow_fixed: bool) -> Result<(), DeviceError> {
         let path = self.path.clone();
         if !self.uses.is_empty() {
-            return Err(DeviceError::InUse { path, uses: self.uses.clone() });
+            return Err(DeviceError::InUse {
+                path,
+                uses: self.uses.clone(),
+            });
         }
         if self.read_only {
             return Err(DeviceError::ReadOnly { path });
         }
         if !self.removable && !allow_fixed {
-            return Err(DeviceError::Fixed { path, model: self.model.clone() });
+            return Err(DeviceError::Fixed {
+                path,
+                model: self.model.clone(),
+            });
         }
         Ok(())
     }
@@ -141,8 +151,14 @@ impl DeviceInfo {
     /// Whether the opened device is still the one that was looked at.
     pub(super) fn check_same(&self, opened: &File) -> Result<(), DeviceError> {
         let path = || self.path.clone();
-        let found = opened.metadata().map_err(|source| DeviceError::Look { path: path(), source })?;
-        if found.rdev() == self.device { Ok(()) } else { Err(DeviceError::Changed { path: path() }) }
+        let found = opened
+            .metadata()
+            .map_err(|source| DeviceError::Look { path: path(), source })?;
+        if found.rdev() == self.device {
+            Ok(())
+        } else {
+            Err(DeviceError::Changed { path: path() })
+        }
     }
 }
 
@@ -151,7 +167,10 @@ impl DeviceInfo {
 /// # Errors
 /// `NotABlockDevice`, `NotAWholeDisk`, or `Look`. A disk in use is described as such, not refused.
 pub fn describe(path: &Path) -> Result<DeviceInfo, DeviceError> {
-    let look = |source| DeviceError::Look { path: path.to_owned(), source };
+    let look = |source| DeviceError::Look {
+        path: path.to_owned(),
+        source,
+    };
     let metadata = fs::metadata(path).map_err(look)?;
     if !metadata.file_type().is_block_device() {
         return Err(DeviceError::NotABlockDevice { path: path.to_owned() });
@@ -177,7 +196,10 @@ struct Roots {
 
 impl Default for Roots {
     fn default() -> Self {
-        Self { sys: "/sys".into(), proc: "/proc".into() }
+        Self {
+            sys: "/sys".into(),
+            proc: "/proc".into(),
+        }
     }
 }
 
@@ -185,8 +207,15 @@ impl Roots {
     fn describe(&self, path: &Path, device: u64) -> Result<DeviceInfo, DeviceError> {
         let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
         let link = self.sys.join("dev/block").join(&number);
-        let dir = link.canonicalize().map_err(|source| DeviceError::Look { path: link, source })?;
-        let not_whole = |what| Err(DeviceError::NotAWholeDisk { path: path.to_owned(), what });
+        let dir = link
+            .canonicalize()
+            .map_err(|source| DeviceError::Look { path: link, source })?;
+        let not_whole = |what| {
+            Err(DeviceError::NotAWholeDisk {
+                path: path.to_owned(),
+                what,
+            })
+        };
         if dir.join("partition").exists() {
             return not_whole("a partition");
         }
@@ -198,21 +227,38 @@ impl Roots {
         }
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut parts: Vec<PathBuf> = fs::read_dir(&dir)
-            .map_err(|source| DeviceError::Look { path: dir.clone(), source })?
+            .map_err(|source| DeviceError::Look {
+                path: dir.clone(),
+                source,
+            })?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|entry| entry.join("partition").exists())
             .collect();
         parts.sort();
         let partitions: Vec<_> = parts
             .iter()
-            .map(|part| PartitionInfo { name: base_name(part), bytes: number_in(&part.join("size")) * SYSFS_SECTOR })
+            .map(|part| PartitionInfo {
+                name: base_name(part),
+                bytes: number_in(&part.join("size")) * SYSFS_SECTOR,
+            })
             .collect();
-        let words = [text_in(&dir.join("device/vendor")), text_in(&dir.join("device/model")), text_in(&dir.join("device/name"))];
-        let on_usb = dir.components().any(|part| part.as_os_str().to_string_lossy().starts_with("usb"));
+        let words = [
+            text_in(&dir.join("device/vendor")),
+            text_in(&dir.join("device/model")),
+            text_in(&dir.join("device/name")),
+        ];
+        let on_usb = dir
+            .components()
+            .any(|part| part.as_os_str().to_string_lossy().starts_with("usb"));
         let sd_card = text_in(&dir.join("device/type")) == "SD";
         Ok(DeviceInfo {
             path: path.to_owned(),
-            model: words.iter().filter(|word| !word.is_empty()).map(String::as_str).collect::<Vec<_>>().join(" "),
+            model: words
+                .iter()
+                .filter(|word| !word.is_empty())
+                .map(String::as_str)
+                .collect::<Vec<_>>()
+                .join(" "),
             bytes: number_in(&dir.join("size")) * SYSFS_SECTOR,
             sector_bytes: number_in(&dir.join("queue/logical_block_size")),
             removable: number_in(&dir.join("removable")) == 1 || on_usb || sd_card,
@@ -238,16 +284,26 @@ impl Roots {
             let (name, number) = (base_name(dir), text_in(&dir.join("dev")));
             for line in mounts.lines() {
                 let fields: Vec<_> = line.split(' ').collect();
-                let source = line.split_once(" - ").and_then(|(_, rest)| rest.split(' ').nth(1)).unwrap_or_default();
+                let source = line
+                    .split_once(" - ")
+                    .and_then(|(_, rest)| rest.split(' ').nth(1))
+                    .unwrap_or_default();
                 if fields.get(2) == Some(&number.as_str()) || device_name(source) == name {
                     let place = fields.get(4).copied().unwrap_or_default().replace("\\040", " ");
                     uses.push(format!("{name} is mounted at {place}"));
                 }
             }
-            if swaps.lines().skip(1).any(|line| device_name(line.split(' ').next().unwrap_or_default()) == name) {
+            if swaps
+                .lines()
+                .skip(1)
+                .any(|line| device_name(line.split(' ').next().unwrap_or_default()) == name)
+            {
                 uses.push(format!("{name} is swap space"));
             }
-            let holders = fs::read_dir(dir.join("holders")).into_iter().flatten().filter_map(Result::ok);
+            let holders = fs::read_dir(dir.join("holders"))
+                .into_iter()
+                .flatten()
+                .filter_map(Result::ok);
             uses.extend(holders.map(|holder| format!("{name} is part of {}", holder.file_name().to_string_lossy())));
         }
         Ok(uses)
@@ -274,4 +330,158 @@ fn text_in(path: &Path) -> String {
 /// A sysfs file's number; 0 if there is none.
 fn number_in(path: &Path) -> u64 {
     text_in(path).parse().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    const MOUNTINFO: &str = "22 1 254:1 / / rw - ext4 /dev/vda1 rw\n";
+
+    /// sysfs and procfs of a machine with one USB stick `sdz` (8:400) with a partition, and a partitionless fixed disk `vdz` (254:32).
+    fn machine() -> (tempfile::TempDir, Roots) {
+        let root = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let stick = "sys/devices/pci0/usb1/1-1/block/sdz";
+        for (file, text) in [
+            ("dev", "8:400\n"),
+            ("size", "2097152\n"),
+            ("removable", "1\n"),
+            ("ro", "0\n"),
+            ("queue/logical_block_size", "512\n"),
+            ("device/vendor", "Acme    \n"),
+            ("device/model", "Stick  \n"),
+            ("sdz1/partition", "1\n"),
+            ("sdz1/dev", "8:401\n"),
+            ("sdz1/size", "2048\n"),
+        ] {
+            put(&format!("{stick}/{file}"), text);
+        }
+        let disk = "sys/devices/pci0/virtio0/block/vdz";
+        for (file, text) in [
+            ("dev", "254:32\n"),
+            ("size", "4194304\n"),
+            ("removable", "0\n"),
+            ("queue/logical_block_size", "4096\n"),
+        ] {
+            put(&format!("{disk}/{file}"), text);
+        }
+        put("proc/self/mountinfo", MOUNTINFO);
+        put("proc/swaps", "Filename Type Size Used Priority\n");
+        let links = root.path().join("sys/dev/block");
+        fs::create_dir_all(&links).unwrap();
+        for (number, place) in [("8:400", stick), ("8:401", &format!("{stick}/sdz1")), ("254:32", disk)] {
+            symlink(root.path().join(place), links.join(number)).unwrap();
+        }
+        let roots = Roots {
+            sys: root.path().join("sys"),
+            proc: root.path().join("proc"),
+        };
+        (root, roots)
+    }
+
+    fn stick(roots: &Roots) -> Result<DeviceInfo, DeviceError> {
+        roots.describe(Path::new("/dev/sdz"), rustix::fs::makedev(8, 400))
+    }
+
+    #[test]
+    fn a_stick_is_described_and_may_be_written() {
+        let (_root, roots) = machine();
+        let info = stick(&roots).unwrap();
+        assert_eq!((info.name.as_str(), info.model.as_str()), ("sdz", "Acme Stick"));
+        assert_eq!((info.bytes, info.sector_bytes, info.removable), (1 << 30, 512, true));
+        assert_eq!(
+            info.partitions,
+            [PartitionInfo {
+                name: "sdz1".to_owned(),
+                bytes: 1 << 20
+            }]
+        );
+        assert_eq!(
+            info.to_string(),
+            "/dev/sdz: Acme Stick, 1024 MiB, removable\n  sdz1: 1 MiB"
+        );
+        info.check(false).unwrap();
+    }
+
+    #[test]
+    fn a_partition_is_no_whole_disk() {
+        let (_root, roots) = machine();
+        let error = roots
+            .describe(Path::new("/dev/sdz1"), rustix::fs::makedev(8, 401))
+            .unwrap_err();
+        assert!(
+            matches!(
+                error,
+                DeviceError::NotAWholeDisk {
+                    what: "a partition",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn mounted_swapped_and_held_disks_are_refused() {
+        for (file, text, word) in [
+            (
+                "proc/self/mountinfo",
+                "30 22 8:401 / /media/my\\040stick rw - vfat /dev/sdz1 rw\n",
+                "sdz1 is mounted at /media/my stick",
+            ),
+            (
+                "proc/self/mountinfo",
+                "30 22 0:55 /@ /mnt rw shared:1 - btrfs /dev/sdz1 rw\n",
+                "sdz1 is mounted at /mnt",
+            ),
+            (
+                "proc/swaps",
+                "Filename Type\n/dev/sdz1 partition 1 0 -2\n",
+                "sdz1 is swap space",
+            ),
+            (
+                "sys/devices/pci0/usb1/1-1/block/sdz/sdz1/holders/dm-0",
+                "",
+                "sdz1 is part of dm-0",
+            ),
+        ] {
+            let (root, roots) = machine();
+            let path = root.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+            let info = stick(&roots).unwrap();
+            assert_eq!(info.uses, [word]);
+            let error = info.check(true).unwrap_err();
+            assert!(matches!(error, DeviceError::InUse { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn fixed_and_protected_disks_are_refused() {
+        let (root, roots) = machine();
+        let disk = roots
+            .describe(Path::new("/dev/vdz"), rustix::fs::makedev(254, 32))
+            .unwrap();
+        assert_eq!(disk.sector_bytes, 4096);
+        assert!(matches!(disk.check(false), Err(DeviceError::Fixed { .. })));
+        disk.check(true).unwrap();
+        fs::write(root.path().join("sys/devices/pci0/usb1/1-1/block/sdz/ro"), "1\n").unwrap();
+        assert!(matches!(
+            stick(&roots).unwrap().check(true),
+            Err(DeviceError::ReadOnly { .. })
+        ));
+    }
+
+    #[test]
+    fn without_a_list_of_mounts_nothing_counts_as_free() {
+        let (root, roots) = machine();
+        fs::remove_file(root.path().join("proc/self/mountinfo")).unwrap();
+        assert!(matches!(stick(&roots), Err(DeviceError::Look { .. })));
+    }
 }

@@ -34,7 +34,10 @@ impl Sector {
         match bytes {
             512 => Ok(Self::S512),
             4096 => Ok(Self::S4096),
-            bytes => Err(DeviceError::SectorSize { path: path.to_owned(), bytes }),
+            bytes => Err(DeviceError::SectorSize {
+                path: path.to_owned(),
+                bytes,
+            }),
         }
     }
 
@@ -72,7 +75,9 @@ pub(super) fn build(
         .volume_label("STIEFEL")
         .volume_id(volume_id);
     drop(FatVolumeFormatter::format(Cursor::new(image.as_mut_slice()), options)?);
-    let volume = FatVolume::builder(Cursor::new(image.as_mut_slice())).time_provider(&EPOCH).open()?;
+    let volume = FatVolume::builder(Cursor::new(image.as_mut_slice()))
+        .time_provider(&EPOCH)
+        .open()?;
     let root = volume.root_dir();
     let efi = volume.create_dir(&root, "EFI")?;
     let boot = volume.create_dir(&efi, "BOOT")?;

@@ -1,0 +1,157 @@
+//! What the tests of this crate share: tiny ELF files, and a folder of kernel modules made of them.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use proptest::test_runner::Config;
+
+pub(crate) const EM_X86_64: u16 = 62;
+const ET_REL: u16 = 1;
+const ET_DYN: u16 = 3;
+
+/// Property tests of this crate leave no files behind.
+pub(crate) fn cases(cases: u32) -> Config {
+    Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    }
+}
+
+/// An ELF file with one section `.modinfo`, and one program header of the type given.
+fn elf(kind: u16, machine: u16, segment: u32, payload: &[u8]) -> Vec<u8> {
+    let names = b"\0.modinfo\0.shstrtab\0";
+    let payload_at = 64 + 56;
+    let names_at = payload_at + payload.len();
+    let sections_at = names_at + names.len();
+    let mut file = Vec::new();
+    file.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    file.extend(kind.to_le_bytes());
+    file.extend(machine.to_le_bytes());
+    file.extend(1_u32.to_le_bytes());
+    file.extend(0_u64.to_le_bytes());
+    file.extend(64_u64.to_le_bytes());
+    file.extend((sections_at as u64).to_le_bytes());
+    file.extend(0_u32.to_le_bytes());
+    for half in [64_u16, 56, 1, 64, 3, 2] {
+        file.extend(half.to_le_bytes());
+    }
+    file.extend(segment.to_le_bytes());
+    file.extend(4_u32.to_le_bytes());
+    for word in [payload_at as u64, 0, 0, payload.len() as u64, payload.len() as u64, 1] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(payload);
+    file.extend(names);
+    file.extend([0; 64]);
+    for (name, kind, at, len) in [
+        (1_u32, 1_u32, payload_at, payload.len()),
+        (10, 3, names_at, names.len()),
+    ] {
+        file.extend(name.to_le_bytes());
+        file.extend(kind.to_le_bytes());
+        for word in [0, 0, at as u64, len as u64] {
+            file.extend(word.to_le_bytes());
+        }
+        file.extend([0; 24]);
+    }
+    file
+}
+
+/// A kernel module that asks for firmware.
+pub(crate) fn module(firmware: &[&str]) -> Vec<u8> {
+    let info: String = firmware.iter().map(|name| format!("firmware={name}\0")).collect();
+    elf(ET_REL, EM_X86_64, 0, format!("license=GPL\0{info}").as_bytes())
+}
+
+/// A static program for a machine.
+pub(crate) fn static_program(machine: u16) -> Vec<u8> {
+    elf(ET_DYN, machine, 1, b"program")
+}
+
+/// A program that asks for a loader.
+pub(crate) fn dynamic_program() -> Vec<u8> {
+    elf(ET_DYN, EM_X86_64, 3, b"/lib64/ld-linux-x86-64.so.2\0")
+}
+
+/// The beginning of a bzImage.
+pub(crate) fn kernel(version: &str) -> Vec<u8> {
+    let mut kernel = vec![0; 1024];
+    kernel[0x202..0x206].copy_from_slice(b"HdrS");
+    kernel[0x20e..0x210].copy_from_slice(&0x100_u16.to_le_bytes());
+    let text = format!("{version} (debian-kernel@lists.debian.org) #1\0");
+    kernel[0x300..0x300 + text.len()].copy_from_slice(text.as_bytes());
+    kernel
+}
+
+/// Version of the fake tree.
+pub(crate) const VERSION: &str = "6.1.0-test";
+
+/// Makes a folder of modules below `root`: all three compressions, dependencies, soft dependencies, things built in.
+pub(crate) fn module_tree(root: &Path) -> PathBuf {
+    let dir = root.join("lib/modules").join(VERSION);
+    let put = |path: &str, bytes: &[u8]| {
+        let path = dir.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    };
+    let nic = module(&["rtl_nic/rtl8168.fw", "rtl_nic/absent.fw"]);
+    put(
+        "kernel/drivers/net/ethernet/realtek/r8169.ko.zst",
+        &zstd::bulk::compress(&nic, 3).unwrap(),
+    );
+    let mut xz = lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(1)).unwrap();
+    xz.write_all(&module(&[])).unwrap();
+    put("kernel/drivers/net/mii.ko.xz", &xz.finish().unwrap());
+    let mut gz = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    gz.write_all(&module(&[])).unwrap();
+    put("kernel/drivers/net/usb/cdc_ether.ko.gz", &gz.finish().unwrap());
+    for path in [
+        "kernel/drivers/net/usb/cdc_subset.ko",
+        "kernel/drivers/net/usb/qmi_wwan.ko",
+        "kernel/drivers/net/wireless/iwlwifi.ko",
+        "kernel/drivers/net/ethernet/mellanox/mlxsw/mlxsw_spectrum.ko",
+        "kernel/drivers/block/nbd.ko",
+        "kernel/drivers/nvme/host/nvme-tcp.ko",
+        "kernel/drivers/nvme/host/nvme.ko",
+        "kernel/drivers/usb/host/xhci-hcd.ko",
+        "kernel/fs/ext4/ext4.ko",
+        "kernel/crypto/crc32c_generic.ko",
+    ] {
+        put(path, &module(&[]));
+    }
+    put(
+        "modules.dep",
+        b"kernel/drivers/net/ethernet/realtek/r8169.ko.zst: kernel/drivers/net/mii.ko.xz\n\
+          kernel/drivers/net/mii.ko.xz:\n\
+          kernel/drivers/net/usb/cdc_ether.ko.gz: kernel/drivers/net/mii.ko.xz\n\
+          kernel/drivers/net/usb/cdc_subset.ko:\n\
+          kernel/drivers/net/usb/qmi_wwan.ko:\n\
+          kernel/drivers/net/wireless/iwlwifi.ko:\n\
+          kernel/drivers/net/ethernet/mellanox/mlxsw/mlxsw_spectrum.ko:\n\
+          kernel/drivers/block/nbd.ko:\n\
+          kernel/drivers/nvme/host/nvme-tcp.ko:\n\
+          kernel/drivers/nvme/host/nvme.ko:\n\
+          kernel/drivers/usb/host/xhci-hcd.ko:\n\
+          kernel/fs/ext4/ext4.ko:\n\
+          kernel/crypto/crc32c_generic.ko:\n",
+    );
+    put(
+        "modules.alias",
+        b"# Aliases\n\
+          alias pci:v000010ECd00008168sv*sd*bc*sc*i* r8169\n\
+          alias usb:v*p*d*dc*dsc*dp*ic02isc06ip00in* cdc_ether\n\
+          alias usb:v0525pA4A2d*dc*dsc*dp*ic*isc*ip*in* cdc_subset\n\
+          alias crypto-crc32c crc32c_generic\n",
+    );
+    put(
+        "modules.softdep",
+        b"softdep ext4 pre: crypto-crc32c\nsoftdep iwlwifi pre: nothing\n",
+    );
+    put(
+        "modules.builtin",
+        b"kernel/drivers/hid/usbhid/usbhid.ko\nkernel/drivers/net/wireguard/wireguard.ko\n",
+    );
+    dir
+}
