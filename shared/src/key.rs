@@ -313,7 +313,8 @@ mod tests {
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             if let Ok(key) = StickKey::parse("k", &bytes) {
-                prop_assert_eq!(key.to_file().trim_end().as_bytes(), bytes.strip_suffix(b"\n").unwrap_or(&bytes));
+                let file = key.to_file();
+                prop_assert_eq!(file.trim_end().as_bytes(), bytes.strip_suffix(b"\n").unwrap_or(&bytes));
             }
         }
     }

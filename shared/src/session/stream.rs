@@ -144,6 +144,12 @@ impl Sender {
         Ok(out)
     }
 
+    /// Any frame, also one that no honest laptop sends.
+    #[cfg(test)]
+    pub(super) fn raw(&mut self, kind: u8, content: &[u8]) -> Vec<u8> {
+        self.frame(kind, content).unwrap()
+    }
+
     /// Says that the laptop is alive but not ready to go on.
     ///
     /// # Errors
