@@ -27,9 +27,12 @@
 pub mod accel;
 pub mod cache;
 pub mod disk;
+mod interact;
+pub mod kit;
 pub mod net;
 mod process;
 pub mod qmp;
+pub mod scenario;
 pub mod serial;
 pub mod shell;
 pub mod tiny;

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -118,6 +119,8 @@ pub struct Serial {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// Everything goes to standard output as it comes, for a user at the console.
+    raw: AtomicBool,
 }
 
 #[derive(Default)]
@@ -282,6 +285,11 @@ impl Serial {
         self.send(&format!("{text}\n"))
     }
 
+    /// Whether every byte goes to standard output as it comes, instead of lines.
+    pub(crate) fn set_raw(&self, raw: bool) {
+        self.shared.raw.store(raw, Ordering::Relaxed);
+    }
+
     /// The log file with every line.
     pub fn log(&self) -> &Path {
         &self.options.log
@@ -408,6 +416,11 @@ impl Reader {
             if count == 0 {
                 break;
             }
+            if self.shared.raw.load(Ordering::Relaxed) {
+                // A closed terminal must not stop the machine.
+                let mut terminal = io::stdout().lock();
+                let _ = terminal.write_all(&buffer[..count]).and_then(|()| terminal.flush());
+            }
             let at = self.power_on.elapsed();
             let finished = cleaner.feed(&buffer[..count]);
             let lines: Vec<Line> = finished.into_iter().map(|text| Line { at, text }).collect();
@@ -429,7 +442,9 @@ impl Reader {
     fn write_down(&mut self, lines: &[Line]) {
         for line in lines {
             let _ = writeln!(self.log, "{line}");
-            if let Some(prefix) = &self.prefix {
+            if let Some(prefix) = &self.prefix
+                && !self.shared.raw.load(Ordering::Relaxed)
+            {
                 eprintln!("{prefix} | {}", line.text);
             }
         }

@@ -13,8 +13,12 @@ use crate::vm::{Vm, VmError};
 const RUN: Duration = Duration::from_secs(15);
 /// How long the guest may take from the name to the prompt, as under KVM.
 const LOGIN: Duration = Duration::from_secs(15);
+// The kernel may write behind a prompt at any time, so none of these ends with its line.
 /// A shell's prompt, as `root@laptop:~# `.
-const PROMPT: &str = r"\S+@\S+:\S*[#$] $";
+const PROMPT: &str = r"\w+@[\w.-]+:\S*[#$] ";
+/// getty's prompt, where nobody was logged in automatically.
+const NAME_PROMPT: &str = r"\blogin: *(\[ *\d+\.\d+\].*)?$";
+const PASSWORD_PROMPT: &str = "[Pp]assword: ";
 /// A terminal in line mode takes no longer line.
 const MAX_LINE: usize = 4000;
 
@@ -73,11 +77,11 @@ impl Vm {
     /// When no prompt comes within `deadline` (as under KVM), or the password is refused.
     pub fn login(&self, user: &str, password: &str, deadline: Duration) -> Result<(), ShellError> {
         let serial = self.serial();
-        let prompts = [re(r"login: .*\(automatic login\)"), re(r"\blogin: *$"), re(PROMPT)];
+        let prompts = [re(r"login: .*\(automatic login\)"), re(NAME_PROMPT), re(PROMPT)];
         let found = serial.expect_any(&prompts, deadline)?.index;
         if found == 1 {
             serial.send_line(user)?;
-            serial.expect(re("[Pp]assword: *$"), LOGIN)?;
+            serial.expect(re(PASSWORD_PROMPT), LOGIN)?;
             serial.send_line(password)?;
         }
         if found != 2 {

@@ -1,0 +1,159 @@
+//! The main job as a scenario: a laptop with a real Debian, triggered by its dedicated NIC or woken by the stick, and a
+//! desktop that boots from it. Shared by `stiefel test-qemu demo` and the end-to-end tests.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crate::disk::LaptopDisk;
+use crate::kit::{CONSOLE, DEDICATED_MAC, DESKTOP_MAC, Kit};
+use crate::net::{Netdev, Wire};
+use crate::serial::{Pattern, re};
+use crate::vm::{Boot, NicModel, Vm, VmBuilder};
+
+/// How long each step may take, as under KVM.
+pub mod patience {
+    use std::time::Duration;
+
+    /// A Debian from power-on to its login prompt.
+    pub const LOGIN: Duration = Duration::from_secs(60);
+    /// From the trigger to a laptop that serves.
+    pub const SERVING: Duration = Duration::from_secs(60);
+    /// From the desktop's power-on to its first question.
+    pub const STICK: Duration = Duration::from_secs(40);
+    /// For the bundle.
+    pub const BUNDLE: Duration = Duration::from_secs(40);
+    /// For the payload's kernel to attach the disk.
+    pub const ATTACH: Duration = Duration::from_secs(40);
+    /// For a machine to shut down.
+    pub const SHUTDOWN: Duration = Duration::from_secs(40);
+}
+
+/// The service counts a plug only when it saw the NIC absent for 10 s.
+const ABSENT: Duration = Duration::from_secs(11);
+
+/// Anything that goes wrong in a scenario.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// When what happened, for people.
+#[derive(Debug, Default)]
+pub struct Milestones {
+    rows: Vec<(&'static str, Duration)>,
+    print: bool,
+}
+
+impl Milestones {
+    /// With `print`, each is shown on standard error as it comes.
+    #[must_use]
+    pub fn new(print: bool) -> Self {
+        Self { rows: Vec::new(), print }
+    }
+
+    /// Something happened, so long after what the caller measures from.
+    pub fn reached(&mut self, what: &'static str, after: Duration) {
+        if self.print {
+            eprintln!("── {what}: {:.1} s", after.as_secs_f64());
+        }
+        self.rows.push((what, after));
+    }
+
+    /// The table, one row each.
+    #[must_use]
+    pub fn table(&self) -> String {
+        self.rows.iter().map(|(what, after)| format!("{:>8.1} s  {what}\n", after.as_secs_f64())).collect()
+    }
+}
+
+/// Starts the laptop on `disk` and waits for a shell in its own system, with its service running.
+///
+/// # Errors
+/// When it does not come up.
+pub fn laptop_at_home(disk: &LaptopDisk, nic: Option<&Netdev>, live: bool) -> Result<Vm, Failure> {
+    let mut builder = VmBuilder::new("laptop").boot(disk.boot(&CONSOLE)).disk(disk.drive()).live(live);
+    if let Some(nic) = nic {
+        builder = builder.nic("wired", NicModel::E1000e, nic, DEDICATED_MAC);
+    }
+    let laptop = builder.start()?;
+    laptop.login("root", crate::disk::PASSWORD, patience::LOGIN)?;
+    laptop.run_ok("systemctl is-active --wait stiefel-autokexec.service")?;
+    Ok(laptop)
+}
+
+/// Plugs the dedicated NIC into the running laptop, and waits until its ramdisk serves; how long that took.
+///
+/// # Errors
+/// When it does not serve.
+pub fn plug_and_serve(laptop: &Vm, cable: &Netdev) -> Result<Duration, Failure> {
+    // No condition can be waited for: what counts is that the service saw nothing for so long.
+    std::thread::sleep(ABSENT);
+    let plugged = Instant::now();
+    laptop.plug_usb_nic("cable", cable, DEDICATED_MAC)?;
+    wait_until_serving(laptop)?;
+    Ok(plugged.elapsed())
+}
+
+/// Waits until the laptop's ramdisk serves.
+///
+/// # Errors
+/// When it says that it can't.
+pub fn wait_until_serving(laptop: &Vm) -> Result<(), Failure> {
+    let serving: [Pattern; 2] = ["stiefel: ready; waiting for the desktop".into(), "going back to the laptop's own system".into()];
+    let found = laptop.serial().expect_any(&serving, patience::SERVING)?;
+    if found.index == 0 { Ok(()) } else { Err(format!("the laptop gave up; its console: {}", laptop.serial().log().display()).into()) }
+}
+
+/// The desktop, started by UEFI from the stick.
+///
+/// # Errors
+/// When QEMU does not start.
+pub fn desktop(stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm, Failure> {
+    Ok(VmBuilder::new("desktop")
+        .memory_mib(1536)
+        .boot(Boot::Uefi)
+        .stick(stick)
+        .nic("cable", NicModel::E1000e, cable, DESKTOP_MAC)
+        .live(live)
+        .start()?)
+}
+
+/// Waits until the desktop is at the login prompt of the laptop's system.
+///
+/// # Errors
+/// When a step does not come.
+pub fn desktop_boots(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
+    for (what, marker, patience) in [
+        ("stick: first discovery sent", re(r"stiefel: asking on "), patience::STICK),
+        ("bundle received", re(r"stiefel: received "), patience::SERVING + patience::BUNDLE),
+        ("kexec", re(r"stiefel: starting "), patience::BUNDLE),
+        ("disk attached", re(r"is attached as /dev/nbd0"), patience::ATTACH),
+        ("login prompt", re(r"laptop login:"), patience::LOGIN),
+    ] {
+        let found = desktop.serial().expect_any(&[marker], patience)?;
+        milestones.reached(what, found.at);
+    }
+    Ok(())
+}
+
+/// The laptop's disk and the stick, made from a kit.
+pub struct Machines {
+    /// What they are made from.
+    pub kit: Kit,
+    /// The laptop's disk.
+    pub disk: LaptopDisk,
+    /// The stick's image.
+    pub stick: PathBuf,
+    /// The cable between laptop (a) and desktop (b).
+    pub wire: Wire,
+}
+
+impl Machines {
+    /// Makes them.
+    ///
+    /// # Errors
+    /// When something cannot be made.
+    pub fn prepare(kit: Kit, wire: Wire) -> Result<Self, Failure> {
+        let disk = kit.laptop_disk(&kit.path("laptop.img"), &kit.config(""), Vec::new())?;
+        let stick = kit.path("stick.img");
+        kit.stick(&stick, "stick")?;
+        Ok(Self { kit, disk, stick, wire })
+    }
+}
