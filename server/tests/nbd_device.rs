@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nbd_support::{Answer, Fixture, PATIENCE};
+use nbd_support::{Answer, Client, Fixture, PATIENCE};
 use stiefel_server::nbd::{DropError, Export, ExportError, ExportOptions};
 use stiefel_shared::nbd::*;
 
@@ -145,31 +145,42 @@ impl Drop for TooSmall {
     }
 }
 
+/// What brings data onto the medium, and so must notice that it cannot.
+const SYNCING: [(u16, u16); 4] = [
+    (CMD_FLUSH, 0),
+    (CMD_WRITE, CMD_FLAG_FUA),
+    (CMD_WRITE_ZEROES, CMD_FLAG_FUA),
+    (CMD_TRIM, CMD_FLAG_FUA),
+];
+
+fn sync(client: &mut Client, (command, flags): (u16, u16)) -> Answer {
+    let length = if command == CMD_FLUSH { 0 } else { 512 };
+    let payload = if command == CMD_WRITE { &[3; 512][..] } else { &[] };
+    client.ask(command, flags, 0, length, payload)
+}
+
 /// The device takes everything into the page cache, but the file below has no room for it.
 #[test]
 fn a_failed_flush_is_reported_and_stays_reported_on_all_connections() {
-    let Some(too_small) = TooSmall::new() else { return };
-    let backing = too_small.0.path().join("sparse");
-    std::fs::File::create(&backing).unwrap().set_len(SIZE).unwrap();
-    let Some(device) = Loop::new(512, &backing) else { return };
-    let fixture = Fixture::of(Export::open(&device.path, ExportOptions::default()).unwrap());
-    let mut clients = [fixture.client(), fixture.simple_client()];
-    // The device itself may refuse the last ones already.
-    for offset in (0..SIZE).step_by(1 << 20) {
-        clients[0].ask(CMD_WRITE, 0, offset, 1 << 20, &vec![1; 1 << 20]);
-    }
-    for _ in 0..3 {
-        for client in &mut clients {
-            assert_eq!(client.ask(CMD_FLUSH, 0, 0, 0, &[]), Answer::Error(Errno::Io));
-            assert_eq!(
-                client.ask(CMD_WRITE, CMD_FLAG_FUA, 0, 512, &[3; 512]),
-                Answer::Error(Errno::Io)
-            );
-            assert_eq!(client.ask(CMD_WRITE, 0, 0, 512, &[2; 512]), Answer::Error(Errno::Io));
+    for first in SYNCING {
+        let Some(too_small) = TooSmall::new() else { return };
+        let backing = too_small.0.path().join("sparse");
+        std::fs::File::create(&backing).unwrap().set_len(SIZE).unwrap();
+        let Some(device) = Loop::new(512, &backing) else { return };
+        let fixture = Fixture::of(Export::open(&device.path, ExportOptions::default()).unwrap());
+        let mut clients = [fixture.client(), fixture.simple_client()];
+        for offset in (0..SIZE).step_by(1 << 20) {
+            clients[0].write(offset, &vec![1; 1 << 20]);
         }
+        assert_eq!(sync(&mut clients[0], first), Answer::Error(Errno::Io), "{first:?}");
+        for client in &mut clients {
+            for again in SYNCING.into_iter().chain([(CMD_WRITE, 0)]) {
+                assert_eq!(sync(client, again), Answer::Error(Errno::Io), "{first:?} {again:?}");
+            }
+        }
+        assert!(fixture.export.flush().is_err());
+        let stopped = fixture.server.stop(PATIENCE);
+        assert!(matches!(stopped, Err(DropError::Flush { .. })));
+        drop(fixture.export);
     }
-    assert!(fixture.export.flush().is_err());
-    let Fixture { server, export, .. } = fixture;
-    assert!(matches!(server.stop(PATIENCE), Err(DropError::Flush { .. })));
-    drop(export);
 }

@@ -4,7 +4,7 @@
 mod nbd_support;
 
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -274,6 +274,37 @@ fn dropped_connections_are_gone_and_new_ones_are_let_in() {
     let stopped: Result<(), DropError> = fixture.server.stop(PATIENCE);
     stopped.unwrap();
     assert!(TcpStream::connect(address).is_err());
+}
+
+#[test]
+fn after_a_drop_nothing_is_written_any_more() {
+    let fixture = Fixture::new(u64::from(MIB));
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..4)
+            .map(|_| {
+                let mut client = fixture.simple_client();
+                client.write(0, &[1; 4096]);
+                // Until the server closes the connection; what it answers meanwhile is nobody's business here.
+                scope.spawn(move || {
+                    let request = Request {
+                        flags: 0,
+                        command: CMD_WRITE,
+                        cookie: 0,
+                        offset: 0,
+                        length: 4096,
+                    };
+                    let message = [&request.encode()[..], &[2; 4096]].concat();
+                    let mut reply = [0; SIMPLE_REPLY_LEN];
+                    while client.stream.write_all(&message).is_ok() && client.stream.read_exact(&mut reply).is_ok() {}
+                })
+            })
+            .collect();
+        fixture.server.drop_connections(PATIENCE).unwrap();
+        let written = fixture.export.stats().bytes_written;
+        assert_eq!(std::sync::Arc::strong_count(&fixture.export), 2);
+        assert!(writers.into_iter().all(|writer| writer.join().is_ok()));
+        assert_eq!(fixture.export.stats().bytes_written, written);
+    });
 }
 
 #[test]
