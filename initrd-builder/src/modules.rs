@@ -100,6 +100,9 @@ pub struct ModuleTree {
     dep: Vec<u8>,
 }
 
+/// Where the kernel looks for firmware, in its order.
+pub const FIRMWARE_DIRS: [&str; 2] = ["/lib/firmware/updates", "/lib/firmware"];
+
 /// Names of modules, normalised, with all they depend on.
 pub type Selection = BTreeSet<String>;
 
@@ -125,7 +128,12 @@ impl ModuleTree {
     /// `Index` without modules.dep, `BadIndex` for overlong lists, `NoVersion` for `/`.
     pub fn open(dir: &Path) -> Result<Self, ModulesError> {
         let unreadable = |path: PathBuf| move |source| ModulesError::Index { path, source };
-        let dir = dir.canonicalize().map_err(unreadable(dir.to_owned()))?;
+        // A link is usually called by the version, what it points to not always; `.` has no name.
+        let dir = if dir.file_name().is_some() {
+            dir.to_owned()
+        } else {
+            dir.canonicalize().map_err(unreadable(dir.to_owned()))?
+        };
         let version = dir
             .file_name()
             .and_then(|name| name.to_str())

@@ -182,7 +182,7 @@ impl Uki<'_> {
         Ok(write(self.stub, &layout, &placed))
     }
 
-    /// Checks stub and kernel, and finds the room for the new sections.
+    /// Checks that stub and kernel belong together, and finds the room for the new sections.
     fn check_stub(&self, names: &[&str]) -> Result<StubLayout, UkiError> {
         let stub = PeFile64::parse(self.stub).map_err(|source| UkiError::NotPe {
             what: "the EFI stub",
@@ -203,69 +203,64 @@ impl Uki<'_> {
         if stub.data_directory(IMAGE_DIRECTORY_ENTRY_SECURITY).is_some_and(signed) {
             return Err(UkiError::SignedStub);
         }
-        let nt = stub.nt_headers();
-        let optional = nt.optional_header();
-        let count = nt.file_header().number_of_sections.get(LE);
-        let optional_at = stub.dos_header().nt_headers_offset() as usize + OPTIONAL_HEADER_AT;
-        let headers_end = optional_at
-            + usize::from(nt.file_header().size_of_optional_header.get(LE))
-            + usize::from(count) * SECTION_HEADER_LEN;
-        let mut first_data = optional.size_of_headers() as usize;
-        let mut next_address = optional.size_of_headers();
-        for header in stub.section_table().iter() {
-            let name = String::from_utf8_lossy(header.raw_name()).into_owned();
-            if names.contains(&name.as_str()) {
-                return Err(UkiError::SectionExists { name });
-            }
-            header.pe_data(self.stub).map_err(|source| UkiError::NotPe {
-                what: "the EFI stub",
-                source,
-            })?;
-            let address = header.virtual_address.get(LE);
-            if address < next_address {
-                return Err(UkiError::BadLayout {
-                    what: "sections overlap in memory",
-                });
-            }
-            next_address = address
-                .checked_add(header.virtual_size.get(LE))
-                .ok_or(UkiError::TooLarge)?;
-            if header.size_of_raw_data.get(LE) > 0 {
-                first_data = first_data.min(header.pointer_to_raw_data.get(LE) as usize);
-            }
-        }
-        let need = headers_end + names.len() * SECTION_HEADER_LEN;
-        if need > first_data {
-            return Err(UkiError::NoHeaderSpace { have: first_data, need });
-        }
-        if self
-            .stub
-            .get(headers_end..need)
-            .is_none_or(|room| room.iter().any(|byte| *byte != 0))
-        {
-            return Err(UkiError::BadLayout {
-                what: "data between headers and sections",
-            });
-        }
-        let (file_align, section_align) = (optional.file_alignment(), optional.section_alignment());
-        if !file_align.is_power_of_two() || !section_align.is_power_of_two() {
-            return Err(UkiError::BadLayout {
-                what: "alignment is no power of two",
-            });
-        }
-        let next_address = next_address
-            .checked_next_multiple_of(section_align.max(PAGE))
-            .ok_or(UkiError::TooLarge)?;
-        let initialized_data = optional.size_of_initialized_data();
-        Ok(StubLayout {
-            optional_at,
-            headers_end,
-            count,
-            file_align,
-            next_address,
-            initialized_data,
-        })
+        stub_layout(&stub, self.stub, names)
     }
+}
+
+/// Finds the room for new sections in a stub's headers, in the file and in memory.
+fn stub_layout(stub: &PeFile64, bytes: &[u8], names: &[&str]) -> Result<StubLayout, UkiError> {
+    let broken = |what| Err(UkiError::BadLayout { what });
+    let nt = stub.nt_headers();
+    let optional = nt.optional_header();
+    let (file_align, section_align) = (optional.file_alignment(), optional.section_alignment());
+    if !file_align.is_power_of_two() || !section_align.is_power_of_two() {
+        return broken("alignment is no power of two");
+    }
+    let count = nt.file_header().number_of_sections.get(LE);
+    let optional_at = stub.dos_header().nt_headers_offset() as usize + OPTIONAL_HEADER_AT;
+    let headers_end = optional_at
+        + usize::from(nt.file_header().size_of_optional_header.get(LE))
+        + usize::from(count) * SECTION_HEADER_LEN;
+    let mut first_data = optional.size_of_headers() as usize;
+    let mut end = optional.size_of_headers();
+    for header in stub.section_table().iter() {
+        let name = String::from_utf8_lossy(header.raw_name()).into_owned();
+        if names.contains(&name.as_str()) {
+            return Err(UkiError::SectionExists { name });
+        }
+        let what = "the EFI stub";
+        header
+            .pe_data(bytes)
+            .map_err(|source| UkiError::NotPe { what, source })?;
+        let address = header.virtual_address.get(LE);
+        if address < end {
+            return broken("sections overlap in memory");
+        }
+        end = address
+            .checked_add(header.virtual_size.get(LE))
+            .ok_or(UkiError::TooLarge)?;
+        if header.size_of_raw_data.get(LE) > 0 {
+            first_data = first_data.min(header.pointer_to_raw_data.get(LE) as usize);
+        }
+    }
+    let need = headers_end + names.len() * SECTION_HEADER_LEN;
+    if need > first_data {
+        return Err(UkiError::NoHeaderSpace { have: first_data, need });
+    }
+    let room = bytes.get(headers_end..need);
+    if room.is_none_or(|room| room.iter().any(|byte| *byte != 0)) {
+        return broken("data between headers and sections");
+    }
+    Ok(StubLayout {
+        optional_at,
+        headers_end,
+        count,
+        file_align,
+        next_address: end
+            .checked_next_multiple_of(section_align.max(PAGE))
+            .ok_or(UkiError::TooLarge)?,
+        initialized_data: optional.size_of_initialized_data(),
+    })
 }
 
 /// Lays the sections out one after another, in the file and in memory.

@@ -74,6 +74,7 @@ pub const CLASSES: &[Class] = &[
             "ionic",
             "hinic",
             "cxgb4vf",
+            "*_cs",
             "ena",
             "gve",
             "mana",

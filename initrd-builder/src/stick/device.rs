@@ -127,8 +127,16 @@ impl fmt::Display for DeviceInfo {
 }
 
 impl DeviceInfo {
+    fn model_text(&self) -> &str {
+        if self.model.is_empty() {
+            "unknown model"
+        } else {
+            &self.model
+        }
+    }
+
     /// Whether it may be overwritten.
-    pub(super) fn check(&self, allow_fixed: bool) -> Result<(), DeviceError> {
+    pub fn check(&self, allow_fixed: bool) -> Result<(), DeviceError> {
         let path = self.path.clone();
         if !self.uses.is_empty() {
             return Err(DeviceError::InUse {
@@ -142,7 +150,7 @@ impl DeviceInfo {
         if !self.removable && !allow_fixed {
             return Err(DeviceError::Fixed {
                 path,
-                model: self.model.clone(),
+                model: self.model_text().to_owned(),
             });
         }
         Ok(())
@@ -210,20 +218,16 @@ impl Roots {
         let dir = link
             .canonicalize()
             .map_err(|source| DeviceError::Look { path: link, source })?;
-        let not_whole = |what| {
-            Err(DeviceError::NotAWholeDisk {
+        let others = [
+            ("partition", "a partition"),
+            ("dm", "a device-mapper device"),
+            ("md", "an array of disks"),
+        ];
+        if let Some((_, what)) = others.into_iter().find(|(file, _)| dir.join(file).exists()) {
+            return Err(DeviceError::NotAWholeDisk {
                 path: path.to_owned(),
                 what,
-            })
-        };
-        if dir.join("partition").exists() {
-            return not_whole("a partition");
-        }
-        if dir.join("dm").exists() {
-            return not_whole("a device-mapper device");
-        }
-        if dir.join("md").exists() {
-            return not_whole("an array of disks");
+            });
         }
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut parts: Vec<PathBuf> = fs::read_dir(&dir)
@@ -239,27 +243,23 @@ impl Roots {
             .iter()
             .map(|part| PartitionInfo {
                 name: base_name(part),
-                bytes: number_in(&part.join("size")) * SYSFS_SECTOR,
+                bytes: number_in(&part.join("size")).saturating_mul(SYSFS_SECTOR),
             })
             .collect();
-        let words = [
-            text_in(&dir.join("device/vendor")),
-            text_in(&dir.join("device/model")),
-            text_in(&dir.join("device/name")),
-        ];
+        let words = ["vendor", "model", "name"].map(|file| text_in(&dir.join("device").join(file)));
+        let words: Vec<_> = words
+            .iter()
+            .map(String::as_str)
+            .filter(|word| !word.is_empty())
+            .collect();
         let on_usb = dir
             .components()
             .any(|part| part.as_os_str().to_string_lossy().starts_with("usb"));
         let sd_card = text_in(&dir.join("device/type")) == "SD";
         Ok(DeviceInfo {
             path: path.to_owned(),
-            model: words
-                .iter()
-                .filter(|word| !word.is_empty())
-                .map(String::as_str)
-                .collect::<Vec<_>>()
-                .join(" "),
-            bytes: number_in(&dir.join("size")) * SYSFS_SECTOR,
+            model: words.join(" "),
+            bytes: number_in(&dir.join("size")).saturating_mul(SYSFS_SECTOR),
             sector_bytes: number_in(&dir.join("queue/logical_block_size")),
             removable: number_in(&dir.join("removable")) == 1 || on_usb || sd_card,
             read_only: number_in(&dir.join("ro")) == 1,
