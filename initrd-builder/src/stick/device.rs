@@ -112,11 +112,7 @@ pub struct DeviceInfo {
 impl fmt::Display for DeviceInfo {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes >> 20;
-        let model = if self.model.is_empty() {
-            "unknown model"
-        } else {
-            &self.model
-        };
+        let model = self.model_text();
         let kind = if self.removable { "removable" } else { "fixed" };
         write!(out, "{}: {model}, {} MiB, {kind}", self.path.display(), mib(self.bytes))?;
         for partition in &self.partitions {
