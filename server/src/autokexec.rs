@@ -70,19 +70,33 @@ pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
     }
     watch_uevents(monitor, sender.clone())?;
     watch_clock(sender.clone())?;
-    Service { config: config.clone(), mode, nics, wake, sender, leaving: None }.run(&events)
+    Service {
+        config: config.clone(),
+        mode,
+        nics,
+        wake,
+        sender,
+        leaving: None,
+    }
+    .run(&events)
 }
 
 /// Listens for wakes; what is missing for that is told, and plugs still count.
 fn listen(known: Vec<Known>, sender: &Sender<Event>) -> Option<Wake> {
     let (woken, wakes) = mpsc::channel();
     let sender = sender.clone();
-    let forward = move || wakes.into_iter().try_for_each(|woken| sender.send(Event::Woken(woken)).ok());
+    let forward = move || {
+        wakes
+            .into_iter()
+            .try_for_each(|woken| sender.send(Event::Woken(woken)).ok())
+    };
     let listening = wake::listen(known, woken).and_then(|wake| {
         thread::Builder::new().name("wakes".to_owned()).spawn(forward)?;
         Ok(wake)
     });
-    listening.map_err(|error| log::warning(format_args!("no wake is heard: {error:#}"))).ok()
+    listening
+        .map_err(|error| log::warning(format_args!("no wake is heard: {error:#}")))
+        .ok()
 }
 
 fn interfaces() -> anyhow::Result<Vec<Interface>> {
@@ -107,7 +121,10 @@ fn watch_uevents(mut monitor: Monitor, sender: Sender<Event>) -> anyhow::Result<
             }
         }
     };
-    thread::Builder::new().name("uevents".to_owned()).spawn(watch).context("cannot start a thread")?;
+    thread::Builder::new()
+        .name("uevents".to_owned())
+        .spawn(watch)
+        .context("cannot start a thread")?;
     Ok(())
 }
 
@@ -116,7 +133,10 @@ fn watch_clock(sender: Sender<Event>) -> anyhow::Result<()> {
     let watch = move || {
         while clock.wait().is_ok() && sender.send(Event::Clock).is_ok() {}
     };
-    thread::Builder::new().name("clock".to_owned()).spawn(watch).context("cannot start a thread")?;
+    thread::Builder::new()
+        .name("clock".to_owned())
+        .spawn(watch)
+        .context("cannot start a thread")?;
     Ok(())
 }
 
@@ -163,9 +183,14 @@ impl Service {
             Some(NetEvent::Added(index)) => {
                 let links = link::list().unwrap_or_default();
                 // One that is gone again tells of that by its next event.
-                let Some(link) = links.iter().find(|link| link.index == index) else { return };
+                let Some(link) = links.iter().find(|link| link.index == index) else {
+                    return;
+                };
                 if let Some(known) = self.nics.appeared(&Interface::of(link), now) {
-                    self.trigger(&format!("the dedicated NIC {known} was plugged in ({})", link.name), true);
+                    self.trigger(
+                        &format!("the dedicated NIC {known} was plugged in ({})", link.name),
+                        true,
+                    );
                 }
             }
             Some(NetEvent::Removed(index)) => {
@@ -183,7 +208,9 @@ impl Service {
 
     fn trigger(&mut self, why: &str, by_plug: bool) {
         if self.leaving.is_some() {
-            log::info(format_args!("ignored, because another trigger is being followed: {why}"));
+            log::info(format_args!(
+                "ignored, because another trigger is being followed: {why}"
+            ));
             return;
         }
         log::notice(format_args!("triggered: {why}"));

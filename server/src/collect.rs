@@ -32,7 +32,9 @@ pub const KEYS_DIR: &str = "/etc/stiefel/keys";
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
     /// There is no key.
-    #[error("there is no key in {folder}, so no stick could connect\n  next: make one with `stiefel key new NAME`, then write a stick")]
+    #[error(
+        "there is no key in {folder}, so no stick could connect\n  next: make one with `stiefel key new NAME`, then write a stick"
+    )]
     NoKeys {
         /// The folder.
         folder: PathBuf,
@@ -72,7 +74,9 @@ pub enum CollectError {
     #[error("the disk to serve was not found")]
     Disk(#[from] BlockError),
     /// One disk is served, and there are more.
-    #[error("{what} is on several disks ({disks}); one is served, and the system would not start without the others\n  next: put the system on one disk; if one of them is enough, set boot.disk in config.yaml")]
+    #[error(
+        "{what} is on several disks ({disks}); one is served, and the system would not start without the others\n  next: put the system on one disk; if one of them is enough, set boot.disk in config.yaml"
+    )]
     SeveralDisks {
         /// What.
         what: String,
@@ -80,7 +84,9 @@ pub enum CollectError {
         disks: String,
     },
     /// What is served must be local.
-    #[error("{disk} is no disk of this laptop (its data comes from elsewhere)\n  next: set boot.disk in config.yaml to the disk itself")]
+    #[error(
+        "{disk} is no disk of this laptop (its data comes from elsewhere)\n  next: set boot.disk in config.yaml to the disk itself"
+    )]
     NoRealDisk {
         /// Its name.
         disk: String,
@@ -92,7 +98,9 @@ pub enum CollectError {
     #[error("the modules that the desktop needs cannot be collected")]
     Overlay(#[from] OverlayError),
     /// A part is larger than a desktop takes.
-    #[error("the {part} has {size} bytes, more than the {limit} that a desktop takes\n  next: make a smaller initrd (e.g. MODULES=dep, or without debug symbols)")]
+    #[error(
+        "the {part} has {size} bytes, more than the {limit} that a desktop takes\n  next: make a smaller initrd (e.g. MODULES=dep, or without debug symbols)"
+    )]
     TooLarge {
         /// Which.
         part: &'static str,
@@ -105,7 +113,9 @@ pub enum CollectError {
     #[error(transparent)]
     Handover(#[from] HandoverError),
     /// The image cannot be made.
-    #[error("the ramdisk with the payload ({size} bytes) cannot be put together in memory\n  next: close programs; it needs that much free memory twice")]
+    #[error(
+        "the ramdisk with the payload ({size} bytes) cannot be put together in memory\n  next: close programs; it needs that much free memory twice"
+    )]
     Image {
         /// Bytes it would have.
         size: u64,
@@ -166,7 +176,11 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         zstd: unpacks_zstd(&tree, &payload.version),
         payload,
         session: config.session.clone(),
-        firmware: firmware.iter().map(|path| tree.path(path)).filter(|path| path.is_dir()).collect(),
+        firmware: firmware
+            .iter()
+            .map(|path| tree.path(path))
+            .filter(|path| path.is_dir())
+            .collect(),
     })
 }
 
@@ -187,10 +201,13 @@ pub fn read_keys(folder: &Path) -> Result<Vec<StickKey>, CollectError> {
 
 /// Whether the payload's kernel says that it unpacks zstd; where it says nothing, it need not.
 fn unpacks_zstd(tree: &Tree, version: &str) -> bool {
-    [format!("/boot/config-{version}"), format!("/lib/modules/{version}/config")]
-        .iter()
-        .filter_map(|path| tree.text(path).ok())
-        .any(|text| text.lines().any(|line| line == "CONFIG_RD_ZSTD=y"))
+    [
+        format!("/boot/config-{version}"),
+        format!("/lib/modules/{version}/config"),
+    ]
+    .iter()
+    .filter_map(|path| tree.text(path).ok())
+    .any(|text| text.lines().any(|line| line == "CONFIG_RD_ZSTD=y"))
 }
 
 fn disk(tree: &Tree, configured: &Auto<PathBuf>) -> Result<Disk, CollectError> {
@@ -223,12 +240,17 @@ fn only(disks: Vec<Disk>, what: String) -> Result<Disk, CollectError> {
 }
 
 fn several<'a>(what: String, disks: impl Iterator<Item = &'a str>) -> CollectError {
-    CollectError::SeveralDisks { what, disks: disks.collect::<Vec<_>>().join(", ") }
+    CollectError::SeveralDisks {
+        what,
+        disks: disks.collect::<Vec<_>>().join(", "),
+    }
 }
 
 /// The disks of a btrfs root: it may have several devices, and its mount names only one of them.
 fn btrfs_disks(tree: &Tree) -> BTreeSet<String> {
-    let Some(root) = tree.root_device() else { return BTreeSet::new() };
+    let Some(root) = tree.root_device() else {
+        return BTreeSet::new();
+    };
     let folder = "/sys/fs/btrfs";
     tree.names(folder)
         .into_iter()
@@ -247,7 +269,15 @@ fn identity(disk: &Disk) -> Result<DiskIdentity, CollectError> {
 /// A part that a desktop takes.
 fn checked(part: Part, size: u64) -> Result<u64, CollectError> {
     let limit = part.limit();
-    if size <= limit { Ok(size) } else { Err(CollectError::TooLarge { part: part.name(), size, limit }) }
+    if size <= limit {
+        Ok(size)
+    } else {
+        Err(CollectError::TooLarge {
+            part: part.name(),
+            size,
+            limit,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -283,7 +313,10 @@ mod tests {
 
     #[test]
     fn the_overlay_is_compressed_only_for_a_kernel_that_says_so() {
-        let (_dir, tree) = tree(&[("/boot/config-1", "CONFIG_RD_ZSTD=y\n"), ("/boot/config-2", "# CONFIG_RD_ZSTD is not set\n")]);
+        let (_dir, tree) = tree(&[
+            ("/boot/config-1", "CONFIG_RD_ZSTD=y\n"),
+            ("/boot/config-2", "# CONFIG_RD_ZSTD is not set\n"),
+        ]);
         assert!(unpacks_zstd(&tree, "1"));
         assert!(!unpacks_zstd(&tree, "2"));
         assert!(!unpacks_zstd(&tree, "3"));
@@ -292,7 +325,9 @@ mod tests {
     #[test]
     fn a_system_on_several_disks_is_refused_by_their_names() {
         assert_eq!(only(vec![a_disk("sda")], "/".into()).unwrap().name, "sda");
-        let text = only(vec![a_disk("sda"), a_disk("sdb")], "/".into()).unwrap_err().to_string();
+        let text = only(vec![a_disk("sda"), a_disk("sdb")], "/".into())
+            .unwrap_err()
+            .to_string();
         assert!(text.contains("sda, sdb"), "{text}");
         assert!(only(Vec::new(), "/".into()).is_err());
     }
@@ -309,7 +344,10 @@ mod tests {
             ("/sys/fs/btrfs/3-4/devices/sdc/x", ""),
         ]);
         assert_eq!(btrfs_disks(&tree).into_iter().collect::<Vec<_>>(), ["sda", "sdb"]);
-        assert!(matches!(disk(&tree, &Auto::Auto), Err(CollectError::SeveralDisks { .. })));
+        assert!(matches!(
+            disk(&tree, &Auto::Auto),
+            Err(CollectError::SeveralDisks { .. })
+        ));
     }
 
     #[test]

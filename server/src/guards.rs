@@ -47,7 +47,9 @@ pub enum Refusal {
         lock: &'static str,
     },
     /// The battery would not last.
-    #[error("the battery is at {percent} %, below {limit} %, and not charging\n  next: plug in the power supply, or set trigger.battery in config.yaml")]
+    #[error(
+        "the battery is at {percent} %, below {limit} %, and not charging\n  next: plug in the power supply, or set trigger.battery in config.yaml"
+    )]
     Battery {
         /// Charge in per cent.
         percent: u8,
@@ -55,7 +57,9 @@ pub enum Refusal {
         limit: u8,
     },
     /// This system runs on another machine's disk.
-    #[error("this system itself runs from a link ({evidence}); its disk is another machine's\n  next: nothing; shut it down to end the session")]
+    #[error(
+        "this system itself runs from a link ({evidence}); its disk is another machine's\n  next: nothing; shut it down to end the session"
+    )]
     OnALink {
         /// What shows it.
         evidence: String,
@@ -136,7 +140,10 @@ mod tests {
 
     #[test]
     fn an_ordinary_laptop_is_free_to_go() {
-        let files = Files::new(&[("/proc/cmdline", "root=UUID=1 quiet"), ("/proc/sys/kernel/kexec_load_disabled", "0\n")]);
+        let files = Files::new(&[
+            ("/proc/cmdline", "root=UUID=1 quiet"),
+            ("/proc/sys/kernel/kexec_load_disabled", "0\n"),
+        ]);
         assert_eq!(check(files.0.path(), 10, Path::new("/nonexistent")), []);
     }
 }

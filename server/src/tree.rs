@@ -18,9 +18,7 @@ pub(crate) struct Tree {
 
 impl Tree {
     pub fn new(root: &Path) -> Self {
-        Self {
-            root: root.to_owned(),
-        }
+        Self { root: root.to_owned() }
     }
 
     /// Whether it is the running system's own.
@@ -42,17 +40,14 @@ impl Tree {
     pub fn text(&self, path: impl AsRef<Path>) -> io::Result<String> {
         let file = self.path(path);
         let mut bytes = Vec::new();
-        File::open(file)?
-            .take(MAX_TEXT + 1)
-            .read_to_end(&mut bytes)?;
+        File::open(file)?.take(MAX_TEXT + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > MAX_TEXT {
             return Err(io::Error::new(
                 io::ErrorKind::FileTooLarge,
                 "larger than 4 MiB, which no such file is",
             ));
         }
-        Ok(String::from_utf8(bytes)
-            .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
+        Ok(String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
     }
 
     /// A file of one line, trimmed; `None` if it is not there or empty, as in sysfs.
@@ -209,7 +204,8 @@ mod tests {
 
     #[test]
     fn mounts_are_read_with_escapes_and_optional_fields() {
-        let line = "36 35 98:0 /@sub\\040vol /mnt\\134x rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue";
+        let line =
+            "36 35 98:0 /@sub\\040vol /mnt\\134x rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue";
         assert_eq!(
             Mount::parse(line),
             Some(Mount {

@@ -49,7 +49,9 @@ pub enum LeaveError {
     #[error("the ramdisk was not loaded")]
     Kexec(#[from] KexecError),
     /// The shutdown did not begin.
-    #[error("`systemctl kexec` did not begin the shutdown: {why}\n  next: see `systemctl status` and the journal; the ramdisk stays loaded until the next boot")]
+    #[error(
+        "`systemctl kexec` did not begin the shutdown: {why}\n  next: see `systemctl status` and the journal; the ramdisk stays loaded until the next boot"
+    )]
     Systemctl {
         /// What it says.
         why: String,
@@ -78,19 +80,28 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(
         "serving {} ({}), keys: {}",
         collected.disk.display(),
         collected.identity.model.as_deref().unwrap_or("unknown model"),
-        collected.keys.iter().map(|key| key.name.as_str()).collect::<Vec<_>>().join(", ")
+        collected
+            .keys
+            .iter()
+            .map(|key| key.name.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
     ));
     log::info(format_args!("the payload:\n{}", collected.payload));
     let image = collected.image()?;
     let cmdline = ramdisk_cmdline(&config.initrd.cmdline.to_string());
     describe(&image, &collected.manifest.kernel_version, &cmdline);
     if mode == Mode::DryRun {
-        log::notice(format_args!("a dry run: would load this now and call `systemctl kexec`"));
+        log::notice(format_args!(
+            "a dry run: would load this now and call `systemctl kexec`"
+        ));
         return Ok(());
     }
     count_down(config, cancel)?;
-    let kernel = File::open(&collected.kernel)
-        .map_err(|source| LeaveError::Kernel { path: collected.kernel.clone(), source })?;
+    let kernel = File::open(&collected.kernel).map_err(|source| LeaveError::Kernel {
+        path: collected.kernel.clone(),
+        source,
+    })?;
     kexec::load(kernel.as_fd(), Some(image.initrd.as_fd()), &cmdline)?;
     // The kernel has its own copy: free ours, the shutdown needs memory too.
     drop(image);
@@ -101,7 +112,11 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(
 fn guard(config: &Config) -> Result<(), LeaveError> {
     let kernel = Path::new(STATE_DIR).join(stiefel_initrd_builder::ramdisk::KERNEL);
     let refusals = guards::check(Path::new("/"), config.trigger.battery.0, &kernel);
-    if refusals.is_empty() { Ok(()) } else { Err(LeaveError::Refused { refusals }) }
+    if refusals.is_empty() {
+        Ok(())
+    } else {
+        Err(LeaveError::Refused { refusals })
+    }
 }
 
 fn describe(image: &Image, version: &str, cmdline: &str) {
@@ -124,7 +139,11 @@ fn count_down(config: &Config, cancel: &Receiver<String>) -> Result<(), LeaveErr
     match cancel.recv_timeout(countdown) {
         Ok(why) => return Err(LeaveError::Cancelled { why }),
         Err(RecvTimeoutError::Timeout) => {}
-        Err(RecvTimeoutError::Disconnected) => return Err(LeaveError::Cancelled { why: "the service ends".to_owned() }),
+        Err(RecvTimeoutError::Disconnected) => {
+            return Err(LeaveError::Cancelled {
+                why: "the service ends".to_owned(),
+            });
+        }
     }
     // Meanwhile an upgrade may have begun.
     if countdown.is_zero() { Ok(()) } else { guard(config) }
@@ -179,7 +198,9 @@ mod tests {
         let error = LeaveError::Refused {
             refusals: vec![
                 Refusal::Battery { percent: 3, limit: 10 },
-                Refusal::Hibernated { place: "/dev/sda3".into() },
+                Refusal::Hibernated {
+                    place: "/dev/sda3".into(),
+                },
             ],
         };
         assert!(error.to_string().contains("3 %") && error.to_string().contains("/dev/sda3"));

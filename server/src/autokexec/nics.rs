@@ -95,12 +95,26 @@ impl Nics {
     #[must_use]
     pub fn new(known: Vec<Known>, interfaces: &[Interface], now: Moment) -> Self {
         let nic = |known: Known| {
-            let present: BTreeSet<u32> = interfaces.iter().filter(|nic| nic.is(&known)).map(|nic| nic.index).collect();
-            let state = if present.is_empty() { "is absent" } else { "is there; it counts once it was unplugged" };
+            let present: BTreeSet<u32> = interfaces
+                .iter()
+                .filter(|nic| nic.is(&known))
+                .map(|nic| nic.index)
+                .collect();
+            let state = if present.is_empty() {
+                "is absent"
+            } else {
+                "is there; it counts once it was unplugged"
+            };
             log::info(format_args!("waiting for the dedicated NIC {known}, which {state}"));
-            Nic { plug: Plug::new(!present.is_empty(), now), known, present }
+            Nic {
+                plug: Plug::new(!present.is_empty(), now),
+                known,
+                present,
+            }
         };
-        Self { nics: known.into_iter().map(nic).collect() }
+        Self {
+            nics: known.into_iter().map(nic).collect(),
+        }
     }
 
     /// Whether any of them is there.
@@ -144,11 +158,20 @@ impl Nics {
     /// After lost events: takes over what is there. Nothing of it is a plug, for it was not seen.
     pub fn resynchronise(&mut self, interfaces: &[Interface], now: Moment) {
         let here: BTreeMap<u32, &Interface> = interfaces.iter().map(|nic| (nic.index, nic)).collect();
-        let gone: Vec<u32> =
-            self.nics.iter().flat_map(|nic| &nic.present).copied().filter(|index| !here.contains_key(index)).collect();
+        let gone: Vec<u32> = self
+            .nics
+            .iter()
+            .flat_map(|nic| &nic.present)
+            .copied()
+            .filter(|index| !here.contains_key(index))
+            .collect();
         gone.into_iter().for_each(|index| self.disappeared(index, now));
         for nic in &mut self.nics {
-            nic.present = here.values().filter(|found| found.is(&nic.known)).map(|found| found.index).collect();
+            nic.present = here
+                .values()
+                .filter(|found| found.is(&nic.known))
+                .map(|found| found.index)
+                .collect();
             if !nic.present.is_empty() {
                 let _ = nic.plug.appeared(now);
             }
@@ -187,11 +210,18 @@ mod tests {
     const MAC: [u8; 6] = [0, 0xe0, 0x4c, 0x68, 1, 2];
 
     fn at(seconds: u64) -> Moment {
-        Moment { awake: Duration::from_secs(seconds), boot: Duration::from_secs(seconds) }
+        Moment {
+            awake: Duration::from_secs(seconds),
+            boot: Duration::from_secs(seconds),
+        }
     }
 
     fn adapter(index: u32) -> Interface {
-        Interface { index, macs: vec![MAC], usb: Some((0x0bda, 0x8153, Some("01".into()))) }
+        Interface {
+            index,
+            macs: vec![MAC],
+            usb: Some((0x0bda, 0x8153, Some("01".into()))),
+        }
     }
 
     fn trigger(macs: &[&str], usb: &[&str]) -> Vec<Known> {
@@ -206,11 +236,19 @@ mod tests {
     fn a_nic_is_known_by_current_or_permanent_address_and_by_usb_identity() {
         let mut changed = adapter(3);
         changed.macs.insert(0, [2, 0, 0, 0, 0, 1]);
-        for known in [trigger(&["00:e0:4c:68:01:02"], &[]), trigger(&[], &["0bda:8153"]), trigger(&[], &["0bda:8153:01"])] {
+        for known in [
+            trigger(&["00:e0:4c:68:01:02"], &[]),
+            trigger(&[], &["0bda:8153"]),
+            trigger(&[], &["0bda:8153:01"]),
+        ] {
             let mut nics = Nics::new(known, &[], at(0));
             assert!(nics.appeared(&changed, at(20)).is_some());
         }
-        for known in [trigger(&["00:e0:4c:68:01:03"], &[]), trigger(&[], &["0bda:8152"]), trigger(&[], &["0bda:8153:02"])] {
+        for known in [
+            trigger(&["00:e0:4c:68:01:03"], &[]),
+            trigger(&[], &["0bda:8152"]),
+            trigger(&[], &["0bda:8153:02"]),
+        ] {
             let mut nics = Nics::new(known, &[], at(0));
             assert_eq!(nics.appeared(&changed, at(20)), None);
         }
@@ -232,7 +270,11 @@ mod tests {
         assert!(nics.appeared(&adapter(3), at(20)).is_some());
         assert_eq!(nics.appeared(&adapter(4), at(40)), None);
         nics.disappeared(3, at(50));
-        assert_eq!(nics.appeared(&adapter(5), at(80)), None, "the second interface was there all the time");
+        assert_eq!(
+            nics.appeared(&adapter(5), at(80)),
+            None,
+            "the second interface was there all the time"
+        );
     }
 
     #[test]

@@ -32,9 +32,15 @@ impl Moment {
     pub fn now() -> Self {
         let read = |clock| {
             let time = clock_gettime(clock);
-            Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+            Duration::new(
+                u64::try_from(time.tv_sec).unwrap_or(0),
+                u32::try_from(time.tv_nsec).unwrap_or(0),
+            )
         };
-        Self { awake: read(ClockId::Monotonic), boot: read(ClockId::Boottime) }
+        Self {
+            awake: read(ClockId::Monotonic),
+            boot: read(ClockId::Boottime),
+        }
     }
 
     /// How long the machine has slept since it was started.
@@ -74,7 +80,11 @@ impl fmt::Display for Verdict {
                 ABSENCE.as_secs()
             ),
             Self::Resumed { ago } => {
-                write!(f, "appeared {:.1} s after the machine woke up, which is no plug; unplug it once", ago.as_secs_f32())
+                write!(
+                    f,
+                    "appeared {:.1} s after the machine woke up, which is no plug; unplug it once",
+                    ago.as_secs_f32()
+                )
             }
         }
     }
@@ -93,7 +103,11 @@ impl Plug {
     /// At the service's start.
     #[must_use]
     pub fn new(present: bool, now: Moment) -> Self {
-        Self { absent_since: (!present).then_some(now.awake), slept: now.slept(), resumed: None }
+        Self {
+            absent_since: (!present).then_some(now.awake),
+            slept: now.slept(),
+            resumed: None,
+        }
     }
 
     /// Tells that a clock may have jumped; to be called after a resume, at the latest with the next event.
@@ -107,7 +121,9 @@ impl Plug {
     /// The interface has appeared.
     pub fn appeared(&mut self, now: Moment) -> Verdict {
         self.clock(now);
-        let Some(since) = self.absent_since.take() else { return Verdict::AlreadyThere };
+        let Some(since) = self.absent_since.take() else {
+            return Verdict::AlreadyThere;
+        };
         let absent = now.awake.saturating_sub(since);
         match self.resumed.map(|at| now.awake.saturating_sub(at)) {
             Some(ago) if ago < AFTER_RESUME => Verdict::Resumed { ago },
@@ -130,7 +146,10 @@ mod tests {
 
     /// Seconds awake, seconds slept.
     fn at(awake: u64, slept: u64) -> Moment {
-        Moment { awake: Duration::from_secs(awake), boot: Duration::from_secs(awake + slept) }
+        Moment {
+            awake: Duration::from_secs(awake),
+            boot: Duration::from_secs(awake + slept),
+        }
     }
 
     #[test]

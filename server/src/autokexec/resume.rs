@@ -26,15 +26,27 @@ impl ClockWatch {
     /// # Errors
     /// Those of timerfd_create(2) and timerfd_settime(2).
     pub fn new() -> io::Result<Self> {
-        let watch = Self { timer: timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::CLOEXEC)? };
+        let watch = Self {
+            timer: timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::CLOEXEC)?,
+        };
         watch.arm()?;
         Ok(watch)
     }
 
     fn arm(&self) -> io::Result<()> {
-        let never = Timespec { tv_sec: NEVER, tv_nsec: 0 };
-        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: never };
-        timerfd_settime(&self.timer, TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET, &once)?;
+        let never = Timespec {
+            tv_sec: NEVER,
+            tv_nsec: 0,
+        };
+        let once = Itimerspec {
+            it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
+            it_value: never,
+        };
+        timerfd_settime(
+            &self.timer,
+            TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET,
+            &once,
+        )?;
         Ok(())
     }
 

@@ -30,7 +30,10 @@ pub struct Wake {
 impl Wake {
     /// Back to sleep, after a wake that was not followed; or on the way, after a plug.
     pub fn set_state(&self, state: State) {
-        self.responder.lock().unwrap_or_else(PoisonError::into_inner).set_state(state);
+        self.responder
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .set_state(state);
     }
 }
 
@@ -41,9 +44,15 @@ impl Wake {
 pub fn listen(dedicated: Vec<Known>, woken: mpsc::Sender<Woken>) -> anyhow::Result<Wake> {
     let keys = collect::read_keys(Path::new(KEYS_DIR))?;
     let hostname = collect::hostname(&Tree::new(Path::new("/")));
-    let about = About { hostname, http_port: PORT, ready_in: 0 };
+    let about = About {
+        hostname,
+        http_port: PORT,
+        ready_in: 0,
+    };
     let responder = Responder::new(&keys, about, State::Asleep, Instant::now());
-    let wake = Wake { responder: Arc::new(Mutex::new(responder)) };
+    let wake = Wake {
+        responder: Arc::new(Mutex::new(responder)),
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let socket = {
         let _inside = runtime.enter();
@@ -53,7 +62,9 @@ pub fn listen(dedicated: Vec<Known>, woken: mpsc::Sender<Woken>) -> anyhow::Resu
     let monitor = LinkMonitor::open()?;
     thread::Builder::new().name("links".to_owned()).spawn(move || {
         if let Err(error) = follow_links(monitor, &dedicated, &links) {
-            log::error(format_args!("no more wakes are heard on new interfaces: {error}; restart the service"));
+            log::error(format_args!(
+                "no more wakes are heard on new interfaces: {error}; restart the service"
+            ));
         }
     })?;
     let responder = Arc::clone(&wake.responder);
@@ -70,7 +81,10 @@ pub fn listen(dedicated: Vec<Known>, woken: mpsc::Sender<Woken>) -> anyhow::Resu
             tokio::join!(discovery::run(socket, responder, link_events, sender), forward);
         });
     })?;
-    log::info(format_args!("listening for a wake on wired NICs, UDP port {PORT}, {} key(s)", keys.len()));
+    log::info(format_args!(
+        "listening for a wake on wired NICs, UDP port {PORT}, {} key(s)",
+        keys.len()
+    ));
     Ok(wake)
 }
 
@@ -122,11 +136,17 @@ fn bring_up(link: &Link) -> bool {
 
 fn changes(before: &[(u32, String)], now: &[(u32, String)]) -> Vec<LinkEvent> {
     let in_list = |list: &[(u32, String)], index: u32| list.iter().any(|(other, _)| *other == index);
-    let gone = before.iter().filter(|(index, _)| !in_list(now, *index)).map(|(index, _)| LinkEvent::Removed { index: *index });
+    let gone = before
+        .iter()
+        .filter(|(index, _)| !in_list(now, *index))
+        .map(|(index, _)| LinkEvent::Removed { index: *index });
     let new = now
         .iter()
         .filter(|(index, _)| !in_list(before, *index))
-        .map(|(index, name)| LinkEvent::Added { index: *index, name: name.clone() });
+        .map(|(index, name)| LinkEvent::Added {
+            index: *index,
+            name: name.clone(),
+        });
     gone.chain(new).collect()
 }
 
@@ -136,11 +156,22 @@ mod tests {
 
     #[test]
     fn interfaces_that_come_and_go_are_told_once() {
-        let list = |items: &[(u32, &str)]| items.iter().map(|(index, name)| (*index, (*name).to_owned())).collect::<Vec<_>>();
+        let list = |items: &[(u32, &str)]| {
+            items
+                .iter()
+                .map(|(index, name)| (*index, (*name).to_owned()))
+                .collect::<Vec<_>>()
+        };
         let (before, now) = (list(&[(2, "eth0"), (3, "usb0")]), list(&[(3, "enx0"), (4, "eth1")]));
         assert_eq!(
             changes(&before, &now),
-            [LinkEvent::Removed { index: 2 }, LinkEvent::Added { index: 4, name: "eth1".into() }]
+            [
+                LinkEvent::Removed { index: 2 },
+                LinkEvent::Added {
+                    index: 4,
+                    name: "eth1".into()
+                }
+            ]
         );
         assert_eq!(changes(&now, &now), []);
     }

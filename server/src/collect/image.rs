@@ -50,11 +50,21 @@ impl Collected {
             out.flush()
         });
         let initrd = file.map_err(|source| CollectError::Image { size: expected, source })?;
-        Ok(Image { initrd, size, handover, modules: overlay.modules })
+        Ok(Image {
+            initrd,
+            size,
+            handover,
+            modules: overlay.modules,
+        })
     }
 
     fn handover(&self, kernel: &Source, initrd: &Source, overlay: &Overlay) -> Result<ServerHandover, CollectError> {
-        let part = |part: Part, size: u64| Ok::<_, CollectError>(PartSize { part, size: checked(part, size)? });
+        let part = |part: Part, size: u64| {
+            Ok::<_, CollectError>(PartSize {
+                part,
+                size: checked(part, size)?,
+            })
+        };
         let mut cmdline = self.payload.cmdline.clone();
         if !self.session.swap && !cmdline.split(' ').any(|word| word == NO_SWAP) {
             cmdline = insert(&cmdline, NO_SWAP);
@@ -93,9 +103,15 @@ struct Source {
 
 impl Source {
     fn open(paths: &[std::path::PathBuf]) -> Result<Self, CollectError> {
-        let mut source = Self { reader: Box::new(io::empty()), len: 0 };
+        let mut source = Self {
+            reader: Box::new(io::empty()),
+            len: 0,
+        };
         for path in paths {
-            let unreadable = |source| CollectError::Read { path: path.clone(), source };
+            let unreadable = |source| CollectError::Read {
+                path: path.clone(),
+                source,
+            };
             let file = File::open(path).map_err(unreadable)?;
             let len = file.metadata().map_err(unreadable)?.len();
             let gap = cpio::padding(source.len, 4);
@@ -171,9 +187,15 @@ mod tests {
         assert_eq!(&out[..12], b"\x28\xb5\x2f\xfdzstd!\0\0\0");
         let mut first = cpio::Reader::new(&out[12..]);
         let entries: Vec<_> = first.by_ref().map(Result::unwrap).collect();
-        assert_eq!((entries[1].path, entries[1].data, entries[1].permissions()), (&b"stiefel/handover.json"[..], &b"{}"[..], 0o600));
+        assert_eq!(
+            (entries[1].path, entries[1].data, entries[1].permissions()),
+            (&b"stiefel/handover.json"[..], &b"{}"[..], 0o600)
+        );
         let second: Vec<_> = cpio::Reader::new(first.rest()).map(Result::unwrap).collect();
-        let found: Vec<_> = second.iter().map(|entry| (std::str::from_utf8(entry.path).unwrap(), entry.data)).collect();
+        let found: Vec<_> = second
+            .iter()
+            .map(|entry| (std::str::from_utf8(entry.path).unwrap(), entry.data))
+            .collect();
         assert_eq!(
             found,
             [

@@ -12,7 +12,10 @@ use super::CollectError;
 
 /// Reads `*.key` in `folder`, which must belong to root or to `owner`.
 pub(super) fn read(folder: &Path, owner: u32) -> Result<Vec<StickKey>, CollectError> {
-    let unreadable = |source| CollectError::Read { path: folder.to_owned(), source };
+    let unreadable = |source| CollectError::Read {
+        path: folder.to_owned(),
+        source,
+    };
     let mut paths = Vec::new();
     match std::fs::read_dir(folder) {
         Ok(entries) => {
@@ -26,26 +29,38 @@ pub(super) fn read(folder: &Path, owner: u32) -> Result<Vec<StickKey>, CollectEr
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "key"));
     paths.sort();
     if paths.is_empty() {
-        return Err(CollectError::NoKeys { folder: folder.to_owned() });
+        return Err(CollectError::NoKeys {
+            folder: folder.to_owned(),
+        });
     }
     paths.iter().map(|path| read_key(path, owner)).collect()
 }
 
 fn read_key(path: &Path, owner: u32) -> Result<StickKey, CollectError> {
-    let unreadable = |source| CollectError::Read { path: path.to_owned(), source };
+    let unreadable = |source| CollectError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let file = File::open(path).map_err(unreadable)?;
     // Of the opened file, so that what was checked is what is read.
     let meta = file.metadata().map_err(unreadable)?;
     let mode = meta.mode() & 0o7777;
     if mode & 0o177 != 0 || (meta.uid() != 0 && meta.uid() != owner) {
-        return Err(CollectError::KeyNotPrivate { path: path.to_owned(), mode, owner: meta.uid() });
+        return Err(CollectError::KeyNotPrivate {
+            path: path.to_owned(),
+            mode,
+            owner: meta.uid(),
+        });
     }
     // As large as ever needed from the start: a growing vector would leave copies of the secret behind.
     let limit = MAX_KEY_FILE + 1;
     let mut content = Zeroizing::new(Vec::with_capacity(usize::try_from(limit).unwrap_or(0)));
     file.take(limit).read_to_end(&mut content).map_err(unreadable)?;
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
-    StickKey::parse(&name, &content).map_err(|source| CollectError::Key { path: path.to_owned(), source })
+    StickKey::parse(&name, &content).map_err(|source| CollectError::Key {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]
@@ -110,7 +125,10 @@ mod tests {
             return; // Root in a sandbox that cannot give files away.
         }
         let asking = if keys.owner() == 0 { 0 } else { keys.owner() + 1 };
-        assert!(matches!(read(keys.0.path(), asking), Err(CollectError::KeyNotPrivate { .. })));
+        assert!(matches!(
+            read(keys.0.path(), asking),
+            Err(CollectError::KeyNotPrivate { .. })
+        ));
     }
 
     #[test]

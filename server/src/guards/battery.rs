@@ -48,7 +48,10 @@ mod tests {
 
     #[test]
     fn a_low_battery_is_refused_only_off_the_mains() {
-        assert_eq!(check(&laptop("9\n", "Discharging\n", "0\n").tree(), 10), Some(Refusal::Battery { percent: 9, limit: 10 }));
+        assert_eq!(
+            check(&laptop("9\n", "Discharging\n", "0\n").tree(), 10),
+            Some(Refusal::Battery { percent: 9, limit: 10 })
+        );
         assert_eq!(check(&laptop("9\n", "Discharging\n", "1\n").tree(), 10), None);
         assert_eq!(check(&laptop("9\n", "Charging\n", "0\n").tree(), 10), None);
         assert_eq!(check(&laptop("10\n", "Discharging\n", "0\n").tree(), 10), None);

@@ -25,7 +25,10 @@ pub(super) fn check(tree: &Tree) -> Vec<Refusal> {
         .into_iter()
         .filter(|name| !PASSED_OVER.iter().any(|prefix| name.starts_with(prefix)))
         .map(|name| format!("/dev/{}", name.replace('!', "/")));
-    let mut places: Vec<_> = devices.chain(swap_files(tree)).filter(|path| holds_image(tree, path, page)).collect();
+    let mut places: Vec<_> = devices
+        .chain(swap_files(tree))
+        .filter(|path| holds_image(tree, path, page))
+        .collect();
     if tree.path(VARIABLE).exists() {
         places.push("the place named by the EFI variable HibernateLocation".to_owned());
     }
@@ -36,7 +39,10 @@ pub(super) fn check(tree: &Tree) -> Vec<Refusal> {
 fn swap_files(tree: &Tree) -> Vec<String> {
     let swaps = tree.text("/proc/swaps").unwrap_or_default();
     let fstab = tree.text("/etc/fstab").unwrap_or_default();
-    let used = swaps.lines().skip(1).filter_map(|line| line.split_ascii_whitespace().next());
+    let used = swaps
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_ascii_whitespace().next());
     let configured = fstab.lines().filter_map(|line| {
         let mut fields = line.split_ascii_whitespace();
         let what = fields.next()?;
@@ -54,9 +60,13 @@ fn swap_files(tree: &Tree) -> Vec<String> {
 
 /// What cannot be read (no medium, gone) holds no image that could be resumed.
 fn holds_image(tree: &Tree, path: &str, page: usize) -> bool {
-    let Some(offset) = page.checked_sub(SIGNATURE_LEN) else { return false };
+    let Some(offset) = page.checked_sub(SIGNATURE_LEN) else {
+        return false;
+    };
     let mut bytes = [0; SIGNATURE_LEN];
-    File::open(tree.path(path)).and_then(|file| file.read_exact_at(&mut bytes, offset as u64)).is_ok()
+    File::open(tree.path(path))
+        .and_then(|file| file.read_exact_at(&mut bytes, offset as u64))
+        .is_ok()
         && SIGNATURES.iter().any(|signature| bytes.starts_with(signature))
 }
 
@@ -99,8 +109,14 @@ mod tests {
     #[test]
     fn swap_files_in_use_and_in_fstab_are_looked_at() {
         let files = Files::new(&[
-            ("/proc/swaps", "Filename Type Size Used Priority\n/swapfile file 1 0 -2\n/dev/sda2 partition 1 0 -3\n"),
-            ("/etc/fstab", "# x\nUUID=1 / ext4 rw 0 1\n/swap/b none swap sw 0 0\n/swapfile none swap sw 0 0\n"),
+            (
+                "/proc/swaps",
+                "Filename Type Size Used Priority\n/swapfile file 1 0 -2\n/dev/sda2 partition 1 0 -3\n",
+            ),
+            (
+                "/etc/fstab",
+                "# x\nUUID=1 / ext4 rw 0 1\n/swap/b none swap sw 0 0\n/swapfile none swap sw 0 0\n",
+            ),
         ]);
         files.write("/swapfile", &swap(b"ULSUSPEND\0"));
         files.write("/swap/b", &swap(b"LINHIB0001"));

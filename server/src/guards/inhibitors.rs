@@ -42,29 +42,43 @@ fn refusals(inhibitors: Vec<Inhibitor>) -> Vec<Refusal> {
     inhibitors
         .into_iter()
         .filter(Inhibitor::blocks_shutdown)
-        .map(|inhibitor| Refusal::Inhibited { who: inhibitor.who, why: inhibitor.why })
+        .map(|inhibitor| Refusal::Inhibited {
+            who: inhibitor.who,
+            why: inhibitor.why,
+        })
         .collect()
 }
 
 /// None where there is no logind: then nothing can have asked it.
 fn list() -> Vec<Inhibitor> {
     let output = Command::new("busctl")
-        .args(["--json=short", "--timeout=5", "call", "org.freedesktop.login1", "/org/freedesktop/login1"])
+        .args([
+            "--json=short",
+            "--timeout=5",
+            "call",
+            "org.freedesktop.login1",
+            "/org/freedesktop/login1",
+        ])
         .args(["org.freedesktop.login1.Manager", "ListInhibitors"])
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .output();
-    output.ok().filter(|output| output.status.success()).and_then(|output| parse(&output.stdout)).unwrap_or_default()
+    output
+        .ok()
+        .filter(|output| output.status.success())
+        .and_then(|output| parse(&output.stdout))
+        .unwrap_or_default()
 }
 
 /// Reads busctl's JSON of an answer with the signature `a(ssssuu)`.
 fn parse(json: &[u8]) -> Option<Vec<Inhibitor>> {
+    type Listed = (String, String, String, String, u32, u32);
     #[derive(Deserialize)]
     struct Answer {
-        data: (Vec<(String, String, String, String, u32, u32)>,),
+        data: (Vec<Listed>,),
     }
     let answer: Answer = serde_json::from_slice(json).ok()?;
-    let inhibitor = |(what, who, why, mode, _uid, _pid)| Inhibitor { what, who, why, mode };
+    let inhibitor = |(what, who, why, mode, _uid, _pid): Listed| Inhibitor { what, who, why, mode };
     Some(answer.data.0.into_iter().map(inhibitor).collect())
 }
 
@@ -77,7 +91,10 @@ mod tests {
 
     #[test]
     fn only_blocks_of_shutdown_are_reasons() {
-        let expected = Refusal::Inhibited { who: "unattended-upgrades".into(), why: "Upgrading".into() };
+        let expected = Refusal::Inhibited {
+            who: "unattended-upgrades".into(),
+            why: "Upgrading".into(),
+        };
         assert_eq!(refusals(parse(ANSWER.as_bytes()).unwrap()), [expected]);
     }
 

@@ -85,9 +85,20 @@ mod tests {
 
     #[test]
     fn a_kernel_that_was_told_not_to_is_refused() {
-        assert!(reason(&Files::new(&[("/proc/sys/kernel/kexec_load_disabled", "1\n")])).unwrap().contains("disabled"));
-        assert!(reason(&Files::new(&[("/proc/sys/kernel/kexec_load_limit_reboot", "0\n")])).unwrap().contains("limit"));
-        assert_eq!(reason(&Files::new(&[("/proc/sys/kernel/kexec_load_limit_reboot", "-1\n")])), None);
+        assert!(
+            reason(&Files::new(&[("/proc/sys/kernel/kexec_load_disabled", "1\n")]))
+                .unwrap()
+                .contains("disabled")
+        );
+        assert!(
+            reason(&Files::new(&[("/proc/sys/kernel/kexec_load_limit_reboot", "0\n")]))
+                .unwrap()
+                .contains("limit")
+        );
+        assert_eq!(
+            reason(&Files::new(&[("/proc/sys/kernel/kexec_load_limit_reboot", "-1\n")])),
+            None
+        );
     }
 
     #[test]

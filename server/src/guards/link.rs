@@ -6,12 +6,19 @@ use crate::tree::Tree;
 pub(super) fn check(tree: &Tree) -> Option<Refusal> {
     let cmdline = tree.text("/proc/cmdline").unwrap_or_default();
     // The attacher's place in the payload's initrd: shared::handover::PROGRAM_PATH.
-    if let Some(word) = cmdline.split_ascii_whitespace().find(|word| word.starts_with("rdinit=/stiefel/")) {
-        return Some(Refusal::OnALink { evidence: format!("{word} on its command line") });
+    if let Some(word) = cmdline
+        .split_ascii_whitespace()
+        .find(|word| word.starts_with("rdinit=/stiefel/"))
+    {
+        return Some(Refusal::OnALink {
+            evidence: format!("{word} on its command line"),
+        });
     }
     let root = tree.root_device()?;
     let disk = tree.disks_below(&root).into_iter().find(|disk| is_remote(tree, disk))?;
-    Some(Refusal::OnALink { evidence: format!("/ is on {disk}") })
+    Some(Refusal::OnALink {
+        evidence: format!("/ is on {disk}"),
+    })
 }
 
 /// Whether a disk is reached over a network.
@@ -40,20 +47,34 @@ mod tests {
         let part = format!("{disk}p2");
         let files = Files::new(&[
             ("/proc/cmdline", "root=/dev/mapper/vg-root"),
-            ("/proc/self/mountinfo", "22 1 253:1 / / rw - ext4 /dev/mapper/vg-root rw\n"),
+            (
+                "/proc/self/mountinfo",
+                "22 1 253:1 / / rw - ext4 /dev/mapper/vg-root rw\n",
+            ),
             ("/sys/class/block/dm-1/slaves/dm-0/x", ""),
             (&format!("/sys/class/block/dm-0/slaves/{part}/x"), ""),
             (&format!("/sys/devices/bus/{disk}/{part}/partition"), "2\n"),
         ]);
         files.link("../dm-1", "/dev/mapper/vg-root");
-        files.link(&format!("../../devices/bus/{disk}"), &format!("/sys/class/block/{disk}"));
-        files.link(&format!("../../devices/bus/{disk}/{part}"), &format!("/sys/class/block/{part}"));
+        files.link(
+            &format!("../../devices/bus/{disk}"),
+            &format!("/sys/class/block/{disk}"),
+        );
+        files.link(
+            &format!("../../devices/bus/{disk}/{part}"),
+            &format!("/sys/class/block/{part}"),
+        );
         files
     }
 
     #[test]
     fn a_root_on_nbd_is_seen_through_lvm_and_luks() {
-        assert_eq!(check(&laptop("nbd0").tree()), Some(Refusal::OnALink { evidence: "/ is on nbd0".into() }));
+        assert_eq!(
+            check(&laptop("nbd0").tree()),
+            Some(Refusal::OnALink {
+                evidence: "/ is on nbd0".into()
+            })
+        );
     }
 
     #[test]
@@ -63,7 +84,12 @@ mod tests {
         files.write("/sys/devices/bus/nvme0n1/device/transport", b"pcie\n");
         assert_eq!(check(&files.tree()), None);
         files.write("/sys/devices/bus/nvme0n1/device/nvme0/transport", b"tcp\n");
-        assert_eq!(check(&files.tree()), Some(Refusal::OnALink { evidence: "/ is on nvme0n1".into() }));
+        assert_eq!(
+            check(&files.tree()),
+            Some(Refusal::OnALink {
+                evidence: "/ is on nvme0n1".into()
+            })
+        );
     }
 
     #[test]

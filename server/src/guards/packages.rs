@@ -31,7 +31,10 @@ pub(super) fn check(tree: &Tree) -> Vec<Refusal> {
         .map(|(program, lock)| Refusal::PackageManager { program, lock })
         .collect();
     if tree.path(PACMAN).exists() {
-        refusals.push(Refusal::PackageManager { program: "pacman", lock: PACMAN });
+        refusals.push(Refusal::PackageManager {
+            program: "pacman",
+            lock: PACMAN,
+        });
     }
     refusals
 }
@@ -52,7 +55,11 @@ mod tests {
 
     #[test]
     fn a_held_write_lock_is_found_and_a_waiting_or_reading_one_is_not() {
-        let files = Files::new(&[("/var/lib/dpkg/lock-frontend", ""), ("/var/lib/dpkg/lock", ""), ("/var/lib/rpm/.rpm.lock", "")]);
+        let files = Files::new(&[
+            ("/var/lib/dpkg/lock-frontend", ""),
+            ("/var/lib/dpkg/lock", ""),
+            ("/var/lib/rpm/.rpm.lock", ""),
+        ]);
         let inode = |path: &str| std::fs::metadata(files.tree().path(path)).unwrap().ino();
         let locks = format!(
             "1: POSIX  ADVISORY  WRITE 812 08:02:{} 0 EOF\n1: -> POSIX  ADVISORY  WRITE 813 08:02:{} 0 EOF\n2: POSIX  ADVISORY  READ 9 08:02:{} 0 EOF\n",
@@ -61,7 +68,10 @@ mod tests {
             inode("/var/lib/rpm/.rpm.lock"),
         );
         files.write("/proc/locks", locks.as_bytes());
-        let expected = Refusal::PackageManager { program: "apt", lock: "/var/lib/dpkg/lock-frontend" };
+        let expected = Refusal::PackageManager {
+            program: "apt",
+            lock: "/var/lib/dpkg/lock-frontend",
+        };
         assert_eq!(check(&files.tree()), [expected]);
     }
 

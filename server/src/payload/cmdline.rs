@@ -10,9 +10,7 @@ const DROPPED: [&str; 5] = ["BOOT_IMAGE", "initrd", "resume", "resume_offset", "
 /// Parameters whose value starts with a block device.
 const DEVICES: [&str; 5] = ["root", "real_root", "mount.usr", "cryptdevice", "crypt_root"];
 /// Words that ask for a maintenance shell instead of the system (systemd, initramfs-tools, Ubuntu's friendly-recovery).
-const RESCUE: [&str; 9] = [
-    "single", "s", "S", "1", "-s", "-b", "rescue", "emergency", "recovery",
-];
+const RESCUE: [&str; 9] = ["single", "s", "S", "1", "-s", "-b", "rescue", "emergency", "recovery"];
 
 /// Splits a command line into its words; quotes stay where they are.
 pub fn split(text: &str) -> Vec<&str> {
@@ -49,17 +47,10 @@ fn parameter(word: &str) -> (String, Option<&str>) {
 /// # Errors
 /// [`PayloadError::Rescue`] if it asks for a maintenance shell, [`PayloadError::DeviceName`] for a disk that is named by a
 /// place in this machine and whose UUID is not known.
-pub fn clean(
-    text: &str,
-    append: &[String],
-    uuid_of: &dyn Fn(&str) -> Option<String>,
-) -> Result<String, PayloadError> {
+pub fn clean(text: &str, append: &[String], uuid_of: &dyn Fn(&str) -> Option<String>) -> Result<String, PayloadError> {
     let words = split(text);
     // What follows `--` is for init and not for the kernel.
-    let kernel_end = words
-        .iter()
-        .position(|word| *word == "--")
-        .unwrap_or(words.len());
+    let kernel_end = words.iter().position(|word| *word == "--").unwrap_or(words.len());
     let (kernel, init) = words.split_at(kernel_end);
     if let Some(word) = words.iter().find(|word| is_rescue(word)) {
         return Err(PayloadError::Rescue {
@@ -101,25 +92,18 @@ fn is_place(value: &str) -> bool {
     };
     let name = name.split(':').next().unwrap_or(name);
     let numbered = ["sd", "hd", "vd", "xvd", "nvme", "mmcblk", "dm-", "nbd", "sr", "loop"];
-    name.starts_with("disk/by-path/")
-        || (!name.contains('/') && numbered.iter().any(|prefix| name.starts_with(prefix)))
+    name.starts_with("disk/by-path/") || (!name.contains('/') && numbered.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 /// The same word with the device's UUID instead of its place; what follows the device (`:name`) stays.
-fn translate(
-    word: &str,
-    value: &str,
-    uuid_of: &dyn Fn(&str) -> Option<String>,
-) -> Result<String, PayloadError> {
+fn translate(word: &str, value: &str, uuid_of: &dyn Fn(&str) -> Option<String>) -> Result<String, PayloadError> {
     // by-path names hold colons themselves, so the whole value is tried first.
     let (device, uuid) = match (uuid_of(value), value.split_once(':')) {
         (Some(uuid), _) => (value, Some(uuid)),
         (None, Some((device, _))) => (device, uuid_of(device)),
         (None, None) => (value, None),
     };
-    let uuid = uuid.ok_or_else(|| PayloadError::DeviceName {
-        word: word.to_owned(),
-    })?;
+    let uuid = uuid.ok_or_else(|| PayloadError::DeviceName { word: word.to_owned() })?;
     Ok(word.replacen(device, &format!("UUID={uuid}"), 1))
 }
 
@@ -130,9 +114,7 @@ mod tests {
 
     fn uuids(device: &str) -> Option<String> {
         match device {
-            "/dev/sda2" | "8:2" | "/dev/disk/by-path/pci-0000:00:17.0-ata-1-part2" => {
-                Some("11-22".into())
-            }
+            "/dev/sda2" | "8:2" | "/dev/disk/by-path/pci-0000:00:17.0-ata-1-part2" => Some("11-22".into()),
             "/dev/nvme0n1p3" => Some("33-44".into()),
             _ => None,
         }
@@ -172,8 +154,17 @@ mod tests {
     #[test]
     fn roots_that_hold_on_any_machine_stay() {
         for root in [
-            "UUID=1", "LABEL=sda2", "PARTUUID=1", "/dev/disk/by-uuid/1", "/dev/mapper/vg-root",
-            "/dev/vg/root", "/dev/md127", "ZFS=rpool/root", "zfs:AUTO", "gpt-auto", "/dev/disk/by-id/nvme-x",
+            "UUID=1",
+            "LABEL=sda2",
+            "PARTUUID=1",
+            "/dev/disk/by-uuid/1",
+            "/dev/mapper/vg-root",
+            "/dev/vg/root",
+            "/dev/md127",
+            "ZFS=rpool/root",
+            "zfs:AUTO",
+            "gpt-auto",
+            "/dev/disk/by-id/nvme-x",
         ] {
             assert_eq!(cleaned(&format!("root={root}")), format!("root={root}"));
         }
@@ -189,8 +180,18 @@ mod tests {
 
     #[test]
     fn maintenance_boots_are_refused() {
-        for text in ["ro single", "S", "1", "systemd.unit=rescue.target", "ro recovery nomodeset", "a -- -b"] {
-            assert!(matches!(clean(text, &[], &uuids), Err(PayloadError::Rescue { .. })), "{text}");
+        for text in [
+            "ro single",
+            "S",
+            "1",
+            "systemd.unit=rescue.target",
+            "ro recovery nomodeset",
+            "a -- -b",
+        ] {
+            assert!(
+                matches!(clean(text, &[], &uuids), Err(PayloadError::Rescue { .. })),
+                "{text}"
+            );
         }
         assert_eq!(cleaned("nosingle x=1 rescue_me=0"), "nosingle x=1 rescue_me=0");
     }

@@ -71,7 +71,10 @@ pub fn parse_env(text: &str) -> Variables {
 enum Piece {
     Text(String),
     /// A variable; unquoted ones are split into words.
-    Variable { name: String, quoted: bool },
+    Variable {
+        name: String,
+        quoted: bool,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,10 +150,7 @@ fn word(chars: &mut Chars<'_>) -> Vec<Piece> {
                     if !text.is_empty() {
                         pieces.push(Piece::Text(std::mem::take(&mut text)));
                     }
-                    pieces.push(Piece::Variable {
-                        name,
-                        quoted: double,
-                    });
+                    pieces.push(Piece::Variable { name, quoted: double });
                 }
                 None => text.push('$'),
             },
@@ -344,9 +344,7 @@ impl Parser<'_> {
         while let Some(words) = self.command() {
             let words = without_keywords(&words);
             match words.split_first() {
-                Some((command, arguments))
-                    if matches!(command.as_str(), "linux" | "linux16" | "linuxefi") =>
-                {
+                Some((command, arguments)) if matches!(command.as_str(), "linux" | "linux16" | "linuxefi") => {
                     if let Some((kernel, arguments)) = arguments.split_first() {
                         loaded.push(Entry {
                             fs_uuid: fs_uuid.clone(),
@@ -356,9 +354,7 @@ impl Parser<'_> {
                         });
                     }
                 }
-                Some((command, arguments))
-                    if matches!(command.as_str(), "initrd" | "initrd16" | "initrdefi") =>
-                {
+                Some((command, arguments)) if matches!(command.as_str(), "initrd" | "initrd16" | "initrdefi") => {
                     if let Some(entry) = loaded.last_mut() {
                         entry.initrds = arguments.to_vec();
                     }
@@ -385,10 +381,7 @@ impl Parser<'_> {
         self.variables = outside;
         let last = loaded.len().saturating_sub(1);
         let with_initrd = loaded.iter().rposition(|entry| !entry.initrds.is_empty());
-        loaded
-            .into_iter()
-            .nth(with_initrd.unwrap_or(last))
-            .unwrap_or_default()
+        loaded.into_iter().nth(with_initrd.unwrap_or(last)).unwrap_or_default()
     }
 }
 
@@ -418,10 +411,9 @@ fn searched_uuid(words: &[String]) -> Option<String> {
     let (command, arguments) = words.split_first()?;
     match command.as_str() {
         "search.fs_uuid" => arguments.first().cloned(),
-        "search" if arguments.iter().any(|word| word == "--fs-uuid" || word == "-u") => arguments
-            .iter()
-            .rfind(|word| !word.starts_with('-'))
-            .cloned(),
+        "search" if arguments.iter().any(|word| word == "--fs-uuid" || word == "-u") => {
+            arguments.iter().rfind(|word| !word.starts_with('-')).cloned()
+        }
         _ => None,
     }
 }
@@ -488,11 +480,7 @@ impl Menu {
         };
         let mut titles = Vec::new();
         let entry = descend(&self.items, wanted, &mut titles)?;
-        Some(Chosen {
-            titles,
-            entry,
-            reason,
-        })
+        Some(Chosen { titles, entry, reason })
     }
 }
 

@@ -45,17 +45,14 @@ pub fn release_in_name(name: &str) -> Option<String> {
         .iter()
         .find_map(|prefix| name.strip_prefix(prefix))?;
     // Arch's `vmlinuz-linux` names a package.
-    (is_release(release) && release.starts_with(|c: char| c.is_ascii_digit()))
-        .then(|| release.to_owned())
+    (is_release(release) && release.starts_with(|c: char| c.is_ascii_digit())).then(|| release.to_owned())
 }
 
 /// Whether a text can be a release and a folder's name in /lib/modules.
 pub fn is_release(text: &str) -> bool {
     (1..=64).contains(&text.len())
         && !text.starts_with('.')
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"._+-~".contains(&b))
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+-~".contains(&b))
 }
 
 #[cfg(test)]
@@ -83,7 +80,10 @@ pub(super) mod tests {
 
     #[test]
     fn the_name_serves_where_there_is_no_header() {
-        assert_eq!(release_in_name("vmlinuz-6.1.0-18-amd64").as_deref(), Some("6.1.0-18-amd64"));
+        assert_eq!(
+            release_in_name("vmlinuz-6.1.0-18-amd64").as_deref(),
+            Some("6.1.0-18-amd64")
+        );
         assert_eq!(release_in_name("kernel-6.6.1-gentoo").as_deref(), Some("6.6.1-gentoo"));
         assert_eq!(release_in_name("vmlinuz-linux"), None);
         assert_eq!(release_in_name("vmlinuz"), None);

@@ -149,7 +149,11 @@ pub fn find(root: &Path, load: &Load) -> Result<FoundPayload, PayloadError> {
     };
     let mut overridden = Vec::new();
     if let Some(initrds) = load.initrd.given() {
-        candidate.initrds = initrds.0.iter().map(|path| path.to_string_lossy().into_owned()).collect();
+        candidate.initrds = initrds
+            .0
+            .iter()
+            .map(|path| path.to_string_lossy().into_owned())
+            .collect();
         overridden.push("boot.load.initrd");
     }
     if let Some(words) = load.cmdline.given() {
@@ -164,7 +168,12 @@ pub fn find(root: &Path, load: &Load) -> Result<FoundPayload, PayloadError> {
 
 /// Checks the files, cleans the command line.
 fn complete(tree: &Tree, candidate: Candidate, append: &[String]) -> Result<FoundPayload, PayloadError> {
-    let Candidate { kernel, initrds, cmdline, reason } = candidate;
+    let Candidate {
+        kernel,
+        initrds,
+        cmdline,
+        reason,
+    } = candidate;
     let readable = |path: &str, what, option| {
         let path = tree.path(path);
         let opened = std::fs::File::open(&path).and_then(|file| file.metadata());
@@ -174,7 +183,12 @@ fn complete(tree: &Tree, candidate: Candidate, append: &[String]) -> Result<Foun
         });
         match checked {
             Ok(()) => Ok(path),
-            Err(source) => Err(PayloadError::File { what, path, option, source }),
+            Err(source) => Err(PayloadError::File {
+                what,
+                path,
+                option,
+                source,
+            }),
         }
     };
     let image = readable(&kernel, "kernel", "boot.load.kernel")?;
@@ -187,14 +201,26 @@ fn complete(tree: &Tree, candidate: Candidate, append: &[String]) -> Result<Foun
         .collect::<Result<_, _>>()?;
     let cmdline = cmdline::clean(&cmdline, append, &|device| tree.uuid_of(device))?;
     let version = kernel::release(&image)
-        .map_err(|source| PayloadError::File { what: "kernel", path: image.clone(), option: "boot.load.kernel", source })?
+        .map_err(|source| PayloadError::File {
+            what: "kernel",
+            path: image.clone(),
+            option: "boot.load.kernel",
+            source,
+        })?
         .ok_or_else(|| PayloadError::NoRelease { kernel: image.clone() })?;
     let modules = modules(tree, &version).ok_or_else(|| PayloadError::NoModules {
         kernel: image.clone(),
         version: version.clone(),
         folder: tree.path(format!("/lib/modules/{version}")),
     })?;
-    Ok(FoundPayload { kernel: image, initrds, cmdline, version, modules, reason })
+    Ok(FoundPayload {
+        kernel: image,
+        initrds,
+        cmdline,
+        version,
+        modules,
+        reason,
+    })
 }
 
 /// The modules' folder of a release, if it holds any.
@@ -240,8 +266,8 @@ fn from_grub(tree: &Tree) -> Result<Candidate, String> {
     let Some(kernel) = &entry.kernel else {
         return Err(format!("GRUB's default entry {title:?} boots no Linux"));
     };
-    let places = Places::new(tree, entry.fs_uuid.as_deref())
-        .map_err(|why| format!("GRUB's default entry {title:?} {why}"))?;
+    let places =
+        Places::new(tree, entry.fs_uuid.as_deref()).map_err(|why| format!("GRUB's default entry {title:?} {why}"))?;
     let locate = |path: &String| {
         places
             .locate(path)
@@ -255,10 +281,17 @@ fn from_grub(tree: &Tree) -> Result<Candidate, String> {
         initrds.extend(initrd_of(tree, &kernel, release.as_deref()));
     }
     if initrds.is_empty() {
-        return Err(format!("GRUB's default entry {title:?} loads {kernel}, which has no initrd"));
+        return Err(format!(
+            "GRUB's default entry {title:?} loads {kernel}, which has no initrd"
+        ));
     }
     let reason = format!("{title:?} is {}", chosen.reason);
-    Ok(Candidate { kernel, initrds, cmdline: entry.cmdline.clone(), reason })
+    Ok(Candidate {
+        kernel,
+        initrds,
+        cmdline: entry.cmdline.clone(),
+        reason,
+    })
 }
 
 /// Where the folders of a boot loader's file system are in the tree.
@@ -280,7 +313,9 @@ impl<'a> Places<'a> {
                     .iter()
                     .rev()
                     .filter(|mount| {
-                        let source = tree.block_name(&mount.source).or_else(|| tree.block_name(&mount.device));
+                        let source = tree
+                            .block_name(&mount.source)
+                            .or_else(|| tree.block_name(&mount.device));
                         device.is_some() && source == device
                     })
                     .map(|mount| (mount.root.clone(), mount.point.clone()))
@@ -314,7 +349,10 @@ impl<'a> Places<'a> {
 
 /// The kernel that runs, by the names distributions give its files.
 fn running(tree: &Tree, why: &str) -> Result<Candidate, PayloadError> {
-    let nothing = |release: String| PayloadError::Nothing { why: why.to_owned(), release };
+    let nothing = |release: String| PayloadError::Nothing {
+        why: why.to_owned(),
+        release,
+    };
     let release = tree
         .line("/proc/sys/kernel/osrelease")
         .filter(|release| kernel::is_release(release))
@@ -343,7 +381,8 @@ fn running(tree: &Tree, why: &str) -> Result<Candidate, PayloadError> {
 
 /// Arch's package of a release, e.g. `linux-lts`.
 fn package_of(tree: &Tree, release: &str) -> Option<String> {
-    tree.line(format!("/usr/lib/modules/{release}/pkgbase")).filter(|name| kernel::is_release(name))
+    tree.line(format!("/usr/lib/modules/{release}/pkgbase"))
+        .filter(|name| kernel::is_release(name))
 }
 
 /// The initrd that belongs to a kernel by the names distributions give them.
