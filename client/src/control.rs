@@ -34,8 +34,8 @@ pub enum FarewellError {
         #[source]
         source: io::Error,
     },
-    /// It does not know the session.
-    #[error("the laptop does not know this session any more: {words}")]
+    /// It does not know the session, or not this secret of it.
+    #[error("the laptop does not accept this session's goodbye: {words}")]
     Unknown {
         /// In its words; not authenticated.
         words: String,
@@ -72,8 +72,8 @@ pub fn goodbye_within(
     loop {
         let source = match ask(peer, name, &farewell.body, end) {
             Ok((200, body)) => return Ok(farewell.answered(control, name, &body)?),
-            // Its table of sessions is gone, or the session has said goodbye before.
-            Ok((404 | 410, body)) => {
+            // Its table of sessions is gone, the session has said goodbye before, or our key is another.
+            Ok((400..=499, body)) => {
                 let words = String::from_utf8_lossy(&body);
                 let words = words.trim().chars().filter(|c| !c.is_control()).take(200).collect();
                 return Err(FarewellError::Unknown { words });

@@ -10,6 +10,8 @@ use crate::discovery::MAX_HOSTNAME;
 use crate::handover::{DiskIdentity, Part, Payload};
 use crate::seal::SealError;
 
+/// TCP port of the laptop's disk.
+pub const DISK_PORT: u16 = 61571;
 /// The largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: usize = 60 * 1024;
 

@@ -294,3 +294,13 @@ fn handshake(
         .and_then(build)
         .map_err(SessionError::Prepare)
 }
+
+/// A stream's desktop side with keys that nobody knows, for the fuzz targets.
+#[doc(hidden)]
+#[must_use]
+pub fn fuzz_receiver() -> Option<Receiver> {
+    let key = StickKey::generate("fuzz").ok()?;
+    let (initiator, opening) = Initiator::start(&key, &[0; 16], MachineId([0; 16])).ok()?;
+    let accepted = Opening::parse(&opening).ok()?.accept(&key, SessionName([0; 16])).ok()?;
+    initiator.finish(&accepted.answer).ok().map(|opened| opened.stream)
+}

@@ -271,7 +271,7 @@ async fn part<H: SessionHost>(
     }
     let outcome = host.goodbye(session.name, heard.goodbye).await;
     let accepted = outcome.is_ok();
-    let outcome = outcome.as_ref().map(|()| ()).map_err(|refusal| refusal.reason.as_str());
+    let outcome = outcome.as_ref().copied().map_err(|refusal| refusal.reason.as_str());
     let answer = heard.answer(&session.control, session.name, outcome).map(Bytes::from);
     if accepted && let Ok(answer) = &answer {
         *parted = Some((body, answer.clone()));

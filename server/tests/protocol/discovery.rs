@@ -15,16 +15,26 @@ async fn a_laptop_is_found_where_it_is() {
     let laptop = Laptop::start(Plan::default()).await;
     let happened = laptop.search(true, |event| matches!(event, Event::Found(_))).await;
     assert_eq!(happened[0], Event::Asking { interface: "lo".into() });
-    let Some(Event::Found(found)) = happened.last() else { panic!() };
+    let Some(Event::Found(found)) = happened.last() else {
+        panic!()
+    };
     assert_eq!((found.hostname.as_str(), found.state), ("täst-laptop", State::Ready));
     assert_eq!((found.address, found.interface.as_str()), (laptop.http, "lo"));
 }
 
 #[tokio::test]
 async fn a_sleeping_laptop_is_woken_and_says_so() {
-    let mut laptop = Laptop::start(Plan { state: State::Asleep, ..Plan::default() }).await;
+    let mut laptop = Laptop::start(Plan {
+        state: State::Asleep,
+        ..Plan::default()
+    })
+    .await;
     let happened = laptop.search(true, |event| matches!(event, Event::Waking { .. })).await;
-    assert!(happened.iter().any(|event| matches!(event, Event::Found(found) if found.state == State::Asleep)));
+    assert!(
+        happened
+            .iter()
+            .any(|event| matches!(event, Event::Found(found) if found.state == State::Asleep))
+    );
     let woken = soon(laptop.woken.recv()).await.unwrap();
     assert_eq!(woken.key, "blue");
     let after = laptop.search(true, |event| matches!(event, Event::Found(_))).await;
@@ -34,7 +44,11 @@ async fn a_sleeping_laptop_is_woken_and_says_so() {
 
 #[tokio::test]
 async fn a_laptop_that_is_only_looked_for_is_not_woken() {
-    let mut laptop = Laptop::start(Plan { state: State::Asleep, ..Plan::default() }).await;
+    let mut laptop = Laptop::start(Plan {
+        state: State::Asleep,
+        ..Plan::default()
+    })
+    .await;
     laptop.search(false, |event| matches!(event, Event::Found(_))).await;
     laptop.search(false, |event| matches!(event, Event::Found(_))).await;
     assert!(laptop.woken.try_recv().is_err());
@@ -42,7 +56,11 @@ async fn a_laptop_that_is_only_looked_for_is_not_woken() {
 
 #[tokio::test]
 async fn what_does_not_verify_is_not_answered() {
-    let laptop = Laptop::start(Plan { state: State::Asleep, ..Plan::default() }).await;
+    let laptop = Laptop::start(Plan {
+        state: State::Asleep,
+        ..Plan::default()
+    })
+    .await;
     let socket = UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).await.unwrap();
     let to = (Ipv6Addr::LOCALHOST, laptop.udp);
     let mut seeker = Seeker::new(&laptop.key);
@@ -55,8 +73,15 @@ async fn what_does_not_verify_is_not_answered() {
         flipped[30] ^= 1;
         let longer = [discover.as_slice(), &[0]].concat();
         let wrong_key = stranger.discover(Instant::now(), 0).unwrap();
-        let bad: [&[u8]; 7] =
-            [&[], b"hello", &flipped, &discover[..DATAGRAM - 1], &longer, &vec![7; 60_000], &wrong_key];
+        let bad: [&[u8]; 7] = [
+            &[],
+            b"hello",
+            &flipped,
+            &discover[..DATAGRAM - 1],
+            &longer,
+            &vec![7; 60_000],
+            &wrong_key,
+        ];
         // Loopback keeps the order: had any of these been answered, that answer would come first.
         for datagram in bad.into_iter().chain(std::iter::once(offered.as_slice())) {
             socket.send_to(datagram, to).await.unwrap();
@@ -78,5 +103,7 @@ async fn the_search_ends_when_nobody_listens() {
     let (tell, events) = tokio::sync::mpsc::channel(1);
     drop(events);
     let key = StickKey::generate("blue").unwrap();
-    soon(stiefel_client::discovery::run(&key, 9, false, links_seen, tell)).await.unwrap();
+    soon(stiefel_client::discovery::run(&key, 9, false, links_seen, tell))
+        .await
+        .unwrap();
 }

@@ -23,14 +23,20 @@ async fn exchange(peer: SocketAddrV6, bytes: &[u8]) -> Vec<u8> {
 }
 
 fn post(path: &str, body: &[u8]) -> Vec<u8> {
-    let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
     [head.as_bytes(), body].concat()
 }
 
 /// Status and body.
 async fn ask(peer: SocketAddrV6, request: &[u8]) -> (u16, Vec<u8>) {
     let answer = exchange(peer, request).await;
-    let split = answer.windows(4).position(|four| four == b"\r\n\r\n").expect("an answer");
+    let split = answer
+        .windows(4)
+        .position(|four| four == b"\r\n\r\n")
+        .expect("an answer");
     let status = std::str::from_utf8(&answer[9..12]).unwrap().parse().unwrap();
     (status, answer[split + 4..].to_vec())
 }
@@ -84,7 +90,11 @@ async fn what_is_too_long_is_refused() {
     assert_eq!(ask(laptop.http, many.as_bytes()).await.0, 431);
     let long = format!("GET / HTTP/1.1\r\na: {}\r\n\r\n", "b".repeat(20_000));
     let answer = exchange(laptop.http, long.as_bytes()).await;
-    assert!(!answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+    assert!(
+        !answer.starts_with(b"HTTP/1.1 200"),
+        "{}",
+        String::from_utf8_lossy(&answer)
+    );
 }
 
 #[tokio::test]
@@ -130,15 +140,30 @@ async fn a_recorded_request_for_the_bundle_begins_no_second_session() {
 
 #[tokio::test]
 async fn unfinished_handshakes_are_few_and_short() {
-    let limits = Limits { handshakes: 2, ..Limits::default() };
-    let laptop = Laptop::start(Plan { limits, ..Plan::default() }).await;
+    let limits = Limits {
+        handshakes: 2,
+        ..Limits::default()
+    };
+    let laptop = Laptop::start(Plan {
+        limits,
+        ..Plan::default()
+    })
+    .await;
     for expected in [200, 200, 503] {
         let challenge = laptop.challenge().await;
         let (_, opening) = Initiator::start(&laptop.key, &challenge, machine()).unwrap();
         assert_eq!(ask(laptop.http, &post("/session", &opening)).await.0, expected);
     }
-    let limits = Limits { handshakes: 1, handshake: Duration::ZERO, ..Limits::default() };
-    let laptop = Laptop::start(Plan { limits, ..Plan::default() }).await;
+    let limits = Limits {
+        handshakes: 1,
+        handshake: Duration::ZERO,
+        ..Limits::default()
+    };
+    let laptop = Laptop::start(Plan {
+        limits,
+        ..Plan::default()
+    })
+    .await;
     for _ in 0..3 {
         let challenge = laptop.challenge().await;
         let (initiator, opening) = Initiator::start(&laptop.key, &challenge, machine()).unwrap();
@@ -146,14 +171,26 @@ async fn unfinished_handshakes_are_few_and_short() {
         assert_eq!(status, 200, "old ones make room");
         let opened = initiator.finish(&answer).unwrap();
         let path = format!("/session/{}/bundle", opened.session);
-        assert_eq!(ask(laptop.http, &post(&path, &opened.begin)).await.0, 404, "and are too old to use");
+        assert_eq!(
+            ask(laptop.http, &post(&path, &opened.begin)).await.0,
+            404,
+            "and are too old to use"
+        );
     }
 }
 
 #[tokio::test]
 async fn whoever_sends_nothing_or_slowly_is_cut_off() {
-    let limits = Limits { header: Duration::from_millis(100), body: Duration::from_millis(100), ..Limits::default() };
-    let laptop = Laptop::start(Plan { limits, ..Plan::default() }).await;
+    let limits = Limits {
+        header: Duration::from_millis(100),
+        body: Duration::from_millis(100),
+        ..Limits::default()
+    };
+    let laptop = Laptop::start(Plan {
+        limits,
+        ..Plan::default()
+    })
+    .await;
     for beginning in ["", "G", "GET / HTTP/1.1\r\nHo"] {
         let answer = exchange(laptop.http, beginning.as_bytes()).await;
         assert!(!answer.starts_with(b"HTTP/1.1 2"), "{beginning:?}");
@@ -164,11 +201,21 @@ async fn whoever_sends_nothing_or_slowly_is_cut_off() {
 
 #[tokio::test]
 async fn one_peer_cannot_take_all_connections() {
-    let limits = Limits { per_peer: 2, ..Limits::default() };
-    let laptop = Laptop::start(Plan { limits, ..Plan::default() }).await;
+    let limits = Limits {
+        per_peer: 2,
+        ..Limits::default()
+    };
+    let laptop = Laptop::start(Plan {
+        limits,
+        ..Plan::default()
+    })
+    .await;
     let first = TcpStream::connect(laptop.http).await.unwrap();
     let _second = TcpStream::connect(laptop.http).await.unwrap();
-    assert!(exchange(laptop.http, b"").await.is_empty(), "the third is closed at once");
+    assert!(
+        exchange(laptop.http, b"").await.is_empty(),
+        "the third is closed at once"
+    );
     drop(first);
     let get = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n";
     while !exchange(laptop.http, get).await.starts_with(b"HTTP/1.1 200") {}
@@ -176,9 +223,17 @@ async fn one_peer_cannot_take_all_connections() {
 
 #[tokio::test]
 async fn whoever_does_not_take_the_bundle_is_cut_off() {
-    let limits = Limits { stall: Duration::from_millis(100), ..Limits::default() };
+    let limits = Limits {
+        stall: Duration::from_millis(100),
+        ..Limits::default()
+    };
     let parts = vec![(Part::Kernel, noise(64 << 20))];
-    let mut laptop = Laptop::start(Plan { limits, parts, ..Plan::default() }).await;
+    let mut laptop = Laptop::start(Plan {
+        limits,
+        parts,
+        ..Plan::default()
+    })
+    .await;
     let challenge = laptop.challenge().await;
     let (initiator, opening) = Initiator::start(&laptop.key, &challenge, machine()).unwrap();
     let (_, answer) = ask(laptop.http, &post("/session", &opening)).await;
@@ -187,7 +242,9 @@ async fn whoever_does_not_take_the_bundle_is_cut_off() {
     let path = format!("/session/{}/bundle", opened.session);
     stream.write_all(&post(&path, &opened.begin)).await.unwrap();
     assert!(matches!(laptop.next().await, Seen::Begin(_)));
-    let Seen::Fetched(Err(why)) = laptop.next().await else { panic!() };
+    let Seen::Fetched(Err(why)) = laptop.next().await else {
+        panic!()
+    };
     assert!(why.contains("taken nothing"), "{why}");
     let mut rest = Vec::new();
     let _ = soon(stream.read_to_end(&mut rest)).await;

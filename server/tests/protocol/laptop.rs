@@ -65,7 +65,9 @@ impl SessionHost for FakeHost {
 
     fn fetched(&self, _session: SessionName, outcome: Result<(), FeedError>) {
         // The test may be over.
-        let _ = self.seen.send(Seen::Fetched(outcome.map_err(|error| error.to_string())));
+        let _ = self
+            .seen
+            .send(Seen::Fetched(outcome.map_err(|error| error.to_string())));
     }
 
     async fn goodbye(&self, _session: SessionName, goodbye: Goodbye) -> Result<(), Refusal> {
@@ -85,20 +87,33 @@ impl FakeHost {
     fn bundle(&self, session: SessionName) -> Bundle {
         let sizes = self.parts.iter().enumerate().map(|(index, (part, bytes))| {
             let size = u64::try_from(bytes.len()).unwrap();
-            PartSize { part: *part, size: self.sizes.as_ref().map_or(size, |sizes| sizes[index]) }
+            PartSize {
+                part: *part,
+                size: self.sizes.as_ref().map_or(size, |sizes| sizes[index]),
+            }
         });
         let manifest = Manifest {
             hostname: "täst-laptop".into(),
-            payload: Payload { version: "6.1.0".into(), cmdline: "ro".into(), parts: sizes.collect() },
+            payload: Payload {
+                version: "6.1.0".into(),
+                cmdline: "ro".into(),
+                parts: sizes.collect(),
+            },
             disk: DiskOffer {
                 identity: DiskIdentity::default(),
                 logical_block_size: 512,
-                transport: Transport::Nbd { port: 10809, export: "x".into() },
+                transport: Transport::Nbd {
+                    port: 10809,
+                    export: "x".into(),
+                },
             },
             control: self.control.clone(),
             session: session.to_string(),
         };
-        Bundle { manifest, parts: self.parts.iter().map(|(_, bytes)| file(bytes)).collect() }
+        Bundle {
+            manifest,
+            parts: self.parts.iter().map(|(_, bytes)| file(bytes)).collect(),
+        }
     }
 }
 
@@ -136,7 +151,11 @@ impl Default for Plan {
         Self {
             state: State::Ready,
             limits: Limits::default(),
-            parts: vec![(Part::Kernel, noise(300_000)), (Part::Initrd, noise(1_000_001)), (Part::Overlay, vec![])],
+            parts: vec![
+                (Part::Kernel, noise(300_000)),
+                (Part::Initrd, noise(1_000_001)),
+                (Part::Overlay, vec![]),
+            ],
             sizes: None,
             refuse: None,
             refuse_goodbyes: Vec::new(),
@@ -163,13 +182,23 @@ impl Laptop {
         let key = StickKey::generate("blue").unwrap();
         let listener = http::bind(0).unwrap();
         let http_port = listener.local_addr().unwrap().port();
-        let about = About { hostname: "täst-laptop".into(), http_port, ready_in: 30 };
+        let about = About {
+            hostname: "täst-laptop".into(),
+            http_port,
+            ready_in: 30,
+        };
         let keys = [StickKey::generate("red").unwrap(), key.clone()];
         let responder = Arc::new(Mutex::new(Responder::new(&keys, about, plan.state, Instant::now())));
         let socket = discovery::bind(0).unwrap();
         let udp = socket.local_addr().unwrap().port();
         let (links, links_seen) = mpsc::channel(4);
-        links.send(LinkEvent::Added { index: 1, name: "lo".into() }).await.unwrap();
+        links
+            .send(LinkEvent::Added {
+                index: 1,
+                name: "lo".into(),
+            })
+            .await
+            .unwrap();
         let (wakes, woken) = mpsc::channel(4);
         let (tell, seen) = mpsc::unbounded_channel();
         let control = ControlKey::generate().unwrap();
@@ -189,13 +218,29 @@ impl Laptop {
             run(listener, Arc::new(host), shared, plan.limits).await;
         });
         let http = SocketAddrV6::new(std::net::Ipv6Addr::LOCALHOST, http_port, 0, 0);
-        Self { key, control, responder, udp, http, woken, seen, _links: links, _tasks: tasks }
+        Self {
+            key,
+            control,
+            responder,
+            udp,
+            http,
+            woken,
+            seen,
+            _links: links,
+            _tasks: tasks,
+        }
     }
 
     /// Looks for the laptop with its own key until `enough` says so; all that happened.
     pub async fn search(&self, wake: bool, enough: impl Fn(&Event) -> bool) -> Vec<Event> {
         let (links, links_seen) = mpsc::channel(4);
-        links.send(LinkEvent::Added { index: 1, name: "lo".into() }).await.unwrap();
+        links
+            .send(LinkEvent::Added {
+                index: 1,
+                name: "lo".into(),
+            })
+            .await
+            .unwrap();
         let (tell, mut events) = mpsc::channel(4);
         let (key, udp) = (self.key.clone(), self.udp);
         let searching =
@@ -252,7 +297,13 @@ pub async fn fetch(
     mut watch: impl FnMut(Progress),
 ) -> (Result<Manifest, FetchError>, Got) {
     let challenge = laptop.challenge().await;
-    let source = Source { peer, challenge: &challenge, key: &laptop.key, machine: machine(), patience };
+    let source = Source {
+        peer,
+        challenge: &challenge,
+        key: &laptop.key,
+        machine: machine(),
+        patience,
+    };
     let mut got = Got::default();
     let mut progress = Vec::new();
     let sink = |part, bytes: &[u8]| {

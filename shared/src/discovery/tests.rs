@@ -33,7 +33,7 @@ fn about() -> About {
 
 fn responder(state: State, now: Instant) -> Responder {
     Responder::new(
-        &[StickKey::generate("other").unwrap(), key::fixed()],
+        &[StickKey::generate("other").unwrap(), key::tests::fixed()],
         about(),
         state,
         now,
@@ -53,7 +53,7 @@ struct Met {
 fn meet(state: State) -> Met {
     let now = Instant::now();
     let mut responder = responder(state, now);
-    let mut seeker = Seeker::new(&key::fixed());
+    let mut seeker = Seeker::new(&key::tests::fixed());
     let discover = seeker.discover(now, 3).unwrap();
     let answer = responder.receive(now, desktop(), &discover).unwrap();
     assert_eq!(answer.woken, None);
@@ -107,7 +107,7 @@ fn messages() -> [(&'static str, u8, Message); 4] {
 
 #[test]
 fn datagrams_are_the_pinned_ones() {
-    let keys = DatagramKeys::new(&key::fixed());
+    let keys = DatagramKeys::new(&key::tests::fixed());
     for (name, first, message) in messages() {
         let nonce = std::array::from_fn(|i| first + u8::try_from(i).unwrap());
         let pinned = vectors::bytes("datagrams.txt", name);
@@ -205,8 +205,8 @@ fn a_wake_is_honoured_only_from_where_its_challenge_went_and_soon() {
 fn a_wake_for_a_challenge_of_another_key_or_of_nobody_is_dropped() {
     let now = Instant::now();
     let stranger = StickKey::generate("stranger").unwrap();
-    let mut responder = Responder::new(&[key::fixed(), stranger.clone()], about(), State::Asleep, now);
-    let mut seeker = Seeker::new(&key::fixed());
+    let mut responder = Responder::new(&[key::tests::fixed(), stranger.clone()], about(), State::Asleep, now);
+    let mut seeker = Seeker::new(&key::tests::fixed());
     let discover = seeker.discover(now, 3).unwrap();
     let answer = responder.receive(now, desktop(), &discover).unwrap();
     let Some(Heard::Offer(offer)) = seeker.receive(now, laptop(), &answer.datagram) else {
@@ -250,7 +250,7 @@ fn a_replayed_discover_gets_at_most_one_offer() {
 fn offers_are_rate_limited_and_no_larger_than_what_they_answer() {
     let now = Instant::now();
     let mut responder = responder(State::Ready, now);
-    let mut seeker = Seeker::new(&key::fixed());
+    let mut seeker = Seeker::new(&key::tests::fixed());
     let mut offers = |now: Instant, count: u32| {
         (0..count)
             .filter(|_| {
@@ -279,7 +279,7 @@ fn offers_are_rate_limited_and_no_larger_than_what_they_answer() {
 #[test]
 fn a_flood_neither_fills_memory_nor_pushes_an_honest_challenge_out() {
     let mut met = meet(State::Asleep);
-    let mut flood = Seeker::new(&key::fixed());
+    let mut flood = Seeker::new(&key::tests::fixed());
     for tenth in 0..99_u32 {
         for _ in 0..30 {
             let discover = flood.discover(met.now, 3).unwrap();
@@ -324,12 +324,12 @@ fn an_offer_is_believed_once_in_time_on_its_link_and_for_ones_own_question() {
         "replayed from elsewhere"
     );
     assert_eq!(
-        Seeker::new(&key::fixed()).receive(met.now, laptop(), &met.offered),
+        Seeker::new(&key::tests::fixed()).receive(met.now, laptop(), &met.offered),
         None,
         "another desktop's"
     );
 
-    let mut late = Seeker::new(&key::fixed());
+    let mut late = Seeker::new(&key::tests::fixed());
     let discover = late.discover(met.now, 3).unwrap();
     let offered = met.responder.receive(met.now, at(5, 3), &discover).unwrap().datagram;
     assert_eq!(late.receive(met.now, at(2, 4), &offered), None, "on another link");
@@ -340,7 +340,7 @@ fn an_offer_is_believed_once_in_time_on_its_link_and_for_ones_own_question() {
 #[test]
 fn two_laptops_with_the_same_key_are_both_found() {
     let now = Instant::now();
-    let mut seeker = Seeker::new(&key::fixed());
+    let mut seeker = Seeker::new(&key::tests::fixed());
     let discover = seeker.discover(now, 3).unwrap();
     for last in [7, 8] {
         let answer = responder(State::Ready, now).receive(now, desktop(), &discover).unwrap();
@@ -396,8 +396,8 @@ fn a_host_name_cannot_disturb_the_screen() {
     let now = Instant::now();
     let hostname = format!("\x1b[2J{}\n", "ä".repeat(60));
     let about = About { hostname, ..about() };
-    let mut responder = Responder::new(&[key::fixed()], about, State::Ready, now);
-    let mut seeker = Seeker::new(&key::fixed());
+    let mut responder = Responder::new(&[key::tests::fixed()], about, State::Ready, now);
+    let mut seeker = Seeker::new(&key::tests::fixed());
     let discover = seeker.discover(now, 3).unwrap();
     let answer = responder.receive(now, desktop(), &discover).unwrap();
     let Some(Heard::Offer(offer)) = seeker.receive(now, laptop(), &answer.datagram) else {
@@ -446,11 +446,11 @@ fn recorded() -> (Met, [(bool, Vec<u8>); 4]) {
     // From copies that stay as they are, so that each datagram would still be honoured by the ones returned.
     let mut other = responder(State::Asleep, met.now);
     let offered = other.receive(met.now, desktop(), &discover).unwrap().datagram;
-    let random = match DatagramKeys::new(&key::fixed()).open_desktop(&wake) {
+    let random = match DatagramKeys::new(&key::tests::fixed()).open_desktop(&wake) {
         Some(Message::Wake { random, .. }) => random,
         _ => panic!(),
     };
-    let waking = DatagramKeys::new(&key::fixed())
+    let waking = DatagramKeys::new(&key::tests::fixed())
         .seal(&Message::Waking { random, ready_in: 0 })
         .unwrap();
     (met, [(true, discover), (false, offered), (true, wake), (false, waking)])
@@ -522,7 +522,7 @@ proptest! {
     fn any_bytes_are_dropped_by_both_sides(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
         let now = Instant::now();
         prop_assert!(responder(State::Asleep, now).receive(now, desktop(), &bytes).is_none());
-        prop_assert!(Seeker::new(&key::fixed()).receive(now, laptop(), &bytes).is_none());
+        prop_assert!(Seeker::new(&key::tests::fixed()).receive(now, laptop(), &bytes).is_none());
     }
 
     #[test]

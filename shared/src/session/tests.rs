@@ -68,10 +68,10 @@ fn vector(name: &str) -> Vec<u8> {
 fn pinned() -> (Vec<u8>, Vec<u8>, Accepted, Opened) {
     let (ours, theirs): ([u8; 32], [u8; 32]) = (counting(0x40), counting(0x60));
     let (initiator, opening) =
-        Initiator::start_with(&key::fixed(), &OFFER, machine(), |b| fixed_ephemeral(b, &ours)).unwrap();
+        Initiator::start_with(&key::tests::fixed(), &OFFER, machine(), |b| fixed_ephemeral(b, &ours)).unwrap();
     let accepted = Opening::parse(&opening)
         .unwrap()
-        .accept_with(&key::fixed(), NAME, |b| fixed_ephemeral(b, &theirs))
+        .accept_with(&key::tests::fixed(), NAME, |b| fixed_ephemeral(b, &theirs))
         .unwrap();
     let answer = accepted.answer.clone();
     let opened = initiator.finish(&answer).unwrap();
@@ -180,12 +180,12 @@ fn goodbyes_are_the_pinned_ones() {
 fn a_handshake_with_the_wrong_key_or_for_another_offer_is_refused() {
     let stranger = StickKey::generate("stranger").unwrap();
     let (_, opening) = Initiator::start(&stranger, &OFFER, machine()).unwrap();
-    let refused = Opening::parse(&opening).unwrap().accept(&key::fixed(), NAME);
+    let refused = Opening::parse(&opening).unwrap().accept(&key::tests::fixed(), NAME);
     assert!(matches!(refused.err(), Some(SessionError::Unverified)));
 
-    let (_, mut moved) = Initiator::start(&key::fixed(), &OFFER, machine()).unwrap();
+    let (_, mut moved) = Initiator::start(&key::tests::fixed(), &OFFER, machine()).unwrap();
     moved[1..17].copy_from_slice(&counting::<16>(1));
-    let refused = Opening::parse(&moved).unwrap().accept(&key::fixed(), NAME);
+    let refused = Opening::parse(&moved).unwrap().accept(&key::tests::fixed(), NAME);
     assert!(
         matches!(refused.err(), Some(SessionError::Unverified)),
         "the prologue binds the offer"
@@ -194,18 +194,18 @@ fn a_handshake_with_the_wrong_key_or_for_another_offer_is_refused() {
 
 #[test]
 fn any_flipped_bit_of_the_handshake_is_refused() {
-    let (_, opening) = Initiator::start(&key::fixed(), &OFFER, machine()).unwrap();
+    let (_, opening) = Initiator::start(&key::tests::fixed(), &OFFER, machine()).unwrap();
     for bit in 0..opening.len() * 8 {
         let mut bad = opening.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
-        let accepted = Opening::parse(&bad).and_then(|opening| opening.accept(&key::fixed(), NAME));
+        let accepted = Opening::parse(&bad).and_then(|opening| opening.accept(&key::tests::fixed(), NAME));
         assert!(accepted.is_err(), "bit {bit}");
     }
     for bit in 0..OPENED * 8 {
-        let (initiator, opening) = Initiator::start(&key::fixed(), &OFFER, machine()).unwrap();
+        let (initiator, opening) = Initiator::start(&key::tests::fixed(), &OFFER, machine()).unwrap();
         let mut bad = Opening::parse(&opening)
             .unwrap()
-            .accept(&key::fixed(), NAME)
+            .accept(&key::tests::fixed(), NAME)
             .unwrap()
             .answer;
         bad[bit / 8] ^= 1 << (bit % 8);
@@ -221,18 +221,18 @@ fn any_flipped_bit_of_the_handshake_is_refused() {
 
 #[test]
 fn handshake_messages_of_another_length_are_refused() {
-    let (_, opening) = Initiator::start(&key::fixed(), &OFFER, machine()).unwrap();
+    let (_, opening) = Initiator::start(&key::tests::fixed(), &OFFER, machine()).unwrap();
     for length in 0..OPENING {
         assert!(Opening::parse(&opening[..length]).is_err());
     }
     assert!(Opening::parse(&[opening.as_slice(), &[0]].concat()).is_err());
     let answer = Opening::parse(&opening)
         .unwrap()
-        .accept(&key::fixed(), NAME)
+        .accept(&key::tests::fixed(), NAME)
         .unwrap()
         .answer;
     for length in 0..OPENED {
-        let (initiator, _) = Initiator::start(&key::fixed(), &OFFER, machine()).unwrap();
+        let (initiator, _) = Initiator::start(&key::tests::fixed(), &OFFER, machine()).unwrap();
         assert!(initiator.finish(&answer[..length]).is_err());
     }
     for length in (0..BEGIN).chain([BEGIN + 1, 65535]) {
@@ -246,7 +246,10 @@ fn handshake_messages_of_another_length_are_refused() {
 fn a_recorded_handshake_does_not_begin_a_session() {
     // The enemy replays the desktop's two messages; the laptop's ephemeral key is another one this time.
     let (opening, _, _, opened) = pinned();
-    let again = Opening::parse(&opening).unwrap().accept(&key::fixed(), NAME).unwrap();
+    let again = Opening::parse(&opening)
+        .unwrap()
+        .accept(&key::tests::fixed(), NAME)
+        .unwrap();
     assert!(matches!(
         again.begin(&opened.begin).err(),
         Some(SessionError::Unverified)
@@ -255,7 +258,7 @@ fn a_recorded_handshake_does_not_begin_a_session() {
 
 #[test]
 fn another_version_is_named() {
-    let (_, mut opening) = Initiator::start(&key::fixed(), &OFFER, machine()).unwrap();
+    let (_, mut opening) = Initiator::start(&key::tests::fixed(), &OFFER, machine()).unwrap();
     opening[0] = 9;
     let error = Opening::parse(&opening).unwrap_err();
     assert!(error.to_string().contains("version 9"), "{error}");
@@ -305,8 +308,11 @@ fn frames_left_out_doubled_or_moved_are_noticed() {
 #[test]
 fn a_stream_of_another_session_is_noticed() {
     let (mut sender, _) = connected();
-    let (initiator, opening) = Initiator::start(&key::fixed(), &OFFER, machine()).unwrap();
-    let accepted = Opening::parse(&opening).unwrap().accept(&key::fixed(), NAME).unwrap();
+    let (initiator, opening) = Initiator::start(&key::tests::fixed(), &OFFER, machine()).unwrap();
+    let accepted = Opening::parse(&opening)
+        .unwrap()
+        .accept(&key::tests::fixed(), NAME)
+        .unwrap();
     let mut opened = initiator.finish(&accepted.answer).unwrap();
     let stream = small_stream(&mut sender);
     assert!(matches!(
@@ -365,7 +371,8 @@ fn a_manifest_is_refused_before_anything_is_allocated_for_it() {
         too_large(Part::Initrd).to_json(),
         Err(ManifestError::PartTooLarge { .. })
     ));
-    let cases: [(&str, fn(&mut Manifest)); 9] = [
+    type Spoil = fn(&mut Manifest);
+    let cases: [(&str, Spoil); 9] = [
         ("size", |m| m.payload.parts[0].size = u64::MAX),
         ("twice", |m| m.payload.parts[1].part = Part::Kernel),
         ("kernel", |m| m.payload.parts.remove(0).size = 0),
