@@ -214,7 +214,10 @@ mod tests {
     #[test]
     fn every_kernel_skips_the_timer_check() {
         let line = kernel_cmdline(&["quiet", "ro"]);
-        assert!(line.contains(" no_timer_check ") && line.ends_with(" quiet ro"), "{line}");
+        assert!(
+            line.contains(" no_timer_check ") && line.ends_with(" quiet ro"),
+            "{line}"
+        );
     }
 
     #[test]
