@@ -64,7 +64,7 @@ pub struct Refusal {
 pub trait SessionHost: Send + Sync + 'static {
     /// Begins a session; the desktop is told to wait meanwhile. Ends an older one, if it does, in order.
     ///
-    /// The future is dropped if the desktop goes away, so nothing may be half done at its await points.
+    /// Runs to its end also if the desktop goes away; then [`SessionHost::fetched`] says so.
     fn begin(&self, request: Begin) -> impl Future<Output = Result<Bundle, Refusal>> + Send;
 
     /// So many bytes of the bundle were sent.

@@ -82,17 +82,20 @@ impl Feeder {
         self.send_bundle(host, session, bundle).await
     }
 
-    /// Waits for the host, and tells the desktop to wait meanwhile.
+    /// Waits for the host to its end, and tells the desktop to wait meanwhile.
     async fn wait_for<T>(&mut self, begun: impl Future<Output = T>) -> Result<T, FeedError> {
         tokio::pin!(begun);
         loop {
             tokio::select! {
                 outcome = &mut begun => return Ok(outcome),
-                () = self.queue.closed() => return Err(FeedError::Gone),
                 () = tokio::time::sleep(self.limits.waiting) => {}
             }
             let frame = self.sender.waiting();
-            self.send(frame).await?;
+            if let Err(error) = self.send(frame).await {
+                // What has begun must not be left half done, nor be reported as failed before it is there.
+                begun.await;
+                return Err(error);
+            }
         }
     }
 

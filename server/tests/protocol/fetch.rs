@@ -96,14 +96,14 @@ async fn a_refusal_comes_with_its_reason() {
 }
 
 #[tokio::test]
-async fn a_desktop_that_goes_while_it_waits_ends_the_attempt() {
+async fn a_desktop_that_goes_while_it_waits_is_reported_once_the_host_has_finished() {
     let hold = Arc::new(Notify::new());
     let limits = Limits {
         waiting: Duration::from_millis(10),
         ..Limits::default()
     };
     let mut laptop = Laptop::start(Plan {
-        hold: Some(hold),
+        hold: Some(Arc::clone(&hold)),
         limits,
         ..Plan::default()
     })
@@ -121,6 +121,10 @@ async fn a_desktop_that_goes_while_it_waits_ends_the_attempt() {
         }
     }
     assert!(matches!(laptop.next().await, Seen::Begin(_)));
+    // Ten times the interval at which it would notice.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(laptop.seen.try_recv().is_err(), "not before the host has finished");
+    hold.notify_one();
     let Seen::Fetched(Err(why)) = laptop.next().await else {
         panic!()
     };

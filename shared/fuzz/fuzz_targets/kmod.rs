@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use stiefel_shared::kmod::{Index, Texts};
+use stiefel_shared::kmod::{ModuleIndex, Texts};
 
 fuzz_target!(|data: &[u8]| {
     let mut texts = data.split(|&byte| byte == 0);
@@ -14,7 +14,7 @@ fuzz_target!(|data: &[u8]| {
         softdep: next(),
         builtin: next(),
     };
-    let Ok(index) = Index::parse(&texts) else { return };
+    let Ok(index) = ModuleIndex::parse(&texts) else { return };
     let names: Vec<String> = index.iter().map(|(name, _)| name.to_owned()).take(20).collect();
     for name in &names {
         // A cycle or a missing module is an error, never an endless walk.
