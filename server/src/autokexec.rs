@@ -10,6 +10,7 @@ mod plug;
 mod resume;
 mod wake;
 
+use std::path::Path;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
@@ -19,6 +20,7 @@ use stiefel_shared::discovery::{State, Woken};
 use stiefel_sys::link;
 use stiefel_sys::uevent::{Monitor, Uevent, UeventError};
 
+use crate::guards;
 pub use leave::{LeaveError, Mode};
 use nics::{Interface, Known, NetEvent, Nics};
 use plug::Moment;
@@ -53,6 +55,10 @@ pub fn serve(config: &Config, mode: Mode) -> Result<(), LeaveError> {
 /// # Errors
 /// If the kernel's events cannot be had.
 pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
+    if let Some(refusal) = guards::on_a_link(Path::new("/")) {
+        log::notice(format_args!("nothing to do on a desktop: {refusal}"));
+        return Ok(());
+    }
     let (sender, events) = mpsc::channel();
     let known = nics::dedicated(&config.trigger);
     // The monitor is opened before the list is taken, so that nothing falls between.

@@ -90,6 +90,12 @@ pub fn check(root: &Path, battery_limit: u8, ramdisk_kernel: &Path) -> Vec<Refus
     refusals
 }
 
+/// Whether the system below `root` itself runs on another machine's disk: then it is no laptop that could serve.
+#[must_use]
+pub fn on_a_link(root: &Path) -> Option<Refusal> {
+    link::check(&Tree::new(root))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

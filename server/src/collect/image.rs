@@ -4,7 +4,7 @@
 //! Documentation/driver-api/early-userspace/buffer-format.rst.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, Read, Write};
 
 use stiefel_initrd_builder::overlay::{Overlay, overlay};
 use stiefel_shared::cpio;
@@ -44,10 +44,10 @@ impl Collected {
         let parts: u64 = handover.payload.parts.iter().map(|part| part.size).sum();
         let expected = ramdisk.len + document.0.len() as u64 + parts;
         let mut size = 0;
+        // Not buffered: the archive has few entries, and a buffer would keep a copy of the keys.
         let file = kexec::memfd("stiefel-initrd", |file| {
-            let mut out = BufWriter::with_capacity(1 << 20, file);
-            size = write(&mut out, ramdisk, &document, [kernel, initrd], &overlay.bytes)?;
-            out.flush()
+            size = write(file, ramdisk, &document, [kernel, initrd], &overlay.bytes)?;
+            Ok(())
         });
         let initrd = file.map_err(|source| CollectError::Image { size: expected, source })?;
         Ok(Image {
