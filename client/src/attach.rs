@@ -17,6 +17,7 @@ use anyhow::{Context, bail};
 use stiefel_shared::bundle::{AttachSession, Transport};
 use stiefel_shared::handover::{MAX_DOCUMENT, PROGRAM_PATH, SESSION_PATH, SecretBytes};
 use stiefel_sys::console::Console;
+use stiefel_sys::kmsg;
 use stiefel_sys::link::{self, Link};
 use stiefel_sys::module::Loader;
 use stiefel_sys::mount::{self, MountFlags};
@@ -45,6 +46,8 @@ const NEVER: [&str; 1] = ["cdc_subset"];
 pub fn run() -> ! {
     let mounted = mount_private();
     let console = Console::open(&home("dev"), &home("proc"));
+    // Without it the kernel drops what is said in a hurry; a log with holes is still a log.
+    let _ = kmsg::unlimited(&home("proc"));
     let attached = mounted.and_then(|()| attach(&console));
     let error = match attached {
         Ok(()) => {

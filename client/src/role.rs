@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::fs::{MemfdFlags, memfd_create};
 use stiefel_shared::bundle::{AttachSession, Manifest};
 use stiefel_shared::cpio;
 use stiefel_shared::discovery::{PORT, State};
@@ -126,8 +127,8 @@ async fn boot(
     machine: MachineId,
     found: &Found,
 ) -> anyhow::Result<()> {
-    let mut kernel = kexec::memfd("stiefel-kernel", |_| Ok(()))?;
-    let mut initrd = kexec::memfd("stiefel-initrd", |_| Ok(()))?;
+    let memory = |name: &str| memfd_create(name, MemfdFlags::CLOEXEC).map(File::from).context("no memory for the payload");
+    let (mut kernel, mut initrd) = (memory("stiefel-kernel")?, memory("stiefel-initrd")?);
     let mut shown = None;
     let manifest = {
         let mut last = None;

@@ -61,8 +61,16 @@ impl Kit {
         let base = BaseSystem::ensure(&BaseOptions::default())?;
         let installed = base.extract_kernel()?;
         let cache = cache::dir().map_err(io_error("make", "the cache"))?;
-        let dir = tempfile::Builder::new().prefix("kit-").tempdir_in(&cache).map_err(io_error("make", &cache))?;
-        let kit = Self { dir, program: program.to_owned(), base, installed };
+        let dir = tempfile::Builder::new()
+            .prefix("kit-")
+            .tempdir_in(&cache)
+            .map_err(io_error("make", &cache))?;
+        let kit = Self {
+            dir,
+            program: program.to_owned(),
+            base,
+            installed,
+        };
         kit.build(debug)?;
         kit.new_key("stick")?;
         Ok(kit)
@@ -93,7 +101,9 @@ impl Kit {
     /// # Errors
     /// [`KitError::Program`].
     pub fn new_key(&self, name: &str) -> Result<(), KitError> {
-        self.stiefel("key new", |command| command.arg(name).arg("--dir").arg(self.dir.path().join("keys")))
+        self.stiefel("key new", |command| {
+            command.arg(name).arg("--dir").arg(self.dir.path().join("keys"))
+        })
     }
 
     /// The configuration of the laptop: its dedicated NIC, and a console that tests can read.
@@ -120,14 +130,21 @@ impl Kit {
         let key = std::fs::read(self.key("stick")).map_err(io_error("read", self.key("stick")))?;
         write(&etc.join("keys/stick.key"), &key)?;
         self.stiefel("install", |command| {
-            command.arg("--yes").arg("--root").arg(&root).arg("--ramdisk").arg(self.ramdisk())
+            command
+                .arg("--yes")
+                .arg("--root")
+                .arg(&root)
+                .arg("--ramdisk")
+                .arg(self.ramdisk())
         })?;
         let mut builder = LaptopDisk::builder(&self.base).autologin(true);
         for file in files_below(&root)?.into_iter().chain(extra) {
             builder = builder.file(file);
         }
         // What the unit's [Install] section says; `install --root` has made the same link, but links are not copied.
-        Ok(builder.enable("stiefel-autokexec.service", "multi-user.target").build(path)?)
+        Ok(builder
+            .enable("stiefel-autokexec.service", "multi-user.target")
+            .build(path)?)
     }
 
     /// Writes the stick's image, with the key `key`.
@@ -149,7 +166,11 @@ impl Kit {
 
     fn build(&self, debug: Option<&Path>) -> Result<(), KitError> {
         self.stiefel("build", |command| {
-            command.arg("--kernel").arg(&self.installed.kernel).arg("--modules").arg(&self.installed.modules);
+            command
+                .arg("--kernel")
+                .arg(&self.installed.kernel)
+                .arg("--modules")
+                .arg(&self.installed.modules);
             command.arg("--out").arg(self.ramdisk());
             if let Some(busybox) = debug {
                 command.arg("--debug").arg("--busybox").arg(busybox);
@@ -161,9 +182,15 @@ impl Kit {
     /// Runs a command of the program; without the machine's own configuration.
     fn stiefel(&self, what: &str, more: impl FnOnce(&mut Command) -> &mut Command) -> Result<(), KitError> {
         let mut command = Command::new(&self.program);
-        command.args(what.split(' ')).arg("--config").arg("/nonexistent/stiefel.yaml");
+        command
+            .args(what.split(' '))
+            .arg("--config")
+            .arg("/nonexistent/stiefel.yaml");
         more(&mut command);
-        run(&mut command).map(drop).map_err(|source| KitError::Program { what: what.to_owned(), source })
+        run(&mut command).map(drop).map_err(|source| KitError::Program {
+            what: what.to_owned(),
+            source,
+        })
     }
 }
 
@@ -198,7 +225,11 @@ fn files_below(root: &Path) -> Result<Vec<ExtraFile>, KitError> {
                 folders.push(path);
             } else if meta.is_file() {
                 let inside = Path::new("/").join(path.strip_prefix(root).unwrap_or(&path));
-                files.push(ExtraFile::new(path.as_path(), &inside.to_string_lossy(), meta.permissions().mode() & 0o7777));
+                files.push(ExtraFile::new(
+                    path.as_path(),
+                    &inside.to_string_lossy(),
+                    meta.permissions().mode() & 0o7777,
+                ));
             }
         }
     }

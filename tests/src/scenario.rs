@@ -45,7 +45,10 @@ impl Milestones {
     /// With `print`, each is shown on standard error as it comes.
     #[must_use]
     pub fn new(print: bool) -> Self {
-        Self { rows: Vec::new(), print }
+        Self {
+            rows: Vec::new(),
+            print,
+        }
     }
 
     /// Something happened, so long after what the caller measures from.
@@ -59,7 +62,10 @@ impl Milestones {
     /// The table, one row each.
     #[must_use]
     pub fn table(&self) -> String {
-        self.rows.iter().map(|(what, after)| format!("{:>8.1} s  {what}\n", after.as_secs_f64())).collect()
+        self.rows
+            .iter()
+            .map(|(what, after)| format!("{:>8.1} s  {what}\n", after.as_secs_f64()))
+            .collect()
     }
 }
 
@@ -68,7 +74,10 @@ impl Milestones {
 /// # Errors
 /// When it does not come up.
 pub fn laptop_at_home(disk: &LaptopDisk, nic: Option<&Netdev>, live: bool) -> Result<Vm, Failure> {
-    let mut builder = VmBuilder::new("laptop").boot(disk.boot(&CONSOLE)).disk(disk.drive()).live(live);
+    let mut builder = VmBuilder::new("laptop")
+        .boot(disk.boot(&CONSOLE))
+        .disk(disk.drive())
+        .live(live);
     if let Some(nic) = nic {
         builder = builder.nic("wired", NicModel::E1000e, nic, DEDICATED_MAC);
     }
@@ -96,9 +105,16 @@ pub fn plug_and_serve(laptop: &Vm, cable: &Netdev) -> Result<Duration, Failure> 
 /// # Errors
 /// When it says that it can't.
 pub fn wait_until_serving(laptop: &Vm) -> Result<(), Failure> {
-    let serving: [Pattern; 2] = ["stiefel: ready; waiting for the desktop".into(), "going back to the laptop's own system".into()];
+    let serving: [Pattern; 2] = [
+        "stiefel: ready; waiting for the desktop".into(),
+        "going back to the laptop's own system".into(),
+    ];
     let found = laptop.serial().expect_any(&serving, patience::SERVING)?;
-    if found.index == 0 { Ok(()) } else { Err(format!("the laptop gave up; its console: {}", laptop.serial().log().display()).into()) }
+    if found.index == 0 {
+        Ok(())
+    } else {
+        Err(format!("the laptop gave up; its console: {}", laptop.serial().log().display()).into())
+    }
 }
 
 /// The desktop, started by UEFI from the stick.
@@ -121,8 +137,16 @@ pub fn desktop(stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm
 /// When a step does not come.
 pub fn desktop_boots(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
     for (what, marker, patience) in [
-        ("stick: first discovery sent", re(r"stiefel: asking on "), patience::STICK),
-        ("bundle received", re(r"stiefel: received "), patience::SERVING + patience::BUNDLE),
+        (
+            "stick: first discovery sent",
+            re(r"stiefel: asking on "),
+            patience::STICK,
+        ),
+        (
+            "bundle received",
+            re(r"stiefel: received "),
+            patience::SERVING + patience::BUNDLE,
+        ),
         ("kexec", re(r"stiefel: starting "), patience::BUNDLE),
         ("disk attached", re(r"is attached as /dev/nbd0"), patience::ATTACH),
         ("login prompt", re(r"laptop login:"), patience::LOGIN),

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use stiefel_initrd_builder::ramdisk::Manifest;
-use stiefel_initrd_builder::stick::{self, DeviceInfo, StickOptions};
+use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, RAMDISK};
+use stiefel_initrd_builder::stick::{self, StickOptions};
 use stiefel_shared::handover::{ClientHandover, Handover, ramdisk_cmdline};
 use stiefel_shared::key::{self, StickKey};
 use zeroize::Zeroizing;
@@ -22,15 +22,13 @@ const KEYS: &str = "/etc/stiefel/keys";
 /// Writes a file, or after asking a device.
 pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
     let config = config_or_default(config)?;
-    let manifest = args.ramdisk.join("manifest");
-    let manifest = Manifest::parse(&fs::read(&manifest).with_context(|| {
-        format!("there is no ramdisk in {}; run `stiefel build`, or name its folder with --ramdisk", args.ramdisk.display())
-    })?)?;
+    let manifest = Manifest::load(&args.ramdisk)
+        .context("there is no ramdisk to put on the stick; run `stiefel build`, or name its folder with --ramdisk")?;
     manifest.verify(&args.ramdisk)?;
     let handover = Handover::Client(ClientHandover { key: read_key(&args.key)? }).to_cpio()?;
     let options = StickOptions {
-        kernel: args.ramdisk.join("kernel"),
-        ramdisk: args.ramdisk.join("ramdisk.cpio.zst"),
+        kernel: args.ramdisk.join(KERNEL),
+        ramdisk: args.ramdisk.join(RAMDISK),
         handover: Zeroizing::new(handover.0.clone()),
         cmdline: ramdisk_cmdline(&format!("{} {}", config.initrd.cmdline, args.cmdline)),
         stub: args.stub.clone(),
@@ -46,7 +44,7 @@ pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
     let report = if is_device {
         let info = stick::describe(target)?;
         info.check(args.allow_fixed)?;
-        show(&info);
+        eprintln!("{info}");
         if !args.yes && !ask("All of it is lost. Write the stick?")? {
             bail!("nothing was written");
         }
@@ -57,13 +55,6 @@ pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
     bar.finish_and_clear();
     eprintln!("{}: {}, holds a key: keep it as you keep the laptop", target.display(), mebibytes(report.bytes));
     Ok(())
-}
-
-fn show(info: &DeviceInfo) {
-    eprintln!("{}  {}  {}", info.path.display(), info.model, mebibytes(info.bytes));
-    for partition in &info.partitions {
-        eprintln!("  {}  {}", partition.name, mebibytes(partition.bytes));
-    }
 }
 
 /// A key by its name, or from a file.
