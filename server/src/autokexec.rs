@@ -261,3 +261,93 @@ impl Service {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::mpsc::TryRecvError;
+    use std::time::Duration;
+
+    use super::*;
+
+    const INDEX: u32 = 7;
+
+    /// A service that follows a plug of the interface [`INDEX`], and what it sends to who leaves.
+    fn leaving(mode: Mode) -> (Service, Receiver<Event>, Receiver<String>) {
+        let (sender, events) = mpsc::channel();
+        let (cancel, cancelled) = mpsc::channel();
+        let mac = [2, 0, 0, 0, 0, 1];
+        let nic = Interface {
+            index: INDEX,
+            macs: vec![mac],
+            usb: None,
+        };
+        let long_ago = Moment {
+            awake: Duration::ZERO,
+            boot: Duration::ZERO,
+        };
+        let service = Service {
+            config: Config::default(),
+            mode,
+            nics: Nics::new(vec![Known::Mac(config::Mac(mac))], &[nic], long_ago),
+            wake: None,
+            sender,
+            leaving: Some(Leaving { cancel, by_plug: true }),
+        };
+        (service, events, cancelled)
+    }
+
+    fn removed(index: u32) -> Uevent {
+        Uevent {
+            action: "remove".into(),
+            devpath: "/devices/x/net/usb0".into(),
+            subsystem: Some("net".into()),
+            fields: BTreeMap::from([("IFINDEX".into(), index.to_string())]),
+        }
+    }
+
+    #[test]
+    fn a_second_trigger_is_ignored_while_one_is_followed() {
+        let (mut service, events, _cancelled) = leaving(Mode::DryRun);
+        service.trigger("a wake", false);
+        assert!(
+            service.leaving.as_ref().is_some_and(|leaving| leaving.by_plug),
+            "still the first"
+        );
+        drop(service);
+        assert!(
+            matches!(events.try_recv(), Err(TryRecvError::Disconnected)),
+            "nobody else was sent to leave"
+        );
+    }
+
+    #[test]
+    fn unplugging_the_dedicated_nic_cancels_what_its_plug_began() {
+        let (mut service, _events, cancelled) = leaving(Mode::Real);
+        service.uevent(&removed(INDEX + 1));
+        assert!(cancelled.try_recv().is_err());
+        service.uevent(&removed(INDEX));
+        assert!(cancelled.try_recv().is_ok());
+    }
+
+    #[test]
+    fn unplugging_does_not_cancel_what_a_wake_began() {
+        let (mut service, _events, cancelled) = leaving(Mode::Real);
+        service.leaving.iter_mut().for_each(|leaving| leaving.by_plug = false);
+        service.uevent(&removed(INDEX));
+        assert!(cancelled.try_recv().is_err());
+    }
+
+    #[test]
+    fn after_a_refusal_the_next_trigger_counts_and_after_a_shutdown_none() {
+        let refused = || Err(LeaveError::Cancelled { why: "x".into() });
+        let (mut service, _events, _cancelled) = leaving(Mode::Real);
+        service.left(&Ok(()));
+        assert!(service.leaving.is_some());
+        service.left(&refused());
+        assert!(service.leaving.is_none());
+        let (mut service, _events, _cancelled) = leaving(Mode::DryRun);
+        service.left(&Ok(()));
+        assert!(service.leaving.is_none());
+    }
+}
