@@ -4,7 +4,7 @@ use std::net::Ipv6Addr;
 use std::time::Instant;
 
 use stiefel_client::discovery::Event;
-use stiefel_shared::discovery::{DATAGRAM, Heard, Seeker, State};
+use stiefel_shared::discovery::{DATAGRAM, Heard, LinkEvent, Seeker, State};
 use stiefel_shared::key::StickKey;
 use tokio::net::UdpSocket;
 
@@ -106,4 +106,61 @@ async fn the_search_ends_when_nobody_listens() {
     soon(stiefel_client::discovery::run(&key, 9, false, links_seen, tell))
         .await
         .unwrap();
+}
+
+/// Run it with `unshare -n cargo test -p stiefel-server --test protocol -- --ignored`.
+#[tokio::test]
+#[ignore = "needs root and a network namespace of its own: makes a pair of interfaces"]
+async fn a_laptop_is_found_by_multicast_as_soon_as_the_address_is_no_longer_tentative() {
+    let ip = |words: &str| {
+        let done = std::process::Command::new("ip")
+            .args(words.split(' '))
+            .status()
+            .unwrap();
+        assert!(done.success(), "ip {words}");
+    };
+    ip("link add desktop0 type veth peer name laptop0");
+    ip("link set laptop0 up");
+    ip("link set desktop0 up");
+    let index = |name: &str| -> u32 {
+        // /sys shows the namespace in which it was mounted.
+        let out = std::process::Command::new("ip")
+            .args(["-o", "link", "show", name])
+            .output()
+            .unwrap();
+        String::from_utf8(out.stdout)
+            .unwrap()
+            .split(':')
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap()
+    };
+    let laptop = Laptop::start_on(
+        Plan {
+            state: State::Asleep,
+            ..Plan::default()
+        },
+        index("laptop0"),
+        "laptop0",
+    )
+    .await;
+    let link = LinkEvent::Added {
+        index: index("desktop0"),
+        name: "desktop0".into(),
+    };
+    let began = Instant::now();
+    let happened = laptop
+        .search_on(link, true, |event| matches!(event, Event::Waking { .. }))
+        .await;
+    eprintln!("woken {:?} after the link came up", began.elapsed());
+    let Some(Event::Waking { address, interface, .. }) = happened.last() else {
+        panic!()
+    };
+    assert!(address.ip().is_unicast_link_local());
+    assert_eq!(
+        (address.scope_id(), interface.as_str()),
+        (index("desktop0"), "desktop0")
+    );
+    ip("link del desktop0");
 }

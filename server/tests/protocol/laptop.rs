@@ -179,6 +179,11 @@ pub struct Laptop {
 
 impl Laptop {
     pub async fn start(plan: Plan) -> Self {
+        Self::start_on(plan, 1, "lo").await
+    }
+
+    /// A laptop that hears on the interface with this index.
+    pub async fn start_on(plan: Plan, index: u32, name: &str) -> Self {
         let key = StickKey::generate("blue").unwrap();
         let listener = http::bind(0).unwrap();
         let http_port = listener.local_addr().unwrap().port();
@@ -194,8 +199,8 @@ impl Laptop {
         let (links, links_seen) = mpsc::channel(4);
         links
             .send(LinkEvent::Added {
-                index: 1,
-                name: "lo".into(),
+                index,
+                name: name.into(),
             })
             .await
             .unwrap();
@@ -233,14 +238,17 @@ impl Laptop {
 
     /// Looks for the laptop with its own key until `enough` says so; all that happened.
     pub async fn search(&self, wake: bool, enough: impl Fn(&Event) -> bool) -> Vec<Event> {
+        let lo = LinkEvent::Added {
+            index: 1,
+            name: "lo".into(),
+        };
+        self.search_on(lo, wake, enough).await
+    }
+
+    /// The same on another interface.
+    pub async fn search_on(&self, link: LinkEvent, wake: bool, enough: impl Fn(&Event) -> bool) -> Vec<Event> {
         let (links, links_seen) = mpsc::channel(4);
-        links
-            .send(LinkEvent::Added {
-                index: 1,
-                name: "lo".into(),
-            })
-            .await
-            .unwrap();
+        links.send(link).await.unwrap();
         let (tell, mut events) = mpsc::channel(4);
         let (key, udp) = (self.key.clone(), self.udp);
         let searching =
