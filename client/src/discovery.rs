@@ -14,6 +14,7 @@ use stiefel_shared::discovery::{DATAGRAM, GROUP, Heard, LinkEvent, Offer, Pacer,
 use stiefel_shared::key::StickKey;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 /// The index that Linux gives the loopback interface, where a laptop on this very machine is asked.
 const LOOPBACK: u32 = 1;
@@ -118,7 +119,12 @@ pub async fn run(
             },
         };
         for event in happened {
-            if events.send(event).await.is_err() {
+            // An offer is good for seconds only: for a listener who is busy it is dropped, and comes again.
+            let listening = match event {
+                Event::Found(_) => !matches!(events.try_send(event), Err(TrySendError::Closed(_))),
+                Event::Asking { .. } | Event::Waking { .. } => events.send(event).await.is_ok(),
+            };
+            if !listening {
                 return Ok(());
             }
         }

@@ -18,5 +18,5 @@ for name; do
     mkdir -p "corpus-work/$name" "seeds/$name" artifacts
     echo "== $name"
     "target/smoke/$target/release/$name" -max_total_time="$seconds" -rss_limit_mb=512 -timeout=5 -print_final_stats=0 \
-        -verbosity=0 -artifact_prefix="artifacts/$name-" "corpus-work/$name" "seeds/$name"
+        -verbosity=0 -print_funcs=0 -artifact_prefix="artifacts/$name-" "corpus-work/$name" "seeds/$name"
 done
