@@ -315,6 +315,21 @@ fn everything_reflected_is_dropped() {
 }
 
 #[test]
+fn a_message_of_the_other_side_is_dropped_also_if_it_is_sealed_as_ones_own() {
+    let keys = DatagramKeys::new(&key::tests::fixed());
+    for (_, _, message) in messages() {
+        let header = header(message.type_byte());
+        let wrong = match message.side() {
+            Side::Desktop => Side::Laptop,
+            Side::Laptop => Side::Desktop,
+        };
+        let sealed = keys.of(wrong).seal(&header, &*message.body()).unwrap();
+        let datagram = [header.as_slice(), &sealed].concat();
+        assert_eq!((keys.open_desktop(&datagram), keys.open_laptop(&datagram)), (None, None));
+    }
+}
+
+#[test]
 fn an_offer_is_believed_once_in_time_on_its_link_and_for_ones_own_question() {
     let mut met = meet(State::Ready);
     assert_eq!(met.seeker.receive(met.now, laptop(), &met.offered), None, "replayed");
