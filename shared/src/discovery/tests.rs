@@ -325,7 +325,10 @@ fn a_message_of_the_other_side_is_dropped_also_if_it_is_sealed_as_ones_own() {
         };
         let sealed = keys.of(wrong).seal(&header, &*message.body()).unwrap();
         let datagram = [header.as_slice(), &sealed].concat();
-        assert_eq!((keys.open_desktop(&datagram), keys.open_laptop(&datagram)), (None, None));
+        assert_eq!(
+            (keys.open_desktop(&datagram), keys.open_laptop(&datagram)),
+            (None, None)
+        );
     }
 }
 
