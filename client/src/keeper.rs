@@ -37,7 +37,8 @@ const START: Duration = Duration::from_secs(20);
 pub(crate) fn start() -> anyhow::Result<()> {
     let mut child = Command::new(attach::program())
         .arg0(KEEPER_ARG0)
-        .stdin(Stdio::null())
+        // Inherited, for there is no /dev/null yet.
+        .stdin(Stdio::inherit())
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start our own program")?;

@@ -32,7 +32,6 @@ const HINT: Duration = Duration::from_secs(15);
 /// # Errors
 /// Only what makes searching impossible; a boot that fails is said and tried again.
 pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow::Result<()> {
-    let machine = machine_id(Path::new("/sys"))?;
     let (links, followed) = mpsc::channel(64);
     std::thread::Builder::new().name("links".to_owned()).spawn(move || {
         if let Err(error) = wired::follow(true, |event| links.blocking_send(event).is_ok()) {
@@ -54,7 +53,7 @@ pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow
             Ok(Some(event)) => event,
         };
         if let Some(found) = screen.show(event) {
-            match boot(console, handover, machine, &found).await {
+            match boot(console, handover, &found).await {
                 Ok(()) => return Ok(()),
                 Err(error) => console.error(&format!("{error:#}\nsearching again")),
             }
@@ -124,9 +123,9 @@ impl Screen {
 async fn boot(
     console: &'static Console,
     handover: &ClientHandover,
-    machine: MachineId,
     found: &Found,
 ) -> anyhow::Result<()> {
+    let machine = machine_id(Path::new("/sys"))?;
     let memory = |name: &str| memfd_create(name, MemfdFlags::CLOEXEC).map(File::from).context("no memory for the payload");
     let (mut kernel, mut initrd) = (memory("stiefel-kernel")?, memory("stiefel-initrd")?);
     let mut shown = None;
@@ -145,7 +144,8 @@ async fn boot(
             Progress::Connected => console.info(&format!("{} knows us; receiving", found.hostname)),
             Progress::Waiting => console.progress("the laptop is not ready yet"),
             Progress::Part { part, done, total } => {
-                let percent = done.saturating_mul(100) / total.max(1);
+                // In steps of the bar's width: a serial console is slow.
+                let percent = done.saturating_mul(25) / total.max(1) * 4;
                 if shown != Some((part, percent)) {
                     shown = Some((part, percent));
                     console.progress(&format!("{:8} {}", part.name(), bar(percent)));
@@ -200,12 +200,17 @@ fn append_session(initrd: &mut File, manifest: &Manifest, found: &Found) -> anyh
 /// Which desktop this is: from its firmware, so that it stays the same at every boot.
 fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
     let dmi = std::fs::read_to_string(sysfs.join("class/dmi/id/product_uuid")).ok();
-    if let Some(id) = dmi.and_then(|text| text.parse().ok()) {
+    // Firmware that was never told who it is says all zeroes or all ones.
+    let told = |text: &String| {
+        let digits = text.trim().replace('-', "");
+        !["0", "f", "F"].iter().any(|digit| digits == digit.repeat(digits.len()))
+    };
+    if let Some(id) = dmi.filter(told).and_then(|text| text.parse().ok()) {
         return Ok(id);
     }
-    // No DMI (not every firmware has it): the lowest hardware address of a NIC that is no USB adapter is as lasting.
+    // The lowest hardware address of a NIC that is no USB adapter is as lasting.
     let macs = link::list()?.into_iter().filter(Link::is_wired_physical).map(|link| link.permanent_mac.unwrap_or(link.mac));
-    let mac = macs.min().context("this machine has neither a DMI UUID nor a wired NIC")?;
+    let mac = macs.min().context("this machine has neither a UUID in its firmware nor a wired NIC")?;
     let digits: String = mac.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(format!("{digits:0>32}").parse()?)
 }

@@ -154,7 +154,11 @@ fn yes() -> bool {
 impl From<OriginalTrigger> for Trigger {
     fn from(original: OriginalTrigger) -> Self {
         Self {
-            macs: if original.mac_detection { original.macs } else { Vec::new() },
+            macs: if original.mac_detection {
+                original.macs
+            } else {
+                Vec::new()
+            },
             wake: if original.broadcast { Wake::Wired } else { Wake::Off },
             ..Self::default()
         }
@@ -184,9 +188,10 @@ impl Config {
     pub fn parse(yaml: &str) -> Result<Self, ConfigError> {
         let fail = |text: String| ConfigError { text };
         // An empty document, or one of comments only, means the defaults; YAML calls it null.
-        let document: Option<Document> =
-            serde_saphyr::from_str(yaml).map_err(|error| fail(error.to_string()))?;
-        let Some(document) = document else { return Ok(Self::default()) };
+        let document: Option<Document> = serde_saphyr::from_str(yaml).map_err(|error| fail(error.to_string()))?;
+        let Some(document) = document else {
+            return Ok(Self::default());
+        };
         let trigger = match (document.trigger, document.autokexec) {
             (Some(_), Some(_)) => {
                 return Err(fail(
@@ -240,7 +245,9 @@ impl<'de, T: Deserialize<'de> + FromPlain> Deserialize<'de> for Auto<T> {
                 if text == "auto" {
                     return Ok(Auto::Auto);
                 }
-                T::from_plain(text).map(Auto::Given).map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
+                T::from_plain(text)
+                    .map(Auto::Given)
+                    .map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))
             }
             fn visit_seq<A: de::SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
                 T::deserialize(de::value::SeqAccessDeserializer::new(seq)).map(Auto::Given)
@@ -264,7 +271,11 @@ pub trait FromPlain: Sized {
 impl FromPlain for PathBuf {
     const ACCEPTED: &'static str = "an absolute path";
     fn from_plain(text: &str) -> Result<Self, String> {
-        if text.starts_with('/') { Ok(Self::from(text)) } else { Err("not absolute".to_owned()) }
+        if text.starts_with('/') {
+            Ok(Self::from(text))
+        } else {
+            Err("not absolute".to_owned())
+        }
     }
 }
 
@@ -283,7 +294,9 @@ impl<'de, T: FromPlain> Deserialize<'de> for OneOrMany<T> {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         Vec::<String>::deserialize(from)?
             .iter()
-            .map(|text| T::from_plain(text).map_err(|_| de::Error::invalid_value(de::Unexpected::Str(text), &T::ACCEPTED)))
+            .map(|text| {
+                T::from_plain(text).map_err(|_| de::Error::invalid_value(de::Unexpected::Str(text), &T::ACCEPTED))
+            })
             .collect::<Result<_, _>>()
             .map(Self)
     }
@@ -306,7 +319,11 @@ impl FromPlain for Words {
             return Err("control characters".to_owned());
         }
         // A quoted word may hold spaces (as the kernel reads it), so the text stays whole.
-        Ok(Self(if text.trim().is_empty() { Vec::new() } else { vec![text.trim().to_owned()] }))
+        Ok(Self(if text.trim().is_empty() {
+            Vec::new()
+        } else {
+            vec![text.trim().to_owned()]
+        }))
     }
 }
 
@@ -370,7 +387,11 @@ impl FromPlain for Mac {
             let part = parts.next().filter(|part| part.len() == 2).ok_or("six parts")?;
             *byte = u8::from_str_radix(part, 16).map_err(|error| error.to_string())?;
         }
-        if parts.next().is_some() { Err("six parts".to_owned()) } else { Ok(Self(bytes)) }
+        if parts.next().is_some() {
+            Err("six parts".to_owned())
+        } else {
+            Ok(Self(bytes))
+        }
     }
 }
 plain!(Mac);
@@ -412,7 +433,11 @@ impl FromPlain for UsbId {
         if serial.as_deref() == Some("") {
             return Err("empty serial".to_owned());
         }
-        Ok(Self { vendor, product, serial })
+        Ok(Self {
+            vendor,
+            product,
+            serial,
+        })
     }
 }
 plain!(UsbId);
@@ -456,7 +481,11 @@ impl FromPlain for Percent {
     const ACCEPTED: &'static str = "per cent, such as 10%";
     fn from_plain(text: &str) -> Result<Self, String> {
         let number: u8 = text.trim_end_matches('%').parse().map_err(|_| "digits")?;
-        if number <= 100 { Ok(Self(number)) } else { Err("over 100".to_owned()) }
+        if number <= 100 {
+            Ok(Self(number))
+        } else {
+            Err("over 100".to_owned())
+        }
     }
 }
 plain!(Percent);
@@ -481,10 +510,16 @@ mod tests {
         let mut lines: Vec<String> = Vec::new();
         for line in EXAMPLE.lines() {
             let (indent, rest) = line.split_at(line.len() - line.trim_start().len());
-            match rest.strip_prefix('#').filter(|rest| !rest.is_empty() && !rest.starts_with(' ')) {
+            match rest
+                .strip_prefix('#')
+                .filter(|rest| !rest.is_empty() && !rest.starts_with(' '))
+            {
                 Some(example) => {
                     let key = format!("{indent}{}:", example.split(':').next().unwrap());
-                    let default = lines.iter().rposition(|line| line.starts_with(&key)).expect("an example without default");
+                    let default = lines
+                        .iter()
+                        .rposition(|line| line.starts_with(&key))
+                        .expect("an example without default");
                     lines[default] = format!("{indent}{example}");
                 }
                 None => lines.push(line.to_owned()),
@@ -518,7 +553,10 @@ mod tests {
     #[test]
     fn an_unknown_key_is_named_with_its_line_and_what_is_accepted() {
         let text = error("boot:\n  disk: auto\n  dsik: /dev/sda\n");
-        assert!(text.contains("dsik") && text.contains("line 3") && text.contains("load"), "{text}");
+        assert!(
+            text.contains("dsik") && text.contains("line 3") && text.contains("load"),
+            "{text}"
+        );
     }
 
     #[test]

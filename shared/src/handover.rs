@@ -21,6 +21,17 @@ pub const PROGRAM_PATH: &str = "stiefel/stiefel";
 /// The largest handover or session document that is read, in bytes.
 pub const MAX_DOCUMENT: u64 = 256 * 1024;
 
+/// The command line of the ramdisk's kernel: only warnings of the kernel on the screen, which is ours to fill; after a
+/// panic a reboot, so that the laptop comes home; then what the configuration adds.
+#[must_use]
+pub fn ramdisk_cmdline(extra: &str) -> String {
+    let words: Vec<&str> = ["loglevel=4", "panic=30"]
+        .into_iter()
+        .chain(extra.split_whitespace())
+        .collect();
+    words.join(" ")
+}
+
 /// What a booted ramdisk is to be, and with what.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "role", rename_all = "kebab-case", deny_unknown_fields)]
@@ -155,6 +166,22 @@ pub struct DiskIdentity {
     pub size: u64,
 }
 
+impl std::fmt::Display for DiskIdentity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes", self.size)?;
+        let parts = [
+            ("model", &self.model),
+            ("serial", &self.serial),
+            ("WWID", &self.wwid),
+            ("GPT GUID", &self.gpt_guid),
+        ];
+        parts.iter().try_for_each(|(name, value)| match value {
+            Some(value) => write!(f, ", {name} {value}"),
+            None => Ok(()),
+        })
+    }
+}
+
 /// Why a handover could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum HandoverError {
@@ -190,7 +217,9 @@ impl Handover {
     /// # Errors
     /// [`HandoverError::Malformed`] if it cannot be written as JSON.
     pub fn to_json(&self) -> Result<SecretBytes, HandoverError> {
-        serde_json::to_vec(self).map(SecretBytes).map_err(HandoverError::Malformed)
+        serde_json::to_vec(self)
+            .map(SecretBytes)
+            .map_err(HandoverError::Malformed)
     }
 
     /// The document as an uncompressed cpio that can be appended to an initrd; secret. It starts with the document;

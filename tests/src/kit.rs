@@ -86,9 +86,9 @@ impl Kit {
         self.dir.path().join("ramdisk")
     }
 
-    /// A path for something the caller makes.
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+    /// Where everything lies; the caller may put more there.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// The file of a key.

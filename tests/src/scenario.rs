@@ -136,20 +136,25 @@ pub fn desktop(stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm
 /// # Errors
 /// When a step does not come.
 pub fn desktop_boots(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
+    let found = desktop.serial().expect_any(&[re(r"stiefel: asking on ")], patience::STICK)?;
+    milestones.reached("desktop, since power-on: first discovery sent", found.at);
+    desktop_boots_after_asking(desktop, milestones)
+}
+
+/// As [`desktop_boots`], for a desktop that is asking already.
+///
+/// # Errors
+/// As there.
+pub fn desktop_boots_after_asking(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
     for (what, marker, patience) in [
         (
-            "stick: first discovery sent",
-            re(r"stiefel: asking on "),
-            patience::STICK,
-        ),
-        (
-            "bundle received",
+            "desktop: bundle received",
             re(r"stiefel: received "),
             patience::SERVING + patience::BUNDLE,
         ),
-        ("kexec", re(r"stiefel: starting "), patience::BUNDLE),
-        ("disk attached", re(r"is attached as /dev/nbd0"), patience::ATTACH),
-        ("login prompt", re(r"laptop login:"), patience::LOGIN),
+        ("desktop: kexec", re(r"stiefel: starting "), patience::BUNDLE),
+        ("desktop: disk attached", re(r"is attached as /dev/nbd0"), patience::ATTACH),
+        ("desktop: login prompt", re(r"laptop login:"), patience::LOGIN),
     ] {
         let found = desktop.serial().expect_any(&[marker], patience)?;
         milestones.reached(what, found.at);
@@ -157,10 +162,9 @@ pub fn desktop_boots(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Fa
     Ok(())
 }
 
-/// The laptop's disk and the stick, made from a kit.
+/// The laptop's disk and the stick, made from a kit; their files go with this value.
 pub struct Machines {
-    /// What they are made from.
-    pub kit: Kit,
+    _dir: tempfile::TempDir,
     /// The laptop's disk.
     pub disk: LaptopDisk,
     /// The stick's image.
@@ -174,10 +178,11 @@ impl Machines {
     ///
     /// # Errors
     /// When something cannot be made.
-    pub fn prepare(kit: Kit, wire: Wire) -> Result<Self, Failure> {
-        let disk = kit.laptop_disk(&kit.path("laptop.img"), &kit.config(""), Vec::new())?;
-        let stick = kit.path("stick.img");
+    pub fn prepare(kit: &Kit, wire: Wire) -> Result<Self, Failure> {
+        let dir = tempfile::tempdir_in(kit.dir())?;
+        let disk = kit.laptop_disk(&dir.path().join("laptop.img"), &kit.config(""), Vec::new())?;
+        let stick = dir.path().join("stick.img");
         kit.stick(&stick, "stick")?;
-        Ok(Self { kit, disk, stick, wire })
+        Ok(Self { _dir: dir, disk, stick, wire })
     }
 }

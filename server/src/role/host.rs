@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -85,6 +86,8 @@ struct Inner {
     /// Held across a whole change, so that changes happen one after the other.
     seat: Mutex<Seat>,
     parted: mpsc::UnboundedSender<Goodbye>,
+    /// The per cent on the screen.
+    shown: AtomicU64,
 }
 
 impl Host {
@@ -96,7 +99,7 @@ impl Host {
         server: nbd::Server,
         parted: mpsc::UnboundedSender<Goodbye>,
     ) -> Self {
-        Self(Arc::new(Inner { console, handover, disk, door, server, seat: Mutex::default(), parted }))
+        Self(Arc::new(Inner { console, handover, disk, door, server, seat: Mutex::default(), parted, shown: AtomicU64::default() }))
     }
 
     /// Runs a change on a thread for blocking work. It goes on to its end also when the desktop that asked goes away.
@@ -119,8 +122,10 @@ impl SessionHost for Host {
     }
 
     fn progress(&self, _session: SessionName, done: u64, total: u64) {
-        let percent = done.saturating_mul(100) / total.max(1);
-        self.0.console.progress(&format!("the desktop receives: {percent:>3} %"));
+        let percent = done.saturating_mul(25) / total.max(1) * 4;
+        if self.0.shown.swap(percent, Ordering::Relaxed) != percent {
+            self.0.console.progress(&format!("the desktop receives: {percent:>3} %"));
+        }
     }
 
     fn fetched(&self, session: SessionName, outcome: Result<(), FeedError>) {

@@ -81,7 +81,8 @@ fn prepare(debug: Option<&Path>) -> Result<Kit, Failure> {
 }
 
 fn demo() -> Result<(), Failure> {
-    let machines = Machines::prepare(prepare(None)?, Wire::direct()?)?;
+    let kit = prepare(None)?;
+    let machines = Machines::prepare(&kit, Wire::direct()?)?;
     eprintln!("the laptop starts its own Debian");
     let laptop = scenario::laptop_at_home(&machines.disk, None, true)?;
     let mut milestones = Milestones::new(true);
@@ -121,7 +122,7 @@ fn cable(dir: &Path, this: &str, other: &str) -> Netdev {
 fn server(args: &TestQemuArgs) -> Result<(), Failure> {
     let kit = prepare(None)?;
     let place = meeting_place()?;
-    let disk = kit.laptop_disk(&kit.path("laptop.img"), &kit.config(""), extra_files(&args.extra_files)?)?;
+    let disk = kit.laptop_disk(&kit.dir().join("laptop.img"), &kit.config(""), extra_files(&args.extra_files)?)?;
     // The client's process writes its stick with this key.
     std::fs::copy(kit.key("stick"), place.join("stick.key"))?;
     let laptop = extras(args, VmBuilder::new("laptop").boot(laptop_boot(args, &disk)).disk(disk.drive()))?.start()?;
@@ -154,7 +155,7 @@ fn client(args: &TestQemuArgs) -> Result<(), Failure> {
     }
     let kit = prepare(None)?;
     std::fs::copy(&key, kit.key("stick"))?;
-    let stick = kit.path("stick.img");
+    let stick = kit.dir().join("stick.img");
     kit.stick(&stick, "stick")?;
     let end = netdev(args, || cable(&place, "desktop", "laptop"));
     let builder = VmBuilder::new("desktop")

@@ -1,0 +1,90 @@
+//! The main job with a real Debian: triggered by the plug, or by the stick's wake.
+
+use std::time::Duration;
+
+use stiefel_tests::disk::PASSWORD;
+use stiefel_tests::scenario::{self, Failure, Machines, Milestones, patience};
+use stiefel_tests::{Vm, Wire};
+
+use crate::Bench;
+
+/// Writes a file with random content on the desktop's root, and returns its checksum.
+const WRITE: &str = "head -c 8000000 /dev/urandom > /root/written-on-the-desktop && sha256sum < /root/written-on-the-desktop";
+const READ: &str = "sha256sum < /root/written-on-the-desktop";
+
+fn machines(bench: &Bench) -> Result<Machines, Failure> {
+    Ok(Machines::prepare(&bench.kit, Wire::direct()?)?)
+}
+
+/// The cable is plugged into the running laptop; the desktop boots, writes, is powered off; the laptop comes home by
+/// itself and finds what was written; its file system is clean. Prints how long what took.
+pub(crate) fn plug(bench: &Bench) -> Result<(), Failure> {
+    let machines = machines(bench)?;
+    let mut milestones = Milestones::new(false);
+    let laptop = scenario::laptop_at_home(&machines.disk, None, false)?;
+    milestones.reached("the same disk booted locally: login prompt", laptop.uptime());
+    milestones.reached("laptop: from the plug to serving its disk", scenario::plug_and_serve(&laptop, &machines.wire.a())?);
+    let desktop = scenario::desktop(&machines.stick, &machines.wire.b(), false)?;
+    scenario::desktop_boots(&desktop, &mut milestones)?;
+    print!("{}", milestones.table());
+
+    let written = use_desktop(&desktop)?;
+    desktop.power_off(patience::SHUTDOWN)?;
+    drop(desktop);
+    laptop.serial().expect("the disk is flushed and closed", patience::SHUTDOWN)?;
+    laptop.serial().expect("going back to the laptop's own system", patience::SHUTDOWN)?;
+    laptop.wait_reboot(patience::SHUTDOWN)?;
+    laptop.unplug_usb_nic("cable")?;
+    laptop.login("root", PASSWORD, patience::LOGIN)?;
+    let read = laptop.run_ok(READ)?;
+    if read != written {
+        return Err(format!("the laptop reads {read:?}, the desktop wrote {written:?}").into());
+    }
+    laptop.power_off(patience::SHUTDOWN)?;
+    Ok(machines.disk.fsck_clean()?)
+}
+
+/// Works on the desktop as its user would: root is the laptop's disk; the checksum of what was written.
+fn use_desktop(desktop: &Vm) -> Result<String, Failure> {
+    desktop.login("root", PASSWORD, Duration::from_secs(30))?;
+    let root = desktop.run_ok("findmnt --noheadings --output SOURCE /")?;
+    if !root.contains("/dev/nbd0") {
+        return Err(format!("the desktop's root is {root:?}, not the laptop's disk").into());
+    }
+    for (command, why) in [
+        ("test -x /run/initramfs/shutdown", "the shutdown program is not in place"),
+        ("test -f /run/NetworkManager/conf.d/90-stiefel.conf", "the guards are not in place"),
+        ("test -e /dev/disk/by-id/virtio-stiefel-laptop", "the disk has not the by-id link it has on the laptop"),
+        ("! test -e /stiefel", "our folder is in the installed system"),
+        ("! systemctl is-active --quiet stiefel-autokexec.service", "the laptop's service runs on the desktop"),
+    ] {
+        if desktop.run(command)?.status != 0 {
+            return Err(why.into());
+        }
+    }
+    Ok(desktop.run_ok_within(WRITE, Duration::from_secs(60))?)
+}
+
+/// Nothing is plugged: the laptop's NIC is there from the start, the desktop's stick wakes it. What the
+/// desktop wrote is on the disk before the laptop's system has touched it again.
+pub(crate) fn wake(bench: &Bench) -> Result<(), Failure> {
+    let machines = machines(bench)?;
+    let laptop = scenario::laptop_at_home(&machines.disk, Some(&machines.wire.a()), false)?;
+    let mut milestones = Milestones::new(false);
+    let desktop = scenario::desktop(&machines.stick, &machines.wire.b(), false)?;
+    desktop.serial().expect("its own system runs; waking it", patience::STICK)?;
+    scenario::wait_until_serving(&laptop)?;
+    scenario::desktop_boots_after_asking(&desktop, &mut milestones)?;
+    print!("{}", milestones.table());
+    desktop.login("root", PASSWORD, Duration::from_secs(30))?;
+    desktop.run_ok("echo kept > /root/written-on-the-desktop")?;
+    desktop.power_off(patience::SHUTDOWN)?;
+    laptop.wait_reboot(patience::SHUTDOWN)?;
+    drop(laptop);
+    machines.disk.fsck_clean()?;
+    let kept = machines.disk.read_file("/root/written-on-the-desktop")?;
+    if kept != b"kept\n" {
+        return Err("what was written on the desktop is not on the laptop's disk".into());
+    }
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! Machines with nothing but the ramdisk, for faults that need no installed system: up in seconds.
+
+use std::path::Path;
+
+use stiefel_shared::cpio;
+use stiefel_shared::handover::{
+    After, ClientHandover, DiskIdentity, Handover, Part, PartSize, Payload, ServerHandover, ramdisk_cmdline,
+};
+use stiefel_shared::key::StickKey;
+use stiefel_tests::kit::CONSOLE;
+use stiefel_tests::scenario::Failure;
+use stiefel_tests::{Content, Drive, Netdev, NicModel, VmBuilder, tiny::tiny};
+
+use crate::Bench;
+
+/// Hardware addresses of the two machines.
+const LAPTOP_MAC: &str = "52:54:00:57:1e:11";
+const DESKTOP_MAC: &str = "52:54:00:57:1e:12";
+/// The serial number of the disk, and its size in bytes.
+const SERIAL: &str = "tiny-disk";
+const DISK_SIZE: u64 = 64 << 20;
+/// Random bytes that stand for an initrd: enough for something to happen in the middle.
+const INITRD_SIZE: usize = 24 << 20;
+
+/// A key of the kit.
+pub(crate) fn key(bench: &Bench, name: &str) -> Result<StickKey, Failure> {
+    let path = bench.kit.key(name);
+    if !path.exists() {
+        bench.kit.new_key(name)?;
+    }
+    Ok(StickKey::parse(name, &std::fs::read(path)?)?)
+}
+
+/// The laptop's ramdisk, with a disk with the serial number `serial` instead of the one it looks for.
+pub(crate) fn server_with_disk(bench: &Bench, key: &StickKey, cable: &Netdev, dir: &Path, serial: &str) -> Result<VmBuilder, Failure> {
+    let disk = dir.join("disk.img");
+    std::fs::File::create(&disk)?.set_len(DISK_SIZE)?;
+    let parts = [
+        (Part::Kernel, std::fs::read(&bench.kit.installed().kernel)?),
+        (Part::Initrd, noise(INITRD_SIZE)),
+    ];
+    let handover = Handover::Server(Box::new(ServerHandover {
+        keys: vec![key.clone()],
+        hostname: "tiny".to_owned(),
+        disk: DiskIdentity { serial: Some(SERIAL.to_owned()), size: DISK_SIZE, ..DiskIdentity::default() },
+        payload: Payload {
+            version: bench.kit.installed().version.clone(),
+            cmdline: CONSOLE.join(" "),
+            parts: parts.iter().map(|(part, bytes)| PartSize { part: *part, size: bytes.len() as u64 }).collect(),
+        },
+        after: After::Return,
+    }));
+    let mut archive = cpio::Writer::new(handover.to_cpio()?.0.clone());
+    archive.dir("stiefel/payload", 0o700)?;
+    for (part, bytes) in &parts {
+        archive.file(part.path(), 0o600, bytes)?;
+    }
+    Ok(machine(bench, "laptop", &archive.finish()?)
+        .disk(Drive { path: disk, serial: serial.to_owned(), snapshot: false })
+        .nic("cable", NicModel::VirtioPlain, cable, LAPTOP_MAC))
+}
+
+/// The laptop's ramdisk.
+pub(crate) fn server(bench: &Bench, key: &StickKey, cable: &Netdev, dir: &Path) -> Result<VmBuilder, Failure> {
+    server_with_disk(bench, key, cable, dir, SERIAL)
+}
+
+/// The desktop's ramdisk.
+pub(crate) fn client(bench: &Bench, key: &StickKey, cable: &Netdev) -> Result<VmBuilder, Failure> {
+    let handover = Handover::Client(ClientHandover { key: key.clone() }).to_cpio()?;
+    Ok(machine(bench, "desktop", &handover.0).nic("cable", NicModel::VirtioPlain, cable, DESKTOP_MAC))
+}
+
+fn machine(bench: &Bench, name: &str, handover: &[u8]) -> VmBuilder {
+    let ramdisk = bench.kit.ramdisk();
+    let cmdline = ramdisk_cmdline(&CONSOLE.join(" "));
+    let words: Vec<&str> = cmdline.split(' ').collect();
+    tiny(name, &ramdisk.join("kernel"), &Content::File(ramdisk.join("ramdisk.cpio.zst")), handover, &words)
+}
+
+/// Bytes that do not compress and are the same in every run (xorshift64).
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
