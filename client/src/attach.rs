@@ -3,7 +3,7 @@
 //!
 //! Started by the kernel as `rdinit=/stiefel/stiefel`. It loads drivers until the NIC is there that the stick found the
 //! laptop through, connects /dev/nbd0 through generic netlink (so that the kernel owns the socket and no process is
-//! needed for it), starts the [keeper](crate::keeper), leaves nothing mounted, and execs `/init` with its own arguments.
+//! needed for it), starts the [keeper](mod@crate::keeper), leaves nothing mounted, and execs `/init` with its own arguments.
 
 use std::ffi::OsString;
 use std::net::{SocketAddr, SocketAddrV6};
@@ -52,7 +52,10 @@ pub fn run() -> ! {
     let error = match attached {
         Ok(()) => {
             unmount_private(&console);
-            let error = Command::new("/init").arg0("/init").args(std::env::args_os().skip(1)).exec();
+            let error = Command::new("/init")
+                .arg0("/init")
+                .args(std::env::args_os().skip(1))
+                .exec();
             anyhow::Error::new(error).context("cannot start the payload's own /init; is this an initrd?")
         }
         Err(error) => error,
@@ -110,7 +113,10 @@ fn attach(console: &Console) -> anyhow::Result<()> {
     keeper::start().context("cannot start the keeper of the link")?;
     // The keeper has its own, locked copy; nothing else may find the session's secret.
     std::fs::remove_file(Path::new("/").join(SESSION_PATH)).context("cannot remove the session file")?;
-    console.info(&format!("the disk of {} is attached as /dev/nbd{NBD_INDEX}; starting its system", session.hostname));
+    console.info(&format!(
+        "the disk of {} is attached as /dev/nbd{NBD_INDEX}; starting its system",
+        session.hostname
+    ));
     Ok(())
 }
 
@@ -121,7 +127,9 @@ pub(crate) fn read_session() -> anyhow::Result<AttachSession> {
 
 /// Reads a session file.
 pub(crate) fn session_at(path: &Path) -> anyhow::Result<AttachSession> {
-    let size = std::fs::metadata(path).with_context(|| format!("no session in {}", path.display()))?.len();
+    let size = std::fs::metadata(path)
+        .with_context(|| format!("no session in {}", path.display()))?
+        .len();
     if size > MAX_DOCUMENT {
         bail!("the session file is {size} bytes long; at most {MAX_DOCUMENT} are read");
     }
@@ -143,7 +151,10 @@ fn find_link(console: &Console, session: &AttachSession) -> anyhow::Result<Link>
     // What the drivers ask for lies with us: the initrd's own /lib is the distribution's.
     let firmware = home("sys").join("module/firmware_class/parameters/path");
     if let Err(error) = std::fs::write(&firmware, home("firmware").as_os_str().as_encoded_bytes()) {
-        console.warn(&format!("NICs may lack their firmware: {}: {error}", firmware.display()));
+        console.warn(&format!(
+            "NICs may lack their firmware: {}: {error}",
+            firmware.display()
+        ));
     }
     let mut monitor = Monitor::open()?;
     let mut loader = Loader::open(&modules, &NEVER)?;
@@ -153,7 +164,9 @@ fn find_link(console: &Console, session: &AttachSession) -> anyhow::Result<Link>
             loader.load(name)?;
         }
     }
-    loader.load("nbd").context("the payload's kernel cannot attach the disk")?;
+    loader
+        .load("nbd")
+        .context("the payload's kernel cannot attach the disk")?;
     coldplug(console, &mut loader);
     let found = loop {
         if let Some(link) = link::list()?.into_iter().find(|link| is_sessions(link, session)) {
@@ -161,7 +174,9 @@ fn find_link(console: &Console, session: &AttachSession) -> anyhow::Result<Link>
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            bail!("the NIC that leads to the laptop is not there; is it plugged in, and does the laptop's kernel drive it?");
+            bail!(
+                "the NIC that leads to the laptop is not there; is it plugged in, and does the laptop's kernel drive it?"
+            );
         }
         // A new device may need a driver; a new NIC is a uevent, too.
         match monitor.next(Some(left)) {
@@ -259,8 +274,18 @@ fn give_up(console: &Console, error: &anyhow::Error) -> ! {
 /// written. (Whether swap is used is the laptop's configuration, so it is in the payload's words already.)
 #[must_use]
 pub fn command_line(payload: &str) -> String {
-    let mut words = vec![payload.to_owned(), format!("rdinit=/{PROGRAM_PATH}"), "noresume".to_owned()];
-    for target in ["sleep", "suspend", "hibernate", "hybrid-sleep", "suspend-then-hibernate"] {
+    let mut words = vec![
+        payload.to_owned(),
+        format!("rdinit=/{PROGRAM_PATH}"),
+        "noresume".to_owned(),
+    ];
+    for target in [
+        "sleep",
+        "suspend",
+        "hibernate",
+        "hybrid-sleep",
+        "suspend-then-hibernate",
+    ] {
         words.push(format!("systemd.mask={target}.target"));
     }
     words.join(" ")
@@ -281,7 +306,10 @@ mod tests {
     #[test]
     fn the_payloads_words_stay_first_and_sleep_is_masked() {
         let line = command_line("root=UUID=1 ro quiet");
-        assert!(line.starts_with("root=UUID=1 ro quiet rdinit=/stiefel/stiefel noresume "), "{line}");
+        assert!(
+            line.starts_with("root=UUID=1 ro quiet rdinit=/stiefel/stiefel noresume "),
+            "{line}"
+        );
         assert!(line.contains("systemd.mask=hibernate.target"), "{line}");
     }
 }

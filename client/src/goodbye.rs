@@ -39,8 +39,16 @@ pub fn run() -> ! {
     };
     report(&console, "unmount the old root", steps);
     report(&console, "flush the disk", bounded(UNMOUNT, flush));
-    report(&console, "let go of the disk", bounded(STEP, || Ok(stiefel_sys::nbd::disconnect(NBD_INDEX)?)));
-    report(&console, "say goodbye to the laptop", bounded(STEP, move || say_goodbye(way)));
+    report(
+        &console,
+        "let go of the disk",
+        bounded(STEP, || Ok(stiefel_sys::nbd::disconnect(NBD_INDEX)?)),
+    );
+    report(
+        &console,
+        "say goodbye to the laptop",
+        bounded(STEP, move || say_goodbye(way)),
+    );
     loop {
         let Err(error) = power::now(power);
         console.error(&format!("{error}; switch the machine off by hand"));
@@ -66,7 +74,9 @@ fn bounded(limit: Duration, step: impl FnOnce() -> anyhow::Result<()> + Send + '
         // Nobody listens any more once the time is over.
         let _ = done.send(step());
     })?;
-    result.recv_timeout(limit).with_context(|| format!("not done after {} s; going on without", limit.as_secs()))?
+    result
+        .recv_timeout(limit)
+        .with_context(|| format!("not done after {} s; going on without", limit.as_secs()))?
 }
 
 fn report(console: &Console, what: &str, result: anyhow::Result<()>) {

@@ -48,13 +48,22 @@ pub(crate) fn write(run: &Path, session: &AttachSession) -> Vec<GuardError> {
             "systemd/network/00-stiefel.link",
             format!("# Written by stiefel.\n[Match]\nMACAddress={mac}\n[Link]\nNamePolicy=\nName={LINK_NAME}\n"),
         ),
-        ("udev/rules.d/61-stiefel.rules", by_id_rules(disk.model.as_deref(), disk.serial.as_deref(), disk.wwid.as_deref())),
+        (
+            "udev/rules.d/61-stiefel.rules",
+            by_id_rules(disk.model.as_deref(), disk.serial.as_deref(), disk.wwid.as_deref()),
+        ),
     ];
-    files.into_iter().filter_map(|(name, text)| write_file(&run.join(name), &text).err()).collect()
+    files
+        .into_iter()
+        .filter_map(|(name, text)| write_file(&run.join(name), &text).err())
+        .collect()
 }
 
 fn write_file(path: &Path, text: &str) -> Result<(), GuardError> {
-    let failed = |source| GuardError { path: path.to_owned(), source };
+    let failed = |source| GuardError {
+        path: path.to_owned(),
+        source,
+    };
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(failed)?;
     }
@@ -65,7 +74,15 @@ fn write_file(path: &Path, text: &str) -> Result<(), GuardError> {
 fn by_id_rules(model: Option<&str>, serial: Option<&str>, wwid: Option<&str>) -> String {
     let mut rules = String::from("# Written by stiefel: the identity of the laptop's disk.\n");
     let clean = |text: &str| -> String {
-        text.chars().map(|c| if c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c) { c } else { '_' }).collect()
+        text.chars()
+            .map(|c| {
+                if c.is_ascii_alphanumeric() || "#+-.:=@_".contains(c) {
+                    c
+                } else {
+                    '_'
+                }
+            })
+            .collect()
     };
     let mut names = Vec::new();
     if let (Some(model), Some(serial)) = (model, serial) {
@@ -78,7 +95,10 @@ fn by_id_rules(model: Option<&str>, serial: Option<&str>, wwid: Option<&str>) ->
         names.push(format!("virtio-{}", clean(serial)));
     }
     if let Some(wwid) = wwid {
-        names.push(format!("wwn-0x{}", clean(wwid.trim_start_matches("naa.").trim_start_matches("0x"))));
+        names.push(format!(
+            "wwn-0x{}",
+            clean(wwid.trim_start_matches("naa.").trim_start_matches("0x"))
+        ));
         names.push(format!("nvme-{}", clean(wwid)));
     }
     for name in names {
@@ -96,7 +116,13 @@ fn by_id_rules(model: Option<&str>, serial: Option<&str>, wwid: Option<&str>) ->
 pub(crate) fn put_shutdown_program(run: &Path, program: &File, session: &SecretBytes) -> anyhow::Result<()> {
     let dir = run.join("initramfs");
     mount::make_dir_all(&dir, 0o755)?;
-    mount::mount("stiefel", &dir, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some("mode=0755,size=64M"))?;
+    mount::mount(
+        "stiefel",
+        &dir,
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        Some("mode=0755,size=64M"),
+    )?;
     let create = |name: &str, mode: u32| {
         File::options()
             .write(true)
@@ -134,7 +160,10 @@ mod tests {
                     ..DiskIdentity::default()
                 },
                 logical_block_size: 512,
-                transport: Transport::Nbd { port: 1, export: "secret-export".to_owned() },
+                transport: Transport::Nbd {
+                    port: 1,
+                    export: "secret-export".to_owned(),
+                },
             },
             control: ControlKey([0x5a; 32]),
             session: "name".to_owned(),

@@ -49,7 +49,9 @@ pub(crate) fn start() -> anyhow::Result<()> {
     if poll(&mut fds, Some(&deadline))? == 0 {
         bail!("the keeper is not ready after {} s", START.as_secs());
     }
-    ready.read_exact(&mut byte).context("the keeper ended; the kernel log says why")?;
+    ready
+        .read_exact(&mut byte)
+        .context("the keeper ended; the kernel log says why")?;
     if byte != [READY] {
         bail!("the keeper answered nonsense");
     }
@@ -93,7 +95,10 @@ fn keep(console: &Console) -> anyhow::Result<()> {
     // A terminal's hang-up or a stray signal must not end it; only SIGKILL does.
     process::ignore_signals(&[libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGPIPE])?;
     let mut stdout = std::io::stdout();
-    stdout.write_all(&[READY]).and_then(|()| stdout.flush()).context("nobody waits for the keeper")?;
+    stdout
+        .write_all(&[READY])
+        .and_then(|()| stdout.flush())
+        .context("nobody waits for the keeper")?;
     keeper.watch_mounts_and_link(console)
 }
 
@@ -103,8 +108,10 @@ impl Keeper {
         loop {
             {
                 let mounts = if guarded { PollFlags::empty() } else { PollFlags::PRI };
-                let mut fds =
-                    [PollFd::new(&self.watch, PollFlags::IN), PollFd::new(&self.mounts, mounts)];
+                let mut fds = [
+                    PollFd::new(&self.watch, PollFlags::IN),
+                    PollFd::new(&self.mounts, mounts),
+                ];
                 // With no events asked for, mountinfo still reports errors: leave it out once it is not needed.
                 let count = if guarded { 1 } else { 2 };
                 match poll(&mut fds[..count], None) {
@@ -129,8 +136,14 @@ impl Keeper {
         use std::io::Seek;
         self.mounts.rewind()?;
         let mut text = Vec::new();
-        (&self.mounts).take(1 << 20).read_to_end(&mut text).context("cannot read the table of mounts")?;
-        if !mount::mountinfo(&text).iter().any(|entry| entry.mount_point == Path::new("/run")) {
+        (&self.mounts)
+            .take(1 << 20)
+            .read_to_end(&mut text)
+            .context("cannot read the table of mounts")?;
+        if !mount::mountinfo(&text)
+            .iter()
+            .any(|entry| entry.mount_point == Path::new("/run"))
+        {
             return Ok(false);
         }
         for error in guards::write(Path::new("/run"), &self.session) {
@@ -150,7 +163,10 @@ impl Keeper {
         while lost.elapsed() < DEAD_CONNECTION {
             match self.reconnect_once() {
                 Ok(()) => {
-                    console.warn(&format!("the link to the laptop is back after {} s", lost.elapsed().as_secs()));
+                    console.warn(&format!(
+                        "the link to the laptop is back after {} s",
+                        lost.elapsed().as_secs()
+                    ));
                     return;
                 }
                 Err(error) => {

@@ -8,8 +8,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use stiefel_shared::nbd::{
-    GREETING_LEN, GoAnswer, INFO_BLOCK_SIZE, InfoRequest, OPT_GO, OPTION_REPLY_HEADER_LEN, OptionReplyHeader, WireError,
-    encode_client_flags, encode_option, parse_greeting,
+    GREETING_LEN, GoAnswer, INFO_BLOCK_SIZE, InfoRequest, OPT_GO, OPTION_REPLY_HEADER_LEN, OptionReplyHeader,
+    WireError, encode_client_flags, encode_option, parse_greeting,
 };
 
 /// How long one connection attempt, or one answer of the negotiation, may take.
@@ -21,7 +21,9 @@ const MAX_REPLIES: usize = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum NbdError {
     /// No TCP connection.
-    #[error("cannot connect to the laptop's disk at {at}; is the cable in, and does the laptop's screen say that it serves?")]
+    #[error(
+        "cannot connect to the laptop's disk at {at}; is the cable in, and does the laptop's screen say that it serves?"
+    )]
     Connect {
         /// Where.
         at: SocketAddr,
@@ -96,7 +98,10 @@ fn negotiate(mut stream: impl Read + Write, export: &str) -> Result<GoAnswer, Fa
     let mut greeting = [0; GREETING_LEN];
     stream.read_exact(&mut greeting)?;
     let flags = parse_greeting(&greeting)?;
-    let request = InfoRequest { name: export.to_owned(), wanted: vec![INFO_BLOCK_SIZE] };
+    let request = InfoRequest {
+        name: export.to_owned(),
+        wanted: vec![INFO_BLOCK_SIZE],
+    };
     let option = encode_option(OPT_GO, &request.encode()?)?;
     stream.write_all(&[&encode_client_flags(flags)[..], &option].concat())?;
     let mut answer = GoAnswer::default();

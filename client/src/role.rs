@@ -41,8 +41,15 @@ pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow
     let (tell, mut events) = mpsc::channel(64);
     let key = handover.key.clone();
     let search = tokio::spawn(async move { discovery::run(&key, PORT, true, followed, tell).await });
-    console.info(&format!("looking for the laptop that knows the key \"{}\"", handover.key.name));
-    let mut screen = Screen { console, interfaces: Vec::new(), last: None };
+    console.info(&format!(
+        "looking for the laptop that knows the key \"{}\"",
+        handover.key.name
+    ));
+    let mut screen = Screen {
+        console,
+        interfaces: Vec::new(),
+        last: None,
+    };
     loop {
         let event = match tokio::time::timeout(HINT, events.recv()).await {
             Err(_) => {
@@ -94,13 +101,15 @@ impl Screen {
                         State::Waking => "it is on its way",
                         State::Ready => "it is ready",
                     };
-                    self.console.info(&format!("found {} on {}: {doing}", found.hostname, found.interface));
+                    self.console
+                        .info(&format!("found {} on {}: {doing}", found.hostname, found.interface));
                     self.last = news;
                 }
                 (found.state == State::Ready).then_some(found)
             }
             Event::Waking { interface, .. } => {
-                self.console.info(&format!("the laptop on {interface} heard us and is coming"));
+                self.console
+                    .info(&format!("the laptop on {interface} heard us and is coming"));
                 None
             }
         }
@@ -109,7 +118,8 @@ impl Screen {
     /// Nobody has answered for a while.
     fn hint(&self) {
         if self.interfaces.is_empty() {
-            self.console.warn("no network adapter with a cable that carries a signal; plug the cable in at both ends");
+            self.console
+                .warn("no network adapter with a cable that carries a signal; plug the cable in at both ends");
         } else {
             self.console.warn(&format!(
                 "no laptop that knows this stick's key answers on {}; is stiefel running there, and was the key not revoked?",
@@ -120,13 +130,13 @@ impl Screen {
 }
 
 /// Fetches and loads.
-async fn boot(
-    console: &'static Console,
-    handover: &ClientHandover,
-    found: &Found,
-) -> anyhow::Result<()> {
+async fn boot(console: &'static Console, handover: &ClientHandover, found: &Found) -> anyhow::Result<()> {
     let machine = machine_id(Path::new("/sys"))?;
-    let memory = |name: &str| memfd_create(name, MemfdFlags::CLOEXEC).map(File::from).context("no memory for the payload");
+    let memory = |name: &str| {
+        memfd_create(name, MemfdFlags::CLOEXEC)
+            .map(File::from)
+            .context("no memory for the payload")
+    };
     let (mut kernel, mut initrd) = (memory("stiefel-kernel")?, memory("stiefel-initrd")?);
     let mut shown = None;
     let manifest = {
@@ -140,22 +150,32 @@ async fn boot(
             }
             file.write_all(bytes)
         };
-        fetch::fetch(found.address, &found.challenge, &handover.key, machine, sink, |progress| match progress {
-            Progress::Connected => console.info(&format!("{} knows us; receiving", found.hostname)),
-            Progress::Waiting => console.progress("the laptop is not ready yet"),
-            Progress::Part { part, done, total } => {
-                // In steps of the bar's width: a serial console is slow.
-                let percent = done.saturating_mul(25) / total.max(1) * 4;
-                if shown != Some((part, percent)) {
-                    shown = Some((part, percent));
-                    console.progress(&format!("{:8} {}", part.name(), bar(percent)));
+        fetch::fetch(
+            found.address,
+            &found.challenge,
+            &handover.key,
+            machine,
+            sink,
+            |progress| match progress {
+                Progress::Connected => console.info(&format!("{} knows us; receiving", found.hostname)),
+                Progress::Waiting => console.progress("the laptop is not ready yet"),
+                Progress::Part { part, done, total } => {
+                    // In steps of the bar's width: a serial console is slow.
+                    let percent = done.saturating_mul(25) / total.max(1) * 4;
+                    if shown != Some((part, percent)) {
+                        shown = Some((part, percent));
+                        console.progress(&format!("{:8} {}", part.name(), bar(percent)));
+                    }
                 }
-            }
-        })
+            },
+        )
         .await
         .with_context(|| format!("nothing was booted from {}", found.hostname))?
     };
-    console.info(&format!("received {} of {}", manifest.payload.version, manifest.hostname));
+    console.info(&format!(
+        "received {} of {}",
+        manifest.payload.version, manifest.hostname
+    ));
     append_session(&mut initrd, &manifest, found)?;
     let cmdline = command_line(&manifest.payload.cmdline);
     kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &cmdline)?;
@@ -209,8 +229,13 @@ fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
         return Ok(id);
     }
     // The lowest hardware address of a NIC that is no USB adapter is as lasting.
-    let macs = link::list()?.into_iter().filter(Link::is_wired_physical).map(|link| link.permanent_mac.unwrap_or(link.mac));
-    let mac = macs.min().context("this machine has neither a UUID in its firmware nor a wired NIC")?;
+    let macs = link::list()?
+        .into_iter()
+        .filter(Link::is_wired_physical)
+        .map(|link| link.permanent_mac.unwrap_or(link.mac));
+    let mac = macs
+        .min()
+        .context("this machine has neither a UUID in its firmware nor a wired NIC")?;
     let digits: String = mac.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(format!("{digits:0>32}").parse()?)
 }

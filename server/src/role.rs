@@ -1,7 +1,7 @@
 //! The laptop in the ramdisk: finds its disk, answers discovery, serves the bundle and the disk, and says what happens.
 //!
 //! The pieces are [`crate::discovery`], [`crate::http`] and [`crate::nbd`]; what they may do is decided by the
-//! [`Host`](host::Host), which owns the disk and the one session.
+//! `host::Host`, which owns the disk and the one session.
 
 mod host;
 
@@ -24,7 +24,7 @@ use crate::discovery;
 use crate::http;
 use crate::nbd;
 
-use host::{Host, Door};
+use host::{Door, Host};
 
 /// How the laptop's turn ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,9 +49,17 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
 
     let names: Vec<&str> = handover.keys.iter().map(|key| key.name.as_str()).collect();
     console.info(&format!("sticks with these keys may connect: {}", names.join(", ")));
-    let about =
-        stiefel_shared::discovery::About { hostname: handover.hostname.clone(), http_port: PORT, ready_in: 0 };
-    let responder = Arc::new(Mutex::new(Responder::new(&handover.keys, about, State::Ready, Instant::now())));
+    let about = stiefel_shared::discovery::About {
+        hostname: handover.hostname.clone(),
+        http_port: PORT,
+        ready_in: 0,
+    };
+    let responder = Arc::new(Mutex::new(Responder::new(
+        &handover.keys,
+        about,
+        State::Ready,
+        Instant::now(),
+    )));
 
     let door = Arc::new(Door::default());
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, DISK_PORT))

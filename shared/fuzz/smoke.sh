@@ -7,6 +7,7 @@ set -eu
 cd "$(dirname "$0")"
 seconds=${1:-10}
 [ $# -gt 0 ] && shift
+# shellcheck disable=SC2046 # names without spaces
 [ $# -gt 0 ] || set -- $(sed -n 's/^name = "\(.*\)"$/\1/p' Cargo.toml | grep -v '^stiefel-fuzz$')
 target=$(rustc -vV | sed -n 's/^host: //p')
 # Given here, the flags replace those of the workspace's .cargo/config.toml: a fuzzer is not linked statically.

@@ -14,7 +14,11 @@ const USAGE: u8 = 2;
 
 /// Boot a desktop from a laptop's own disk over a cable.
 #[derive(Parser)]
-#[command(version, max_term_width = 100, after_help = "Exit status: 0 done, 1 failed, 2 wrong usage or configuration.")]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "Exit status: 0 done, 1 failed, 2 wrong usage or configuration."
+)]
 struct Cli {
     /// The configuration.
     #[arg(long, global = true, value_name = "FILE", default_value = CONFIG_PATH)]
@@ -217,7 +221,11 @@ pub(crate) fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error);
-            if error.chain().any(|cause| cause.is::<ConfigError>()) { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+            if error.chain().any(|cause| cause.is::<ConfigError>()) {
+                ExitCode::from(USAGE)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }

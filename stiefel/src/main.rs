@@ -12,7 +12,10 @@ use stiefel_sys::process;
 
 fn main() -> ExitCode {
     let arg0 = std::env::args_os().next().unwrap_or_default();
-    let name = Path::new(&arg0).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let name = Path::new(&arg0)
+        .file_name()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
     // PID 1 is never called by a user, so nothing of the command line is read there.
     if process::is_pid_one() {
         match name {

@@ -136,7 +136,9 @@ pub fn desktop(stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm
 /// # Errors
 /// When a step does not come.
 pub fn desktop_boots(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
-    let found = desktop.serial().expect_any(&[re(r"stiefel: asking on ")], patience::STICK)?;
+    let found = desktop
+        .serial()
+        .expect_any(&[re(r"stiefel: asking on ")], patience::STICK)?;
     milestones.reached("desktop, since power-on: first discovery sent", found.at);
     desktop_boots_after_asking(desktop, milestones)
 }
@@ -153,7 +155,11 @@ pub fn desktop_boots_after_asking(desktop: &Vm, milestones: &mut Milestones) -> 
             patience::SERVING + patience::BUNDLE,
         ),
         ("desktop: kexec", re(r"stiefel: starting "), patience::BUNDLE),
-        ("desktop: disk attached", re(r"is attached as /dev/nbd0"), patience::ATTACH),
+        (
+            "desktop: disk attached",
+            re(r"is attached as /dev/nbd0"),
+            patience::ATTACH,
+        ),
         ("desktop: login prompt", re(r"laptop login:"), patience::LOGIN),
     ] {
         let found = desktop.serial().expect_any(&[marker], patience)?;
@@ -183,6 +189,11 @@ impl Machines {
         let disk = kit.laptop_disk(&dir.path().join("laptop.img"), &kit.config(""), Vec::new())?;
         let stick = dir.path().join("stick.img");
         kit.stick(&stick, "stick")?;
-        Ok(Self { _dir: dir, disk, stick, wire })
+        Ok(Self {
+            _dir: dir,
+            disk,
+            stick,
+            wire,
+        })
     }
 }

@@ -57,7 +57,9 @@ fn run(console: &Console) -> anyhow::Result<()> {
 
 /// Loads the drivers of all devices that are there; how many modules that were.
 fn coldplug(console: &Console, loader: &mut Loader) -> usize {
-    uevent::coldplug(Path::new("/sys")).map(|device| load(console, loader, &device.modalias)).sum()
+    uevent::coldplug(Path::new("/sys"))
+        .map(|device| load(console, loader, &device.modalias))
+        .sum()
 }
 
 fn load(console: &Console, loader: &mut Loader, modalias: &str) -> usize {
@@ -74,11 +76,20 @@ fn modules_dir() -> anyhow::Result<PathBuf> {
     let dir = Path::new("/lib/modules").join(&release);
     if !dir.is_dir() {
         let have: Vec<String> = std::fs::read_dir("/lib/modules")
-            .map(|entries| entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
+            .map(|entries| {
+                entries
+                    .flatten()
+                    .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                    .collect()
+            })
             .unwrap_or_default();
         anyhow::bail!(
             "the ramdisk has modules for kernel {}, but {release} is running; build both together with `stiefel build`",
-            if have.is_empty() { "none".to_owned() } else { have.join(", ") }
+            if have.is_empty() {
+                "none".to_owned()
+            } else {
+                have.join(", ")
+            }
         );
     }
     Ok(dir)

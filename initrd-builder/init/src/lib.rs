@@ -41,13 +41,32 @@ pub fn run() -> ! {
 fn start() -> &'static Console {
     let mut failed = Vec::new();
     for (source, target, fstype, flags, data) in [
-        ("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None),
-        ("sysfs", "/sys", "sysfs", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None),
+        (
+            "proc",
+            "/proc",
+            "proc",
+            MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+            None,
+        ),
+        (
+            "sysfs",
+            "/sys",
+            "sysfs",
+            MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+            None,
+        ),
         ("devtmpfs", "/dev", "devtmpfs", MountFlags::NOSUID, Some("mode=0755")),
-        ("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some("mode=0755")),
+        (
+            "tmpfs",
+            "/run",
+            "tmpfs",
+            MountFlags::NOSUID | MountFlags::NODEV,
+            Some("mode=0755"),
+        ),
     ] {
         let target = Path::new(target);
-        let mounted = mount::make_dir_all(target, 0o755).and_then(|()| mount::mount(source, target, fstype, flags, data));
+        let mounted =
+            mount::make_dir_all(target, 0o755).and_then(|()| mount::mount(source, target, fstype, flags, data));
         if let Err(error) = mounted {
             failed.push(describe(&error));
         }
@@ -59,7 +78,10 @@ fn start() -> &'static Console {
     }
     for (what, done) in [
         ("set the host name", process::set_hostname("stiefel")),
-        ("keep Ctrl-Alt-Del from rebooting at once", power::disable_ctrl_alt_del()),
+        (
+            "keep Ctrl-Alt-Del from rebooting at once",
+            power::disable_ctrl_alt_del(),
+        ),
         ("log without limit", kmsg::unlimited(Path::new("/proc"))),
     ] {
         if let Err(error) = done {
@@ -77,8 +99,15 @@ fn read_handover() -> anyhow::Result<Option<Handover>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other.context("cannot look at the handover")?,
     };
-    anyhow::ensure!(meta.len() <= MAX_DOCUMENT, "the handover is {} bytes long; at most {MAX_DOCUMENT} are read", meta.len());
-    anyhow::ensure!(meta.permissions().mode() & 0o077 == 0, "the handover can be read by everyone; build it with this stiefel");
+    anyhow::ensure!(
+        meta.len() <= MAX_DOCUMENT,
+        "the handover is {} bytes long; at most {MAX_DOCUMENT} are read",
+        meta.len()
+    );
+    anyhow::ensure!(
+        meta.permissions().mode() & 0o077 == 0,
+        "the handover can be read by everyone; build it with this stiefel"
+    );
     let json = SecretBytes(std::fs::read(&path).context("cannot read the handover")?);
     Ok(Some(Handover::parse(&json.0)?))
 }

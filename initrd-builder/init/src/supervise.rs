@@ -30,7 +30,9 @@ pub enum RoleEnd {
 
 impl RoleEnd {
     fn from_status(status: ExitStatus) -> Option<Self> {
-        [Self::Restart, Self::PowerOff, Self::Kexec, Self::GiveUp].into_iter().find(|end| status.code() == Some(*end as i32))
+        [Self::Restart, Self::PowerOff, Self::Kexec, Self::GiveUp]
+            .into_iter()
+            .find(|end| status.code() == Some(*end as i32))
     }
 
     const fn power(self) -> Power {
@@ -106,7 +108,12 @@ fn wait(mut child: Child) -> std::io::Result<ExitStatus> {
 
 /// A shell on the console, until it is left.
 pub(crate) fn shell(console: &Console) {
-    let shell = Command::new("/bin/sh").arg0("-sh").env("PATH", "/bin").env("TERM", "linux").spawn().and_then(wait);
+    let shell = Command::new("/bin/sh")
+        .arg0("-sh")
+        .env("PATH", "/bin")
+        .env("TERM", "linux")
+        .spawn()
+        .and_then(wait);
     if let Err(error) = shell {
         console.error(&format!("no shell: {error}"));
     }

@@ -47,7 +47,10 @@ impl Gate for Door {
     }
 
     fn export(&self, name: &str, peer: SocketAddr) -> Option<Arc<Export>> {
-        self.lock().as_ref().filter(|open| open.peer == peer.ip() && open.export.name() == name).map(|open| Arc::clone(&open.export))
+        self.lock()
+            .as_ref()
+            .filter(|open| open.peer == peer.ip() && open.export.name() == name)
+            .map(|open| Arc::clone(&open.export))
     }
 
     fn list(&self, _peer: SocketAddr) -> Vec<Listed> {
@@ -99,7 +102,16 @@ impl Host {
         server: nbd::Server,
         parted: mpsc::UnboundedSender<Goodbye>,
     ) -> Self {
-        Self(Arc::new(Inner { console, handover, disk, door, server, seat: Mutex::default(), parted, shown: AtomicU64::default() }))
+        Self(Arc::new(Inner {
+            console,
+            handover,
+            disk,
+            door,
+            server,
+            seat: Mutex::default(),
+            parted,
+            shown: AtomicU64::default(),
+        }))
     }
 
     /// Runs a change on a thread for blocking work. It goes on to its end also when the desktop that asked goes away.
@@ -108,7 +120,9 @@ impl Host {
         change: impl FnOnce(&Inner) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Refusal> {
         let inner = Arc::clone(&self.0);
-        tokio::task::spawn_blocking(move || change(&inner)).await.unwrap_or_else(|_| refuse("the laptop made a mistake; look at its screen"))
+        tokio::task::spawn_blocking(move || change(&inner))
+            .await
+            .unwrap_or_else(|_| refuse("the laptop made a mistake; look at its screen"))
     }
 }
 
@@ -124,7 +138,9 @@ impl SessionHost for Host {
     fn progress(&self, _session: SessionName, done: u64, total: u64) {
         let percent = done.saturating_mul(25) / total.max(1) * 4;
         if self.0.shown.swap(percent, Ordering::Relaxed) != percent {
-            self.0.console.progress(&format!("the desktop receives: {percent:>3} %"));
+            self.0
+                .console
+                .progress(&format!("the desktop receives: {percent:>3} %"));
         }
     }
 
@@ -169,15 +185,23 @@ impl Inner {
                     request.key,
                     present.peer.ip()
                 ));
-                return refuse(format!("the disk is in use by another desktop (key {}); switch that one off first", present.key));
+                return refuse(format!(
+                    "the disk is in use by another desktop (key {}); switch that one off first",
+                    present.key
+                ));
             }
-            self.console.info("the same desktop starts anew and takes over from itself");
+            self.console
+                .info("the same desktop starts anew and takes over from itself");
             self.close(&mut seat)?;
         }
         let made = self.open(&request);
         match made {
             Ok((open, bundle)) => {
-                self.console.info(&format!("the desktop at {} (key {}) begins a session", request.peer.ip(), request.key));
+                self.console.info(&format!(
+                    "the desktop at {} (key {}) begins a session",
+                    request.peer.ip(),
+                    request.key
+                ));
                 *self.door.lock() = Some(open);
                 seat.holder = Some(Holder {
                     session: request.session,
@@ -217,12 +241,21 @@ impl Inner {
             disk: DiskOffer {
                 identity,
                 logical_block_size: self.disk.logical_block_size,
-                transport: Transport::Nbd { port: DISK_PORT, export },
+                transport: Transport::Nbd {
+                    port: DISK_PORT,
+                    export,
+                },
             },
             control: ControlKey::generate()?,
             session: request.session.to_string(),
         };
-        Ok((Open { peer: IpAddr::V6(*request.peer.ip()), export: opened }, Bundle { manifest, parts }))
+        Ok((
+            Open {
+                peer: IpAddr::V6(*request.peer.ip()),
+                export: opened,
+            },
+            Bundle { manifest, parts },
+        ))
     }
 
     /// Ends the session that holds the disk, in order. After an error the disk may still be written to: nobody else gets it.
@@ -231,8 +264,15 @@ impl Inner {
             return refuse(broken);
         }
         let open = self.door.lock().take();
-        let dropped = self.server.drop_connections(DRAIN).map_err(|error| format!("{:#}", anyhow::Error::new(error)));
-        let flushed = open.map_or(Ok(()), |open| open.export.flush().map_err(|error| format!("the disk could not be flushed: {error}")));
+        let dropped = self
+            .server
+            .drop_connections(DRAIN)
+            .map_err(|error| format!("{:#}", anyhow::Error::new(error)));
+        let flushed = open.map_or(Ok(()), |open| {
+            open.export
+                .flush()
+                .map_err(|error| format!("the disk could not be flushed: {error}"))
+        });
         if let Err(error) = dropped.and(flushed) {
             self.console.error(&error);
             seat.broken = Some(error.clone());
@@ -256,7 +296,8 @@ impl Inner {
             return refuse("this session is over");
         }
         self.close(&mut seat)?;
-        self.console.info("the desktop has said goodbye; the disk is flushed and closed");
+        self.console
+            .info("the desktop has said goodbye; the disk is flushed and closed");
         Ok(())
     }
 }

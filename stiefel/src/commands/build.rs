@@ -27,7 +27,11 @@ pub(crate) fn build(config: &Path, args: &BuildArgs) -> anyhow::Result<()> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report.manifest)?);
     } else {
-        let size = |path: &Path| std::fs::metadata(path).map(|meta| mebibytes(meta.len())).unwrap_or_default();
+        let size = |path: &Path| {
+            std::fs::metadata(path)
+                .map(|meta| mebibytes(meta.len()))
+                .unwrap_or_default()
+        };
         println!("kernel   {}  {}", report.kernel.display(), size(&report.kernel));
         println!("ramdisk  {}  {}", report.ramdisk.display(), size(&report.ramdisk));
     }
@@ -59,10 +63,16 @@ fn kernel(config: &Config, given: Option<(&PathBuf, &PathBuf)>) -> anyhow::Resul
     if let Some((kernel, modules)) = given {
         return Ok((kernel.clone(), modules.clone()));
     }
-    let Some(kernel) = config.initrd.kernel.given() else { return Ok(ramdisk::default_kernel()?) };
+    let Some(kernel) = config.initrd.kernel.given() else {
+        return Ok(ramdisk::default_kernel()?);
+    };
     let image = std::fs::read(kernel).with_context(|| format!("cannot read the kernel {}", kernel.display()))?;
-    let version = ramdisk::kernel_version(&image)
-        .with_context(|| format!("{} is no kernel; correct initrd.kernel in the configuration", kernel.display()))?;
+    let version = ramdisk::kernel_version(&image).with_context(|| {
+        format!(
+            "{} is no kernel; correct initrd.kernel in the configuration",
+            kernel.display()
+        )
+    })?;
     Ok((kernel.clone(), Path::new("/lib/modules").join(version)))
 }
 

@@ -23,7 +23,11 @@ pub(crate) fn install(config: &Path, args: &InstallArgs) -> anyhow::Result<()> {
     if options.ramdisk.is_none() && !options.dry_run {
         let out = building.path().join("ramdisk");
         // The configuration that is about to be used, not that of the machine we run on.
-        let config = if config == Path::new(CONFIG_PATH) { args.root.join(CONFIG_PATH.trim_start_matches('/')) } else { config.to_owned() };
+        let config = if config == Path::new(CONFIG_PATH) {
+            args.root.join(CONFIG_PATH.trim_start_matches('/'))
+        } else {
+            config.to_owned()
+        };
         build::build_into(&config, &out)?;
         options.ramdisk = Some(out);
     }

@@ -5,8 +5,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use stiefel_shared::key::{self, StickKey};
 use stiefel_server::collect;
+use stiefel_shared::key::{self, StickKey};
 
 use crate::cli::{KeyArgs, KeyCommand};
 
@@ -34,7 +34,12 @@ fn new(args: &KeyArgs) -> anyhow::Result<()> {
     let write = || -> std::io::Result<()> {
         // Beside, then a link: a key that exists is never replaced, and never half there.
         let beside = args.dir.join(format!(".{}.new", args.name));
-        let mut file = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        let mut file = fs::File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&beside)?;
         std::io::Write::write_all(&mut file, key.to_file().as_bytes())?;
         file.sync_all()?;
         let linked = fs::hard_link(&beside, &path);
@@ -44,11 +49,18 @@ fn new(args: &KeyArgs) -> anyhow::Result<()> {
     };
     match write() {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            bail!("the key {} exists; choose another name, or revoke it first", path.display())
+            bail!(
+                "the key {} exists; choose another name, or revoke it first",
+                path.display()
+            )
         }
         other => other.with_context(|| format!("cannot write {}", path.display()))?,
     }
-    eprintln!("new key: {}; write its stick with `stiefel stick DEVICE --key {}`", path.display(), args.name);
+    eprintln!(
+        "new key: {}; write its stick with `stiefel stick DEVICE --key {}`",
+        path.display(),
+        args.name
+    );
     Ok(())
 }
 
@@ -67,7 +79,15 @@ fn revoke(args: &KeyArgs) -> anyhow::Result<()> {
     // The name must be one: it becomes part of a path.
     key::check_name(&args.name)?;
     let path = path(args);
-    fs::remove_file(&path).with_context(|| format!("cannot delete {}; `stiefel key list` shows what there is", path.display()))?;
-    eprintln!("{} is deleted; sticks written with it are refused from the next serve on", path.display());
+    fs::remove_file(&path).with_context(|| {
+        format!(
+            "cannot delete {}; `stiefel key list` shows what there is",
+            path.display()
+        )
+    })?;
+    eprintln!(
+        "{} is deleted; sticks written with it are refused from the next serve on",
+        path.display()
+    );
     Ok(())
 }

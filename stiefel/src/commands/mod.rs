@@ -24,16 +24,25 @@ fn config(path: &Path) -> anyhow::Result<Config> {
         )
     })?;
     let mut text = String::new();
-    file.take(MAX_CONFIG + 1).read_to_string(&mut text).with_context(|| format!("cannot read {}", path.display()))?;
+    file.take(MAX_CONFIG + 1)
+        .read_to_string(&mut text)
+        .with_context(|| format!("cannot read {}", path.display()))?;
     if text.len() as u64 > MAX_CONFIG {
-        bail!("{} is longer than {MAX_CONFIG} bytes; is this the right file?", path.display());
+        bail!(
+            "{} is longer than {MAX_CONFIG} bytes; is this the right file?",
+            path.display()
+        );
     }
     Config::parse(&text).with_context(|| format!("cannot use the configuration {}", path.display()))
 }
 
 /// As [`config`], but a file that is not there means the defaults: for commands that work on a machine without stiefel.
 fn config_or_default(path: &Path) -> anyhow::Result<Config> {
-    if path.exists() { config(path) } else { Ok(Config::default()) }
+    if path.exists() {
+        config(path)
+    } else {
+        Ok(Config::default())
+    }
 }
 
 /// Asks a yes-or-no question; without a terminal nobody can answer, which is an error that names the option.

@@ -24,7 +24,10 @@ pub(crate) fn run() -> ExitCode {
 
 fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
     let handover = read()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start")?;
     runtime.block_on(async {
         match handover {
             Handover::Client(client) => {
@@ -46,7 +49,10 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
 fn read() -> anyhow::Result<Handover> {
     let path = Path::new("/").join(HANDOVER_PATH);
     let size = std::fs::metadata(&path).context("there is no handover")?.len();
-    anyhow::ensure!(size <= MAX_DOCUMENT, "the handover is {size} bytes long; at most {MAX_DOCUMENT} are read");
+    anyhow::ensure!(
+        size <= MAX_DOCUMENT,
+        "the handover is {size} bytes long; at most {MAX_DOCUMENT} are read"
+    );
     let json = SecretBytes(std::fs::read(&path).context("cannot read the handover")?);
     Ok(Handover::parse(&json.0)?)
 }

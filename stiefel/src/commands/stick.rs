@@ -25,7 +25,10 @@ pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
     let manifest = Manifest::load(&args.ramdisk)
         .context("there is no ramdisk to put on the stick; run `stiefel build`, or name its folder with --ramdisk")?;
     manifest.verify(&args.ramdisk)?;
-    let handover = Handover::Client(ClientHandover { key: read_key(&args.key)? }).to_cpio()?;
+    let handover = Handover::Client(ClientHandover {
+        key: read_key(&args.key)?,
+    })
+    .to_cpio()?;
     let options = StickOptions {
         kernel: args.ramdisk.join(KERNEL),
         ramdisk: args.ramdisk.join(RAMDISK),
@@ -34,7 +37,9 @@ pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
         stub: args.stub.clone(),
     };
     let bar = ProgressBar::new(0);
-    bar.set_style(ProgressStyle::with_template("writing {wide_bar} {bytes}/{total_bytes}")?);
+    bar.set_style(ProgressStyle::with_template(
+        "writing {wide_bar} {bytes}/{total_bytes}",
+    )?);
     let mut progress = |done, total| {
         bar.set_length(total);
         bar.set_position(done);
@@ -53,17 +58,28 @@ pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
         stick::write_image(&options, target, args.overwrite, &mut progress)?
     };
     bar.finish_and_clear();
-    eprintln!("{}: {}, holds a key: keep it as you keep the laptop", target.display(), mebibytes(report.bytes));
+    eprintln!(
+        "{}: {}, holds a key: keep it as you keep the laptop",
+        target.display(),
+        mebibytes(report.bytes)
+    );
     Ok(())
 }
 
 /// A key by its name, or from a file.
 fn read_key(name: &str) -> anyhow::Result<StickKey> {
-    let path = if name.contains('/') { name.into() } else { Path::new(KEYS).join(format!("{name}.key")) };
+    let path = if name.contains('/') {
+        name.into()
+    } else {
+        Path::new(KEYS).join(format!("{name}.key"))
+    };
     let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     key::check_name(stem)?;
     let file = fs::File::open(&path).with_context(|| {
-        format!("there is no key {}; make one with `stiefel key new {stem}`, or name its file with --key", path.display())
+        format!(
+            "there is no key {}; make one with `stiefel key new {stem}`, or name its file with --key",
+            path.display()
+        )
     })?;
     let mut content = Zeroizing::new(Vec::with_capacity(usize::try_from(key::MAX_KEY_FILE)? + 1));
     file.take(key::MAX_KEY_FILE + 1)

@@ -99,7 +99,10 @@ fn demo() -> Result<(), Failure> {
         return Ok(desktop.interact()?);
     }
     desktop.login("root", stiefel_tests::disk::PASSWORD, Duration::from_secs(30))?;
-    eprintln!("its root: {}", desktop.run_ok("findmnt --noheadings --output SOURCE,TARGET /")?.trim());
+    eprintln!(
+        "its root: {}",
+        desktop.run_ok("findmnt --noheadings --output SOURCE,TARGET /")?.trim()
+    );
     desktop.power_off(scenario::patience::SHUTDOWN)?;
     laptop.wait_reboot(scenario::patience::SHUTDOWN)?;
     eprintln!("the desktop is off; the laptop goes back to its own system");
@@ -116,17 +119,33 @@ fn meeting_place() -> anyhow::Result<PathBuf> {
 
 /// One end of their cable.
 fn cable(dir: &Path, this: &str, other: &str) -> Netdev {
-    Netdev::Dgram { local: dir.join(this), remote: dir.join(other) }
+    Netdev::Dgram {
+        local: dir.join(this),
+        remote: dir.join(other),
+    }
 }
 
 fn server(args: &TestQemuArgs) -> Result<(), Failure> {
     let kit = prepare(None)?;
     let place = meeting_place()?;
-    let disk = kit.laptop_disk(&kit.dir().join("laptop.img"), &kit.config(""), extra_files(&args.extra_files)?)?;
+    let disk = kit.laptop_disk(
+        &kit.dir().join("laptop.img"),
+        &kit.config(""),
+        extra_files(&args.extra_files)?,
+    )?;
     // The client's process writes its stick with this key.
     std::fs::copy(kit.key("stick"), place.join("stick.key"))?;
-    let laptop = extras(args, VmBuilder::new("laptop").boot(laptop_boot(args, &disk)).disk(disk.drive()))?.start()?;
-    eprintln!("root's password is `{}`; leave with Ctrl-]", stiefel_tests::disk::PASSWORD);
+    let laptop = extras(
+        args,
+        VmBuilder::new("laptop")
+            .boot(laptop_boot(args, &disk))
+            .disk(disk.drive()),
+    )?
+    .start()?;
+    eprintln!(
+        "root's password is `{}`; leave with Ctrl-]",
+        stiefel_tests::disk::PASSWORD
+    );
     let end = netdev(args, || cable(&place, "laptop", "desktop"));
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -177,7 +196,9 @@ fn ramdisk(args: &TestQemuArgs) -> Result<(), Failure> {
     let words: Vec<&str> = CONSOLE.into_iter().chain(args.cmdline.split_whitespace()).collect();
     let boot = Boot::Kernel {
         kernel: args.kernel.clone().unwrap_or_else(|| folder.join("kernel")),
-        initrd: vec![Content::File(args.initrd.clone().unwrap_or_else(|| folder.join("ramdisk.cpio.zst")))],
+        initrd: vec![Content::File(
+            args.initrd.clone().unwrap_or_else(|| folder.join("ramdisk.cpio.zst")),
+        )],
         cmdline: kernel_cmdline(&words),
     };
     let vm = extras(args, VmBuilder::new("ramdisk").memory_mib(512).boot(boot))?.start()?;
@@ -188,9 +209,11 @@ fn ramdisk(args: &TestQemuArgs) -> Result<(), Failure> {
 fn laptop_boot(args: &TestQemuArgs, disk: &LaptopDisk) -> Boot {
     let words: Vec<&str> = CONSOLE.into_iter().chain(args.cmdline.split_whitespace()).collect();
     match (disk.boot(&words), &args.kernel, &args.initrd) {
-        (Boot::Kernel { cmdline, .. }, Some(kernel), Some(initrd)) => {
-            Boot::Kernel { kernel: kernel.clone(), initrd: vec![Content::File(initrd.clone())], cmdline }
-        }
+        (Boot::Kernel { cmdline, .. }, Some(kernel), Some(initrd)) => Boot::Kernel {
+            kernel: kernel.clone(),
+            initrd: vec![Content::File(initrd.clone())],
+            cmdline,
+        },
         (boot, ..) => boot,
     }
 }
@@ -224,8 +247,14 @@ fn extra_files(paths: &[PathBuf]) -> anyhow::Result<Vec<ExtraFile>> {
                 }
             } else {
                 let inside = Path::new("/root").join(path.strip_prefix(base)?);
-                let Some(inside) = inside.to_str() else { bail!("{} is no UTF-8 name", path.display()) };
-                files.push(ExtraFile::new(path.as_path(), inside, meta.permissions().mode() & 0o7777));
+                let Some(inside) = inside.to_str() else {
+                    bail!("{} is no UTF-8 name", path.display())
+                };
+                files.push(ExtraFile::new(
+                    path.as_path(),
+                    inside,
+                    meta.permissions().mode() & 0o7777,
+                ));
             }
         }
     }

@@ -26,7 +26,9 @@ pub(crate) fn wrong_key(bench: &Bench) -> Result<(), Failure> {
     laptop.serial().expect(READY, patience::SERVING)?;
     laptop.serial().skip();
     let stranger = client(bench, &key(bench, "stranger")?, &wire.b())?.start()?;
-    stranger.serial().expect("no laptop that knows this stick's key answers on", patience::STICK)?;
+    stranger
+        .serial()
+        .expect("no laptop that knows this stick's key answers on", patience::STICK)?;
     if stranger.serial().said("found ")? {
         return Err("the laptop answered a stick whose key it does not know".into());
     }
@@ -84,8 +86,13 @@ pub(crate) fn absent_disk(bench: &Bench) -> Result<(), Failure> {
     let wire = Wire::direct()?;
     let laptop = server_with_disk(bench, &key(bench, "stick")?, &wire.a(), dir.path(), "another-disk")?.start()?;
     laptop.serial().expect("waiting for the disk", patience::SERVING)?;
-    laptop.serial().expect(re("the disk to serve is not there.*another-disk"), Duration::from_secs(90))?;
-    laptop.serial().expect("going back to the laptop's own system in", Duration::from_secs(5))?;
+    laptop.serial().expect(
+        re("the disk to serve is not there.*another-disk"),
+        Duration::from_secs(90),
+    )?;
+    laptop
+        .serial()
+        .expect("going back to the laptop's own system in", Duration::from_secs(5))?;
     laptop.wait_reboot(Duration::from_secs(60))?;
     Ok(())
 }
@@ -93,7 +100,9 @@ pub(crate) fn absent_disk(bench: &Bench) -> Result<(), Failure> {
 /// The all-NIC image serves and searches in machines with little memory.
 pub(crate) fn small_memory(bench: &Bench) -> Result<(), Failure> {
     let wire = Wire::direct()?;
-    let desktop = client(bench, &key(bench, "stick")?, &wire.b())?.memory_mib(256).start()?;
+    let desktop = client(bench, &key(bench, "stick")?, &wire.b())?
+        .memory_mib(256)
+        .start()?;
     desktop.serial().expect(re("stiefel: asking on "), patience::STICK)?;
     Ok(())
 }

@@ -9,11 +9,12 @@ use stiefel_tests::{Vm, Wire};
 use crate::Bench;
 
 /// Writes a file with random content on the desktop's root, and returns its checksum.
-const WRITE: &str = "head -c 8000000 /dev/urandom > /root/written-on-the-desktop && sha256sum < /root/written-on-the-desktop";
+const WRITE: &str =
+    "head -c 8000000 /dev/urandom > /root/written-on-the-desktop && sha256sum < /root/written-on-the-desktop";
 const READ: &str = "sha256sum < /root/written-on-the-desktop";
 
 fn machines(bench: &Bench) -> Result<Machines, Failure> {
-    Ok(Machines::prepare(&bench.kit, Wire::direct()?)?)
+    Machines::prepare(&bench.kit, Wire::direct()?)
 }
 
 /// The cable is plugged into the running laptop; the desktop boots, writes, is powered off; the laptop comes home by
@@ -23,7 +24,10 @@ pub(crate) fn plug(bench: &Bench) -> Result<(), Failure> {
     let mut milestones = Milestones::new(false);
     let laptop = scenario::laptop_at_home(&machines.disk, None, false)?;
     milestones.reached("the same disk booted locally: login prompt", laptop.uptime());
-    milestones.reached("laptop: from the plug to serving its disk", scenario::plug_and_serve(&laptop, &machines.wire.a())?);
+    milestones.reached(
+        "laptop: from the plug to serving its disk",
+        scenario::plug_and_serve(&laptop, &machines.wire.a())?,
+    );
     let desktop = scenario::desktop(&machines.stick, &machines.wire.b(), false)?;
     scenario::desktop_boots(&desktop, &mut milestones)?;
     print!("{}", milestones.table());
@@ -31,8 +35,12 @@ pub(crate) fn plug(bench: &Bench) -> Result<(), Failure> {
     let written = use_desktop(&desktop)?;
     desktop.power_off(patience::SHUTDOWN)?;
     drop(desktop);
-    laptop.serial().expect("the disk is flushed and closed", patience::SHUTDOWN)?;
-    laptop.serial().expect("going back to the laptop's own system", patience::SHUTDOWN)?;
+    laptop
+        .serial()
+        .expect("the disk is flushed and closed", patience::SHUTDOWN)?;
+    laptop
+        .serial()
+        .expect("going back to the laptop's own system", patience::SHUTDOWN)?;
     laptop.wait_reboot(patience::SHUTDOWN)?;
     laptop.unplug_usb_nic("cable")?;
     laptop.login("root", PASSWORD, patience::LOGIN)?;
@@ -52,11 +60,23 @@ fn use_desktop(desktop: &Vm) -> Result<String, Failure> {
         return Err(format!("the desktop's root is {root:?}, not the laptop's disk").into());
     }
     for (command, why) in [
-        ("test -x /run/initramfs/shutdown", "the shutdown program is not in place"),
-        ("test -f /run/NetworkManager/conf.d/90-stiefel.conf", "the guards are not in place"),
-        ("test -e /dev/disk/by-id/virtio-stiefel-laptop", "the disk has not the by-id link it has on the laptop"),
+        (
+            "test -x /run/initramfs/shutdown",
+            "the shutdown program is not in place",
+        ),
+        (
+            "test -f /run/NetworkManager/conf.d/90-stiefel.conf",
+            "the guards are not in place",
+        ),
+        (
+            "test -e /dev/disk/by-id/virtio-stiefel-laptop",
+            "the disk has not the by-id link it has on the laptop",
+        ),
         ("! test -e /stiefel", "our folder is in the installed system"),
-        ("! systemctl is-active --quiet stiefel-autokexec.service", "the laptop's service runs on the desktop"),
+        (
+            "! systemctl is-active --quiet stiefel-autokexec.service",
+            "the laptop's service runs on the desktop",
+        ),
     ] {
         if desktop.run(command)?.status != 0 {
             return Err(why.into());
@@ -72,7 +92,9 @@ pub(crate) fn wake(bench: &Bench) -> Result<(), Failure> {
     let laptop = scenario::laptop_at_home(&machines.disk, Some(&machines.wire.a()), false)?;
     let mut milestones = Milestones::new(false);
     let desktop = scenario::desktop(&machines.stick, &machines.wire.b(), false)?;
-    desktop.serial().expect("its own system runs; waking it", patience::STICK)?;
+    desktop
+        .serial()
+        .expect("its own system runs; waking it", patience::STICK)?;
     scenario::wait_until_serving(&laptop)?;
     scenario::desktop_boots_after_asking(&desktop, &mut milestones)?;
     print!("{}", milestones.table());

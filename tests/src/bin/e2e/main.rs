@@ -27,13 +27,34 @@ struct Test {
 }
 
 const TESTS: [Test; 7] = [
-    Test { name: "plug_boots_the_desktop_and_power_off_brings_the_laptop_home", run: journey::plug },
-    Test { name: "wake_boots_the_desktop_without_a_plug", run: journey::wake },
-    Test { name: "wrong_key_finds_nothing_and_changes_nothing", run: faults::wrong_key },
-    Test { name: "altered_bundle_is_refused_and_fetched_anew", run: faults::altered_bundle },
-    Test { name: "server_killed_during_the_fetch_is_said_and_searched_again", run: faults::server_killed },
-    Test { name: "absent_disk_is_said_and_the_laptop_goes_home", run: faults::absent_disk },
-    Test { name: "ramdisk_reaches_its_role_in_256_mib", run: faults::small_memory },
+    Test {
+        name: "plug_boots_the_desktop_and_power_off_brings_the_laptop_home",
+        run: journey::plug,
+    },
+    Test {
+        name: "wake_boots_the_desktop_without_a_plug",
+        run: journey::wake,
+    },
+    Test {
+        name: "wrong_key_finds_nothing_and_changes_nothing",
+        run: faults::wrong_key,
+    },
+    Test {
+        name: "altered_bundle_is_refused_and_fetched_anew",
+        run: faults::altered_bundle,
+    },
+    Test {
+        name: "server_killed_during_the_fetch_is_said_and_searched_again",
+        run: faults::server_killed,
+    },
+    Test {
+        name: "absent_disk_is_said_and_the_laptop_goes_home",
+        run: faults::absent_disk,
+    },
+    Test {
+        name: "ramdisk_reaches_its_role_in_256_mib",
+        run: faults::small_memory,
+    },
 ];
 
 struct Arguments {
@@ -43,7 +64,11 @@ struct Arguments {
 }
 
 fn arguments() -> Result<Arguments, Failure> {
-    let mut parsed = Arguments { program: PathBuf::new(), words: Vec::new(), list: false };
+    let mut parsed = Arguments {
+        program: PathBuf::new(),
+        words: Vec::new(),
+        list: false,
+    };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
@@ -54,7 +79,9 @@ fn arguments() -> Result<Arguments, Failure> {
         }
     }
     if !parsed.list && !parsed.program.is_file() {
-        return Err("--program must name the static program, such as target/x86_64-unknown-linux-gnu/release/stiefel".into());
+        return Err(
+            "--program must name the static program, such as target/x86_64-unknown-linux-gnu/release/stiefel".into(),
+        );
     }
     Ok(parsed)
 }
@@ -80,7 +107,9 @@ fn run() -> Result<bool, Failure> {
     let arguments = arguments()?;
     let chosen: Vec<&Test> = TESTS
         .iter()
-        .filter(|test| arguments.words.is_empty() || arguments.words.iter().any(|word| test.name.contains(word.as_str())))
+        .filter(|test| {
+            arguments.words.is_empty() || arguments.words.iter().any(|word| test.name.contains(word.as_str()))
+        })
         .collect();
     if arguments.list {
         chosen.iter().for_each(|test| println!("{}", test.name));
@@ -88,12 +117,25 @@ fn run() -> Result<bool, Failure> {
     }
     let missing = tools::missing(&[Job::Boot, Job::Uefi, Job::LaptopDisk]);
     if let Some(first) = missing.first() {
-        return Err(format!("{} is missing (package {}); `tests/run` installs what is needed", first.program, first.package).into());
+        return Err(format!(
+            "{} is missing (package {}); `tests/run` installs what is needed",
+            first.program, first.package
+        )
+        .into());
     }
-    println!("accelerator: {:?}; logs: {}", Accel::detect(), cache::log_dir()?.display());
+    println!(
+        "accelerator: {:?}; logs: {}",
+        Accel::detect(),
+        cache::log_dir()?.display()
+    );
     let begun = Instant::now();
-    let bench = Bench { kit: Kit::prepare(&arguments.program, None)? };
-    println!("prepared in {:.0} s: installed system, ramdisk, key", begun.elapsed().as_secs_f64());
+    let bench = Bench {
+        kit: Kit::prepare(&arguments.program, None)?,
+    };
+    println!(
+        "prepared in {:.0} s: installed system, ramdisk, key",
+        begun.elapsed().as_secs_f64()
+    );
     let mut failed = 0;
     for test in &chosen {
         let begun = Instant::now();

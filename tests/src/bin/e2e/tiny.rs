@@ -32,7 +32,13 @@ pub(crate) fn key(bench: &Bench, name: &str) -> Result<StickKey, Failure> {
 }
 
 /// The laptop's ramdisk, with a disk with the serial number `serial` instead of the one it looks for.
-pub(crate) fn server_with_disk(bench: &Bench, key: &StickKey, cable: &Netdev, dir: &Path, serial: &str) -> Result<VmBuilder, Failure> {
+pub(crate) fn server_with_disk(
+    bench: &Bench,
+    key: &StickKey,
+    cable: &Netdev,
+    dir: &Path,
+    serial: &str,
+) -> Result<VmBuilder, Failure> {
     let disk = dir.join("disk.img");
     std::fs::File::create(&disk)?.set_len(DISK_SIZE)?;
     let parts = [
@@ -42,11 +48,21 @@ pub(crate) fn server_with_disk(bench: &Bench, key: &StickKey, cable: &Netdev, di
     let handover = Handover::Server(Box::new(ServerHandover {
         keys: vec![key.clone()],
         hostname: "tiny".to_owned(),
-        disk: DiskIdentity { serial: Some(SERIAL.to_owned()), size: DISK_SIZE, ..DiskIdentity::default() },
+        disk: DiskIdentity {
+            serial: Some(SERIAL.to_owned()),
+            size: DISK_SIZE,
+            ..DiskIdentity::default()
+        },
         payload: Payload {
             version: bench.kit.installed().version.clone(),
             cmdline: CONSOLE.join(" "),
-            parts: parts.iter().map(|(part, bytes)| PartSize { part: *part, size: bytes.len() as u64 }).collect(),
+            parts: parts
+                .iter()
+                .map(|(part, bytes)| PartSize {
+                    part: *part,
+                    size: bytes.len() as u64,
+                })
+                .collect(),
         },
         after: After::Return,
     }));
@@ -56,7 +72,11 @@ pub(crate) fn server_with_disk(bench: &Bench, key: &StickKey, cable: &Netdev, di
         archive.file(part.path(), 0o600, bytes)?;
     }
     Ok(machine(bench, "laptop", &archive.finish()?)
-        .disk(Drive { path: disk, serial: serial.to_owned(), snapshot: false })
+        .disk(Drive {
+            path: disk,
+            serial: serial.to_owned(),
+            snapshot: false,
+        })
         .nic("cable", NicModel::VirtioPlain, cable, LAPTOP_MAC))
 }
 
@@ -75,7 +95,13 @@ fn machine(bench: &Bench, name: &str, handover: &[u8]) -> VmBuilder {
     let ramdisk = bench.kit.ramdisk();
     let cmdline = ramdisk_cmdline(&CONSOLE.join(" "));
     let words: Vec<&str> = cmdline.split(' ').collect();
-    tiny(name, &ramdisk.join("kernel"), &Content::File(ramdisk.join("ramdisk.cpio.zst")), handover, &words)
+    tiny(
+        name,
+        &ramdisk.join("kernel"),
+        &Content::File(ramdisk.join("ramdisk.cpio.zst")),
+        handover,
+        &words,
+    )
 }
 
 /// Bytes that do not compress and are the same in every run (xorshift64).
