@@ -106,7 +106,14 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(
     // The kernel has its own copy: free ours, the shutdown needs memory too.
     drop(image);
     log::notice(format_args!("leaving: the ramdisk is loaded, the shutdown begins"));
-    shut_down()
+    let begun = shut_down();
+    if begun.is_err()
+        && let Err(error) = kexec::unload()
+    {
+        // It holds the keys, and Debian's kexec-tools would start it at the next reboot.
+        log::error(format_args!("the ramdisk stays loaded ({error}); `kexec --unload` takes it out"));
+    }
+    begun
 }
 
 fn guard(config: &Config) -> Result<(), LeaveError> {

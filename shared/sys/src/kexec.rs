@@ -13,6 +13,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 /// The longest command line in bytes: the limit of x86-64 and arm64 without its NUL.
 pub const MAX_CMDLINE: usize = 2047;
 
+const KEXEC_FILE_UNLOAD: libc::c_ulong = 1;
 const KEXEC_FILE_NO_INITRAMFS: libc::c_ulong = 4;
 
 /// Why the kernel was not taken.
@@ -122,6 +123,25 @@ pub fn load(kernel: BorrowedFd<'_>, initrd: Option<BorrowedFd<'_>>, cmdline: &st
     } else {
         Err(io::Error::last_os_error().into())
     }
+}
+
+/// Forgets a loaded kernel, so that no later reboot starts it; its initrd may hold secrets.
+///
+/// # Errors
+/// As [`load`].
+pub fn unload() -> Result<(), KexecError> {
+    // SAFETY: with KEXEC_FILE_UNLOAD the kernel looks at none of the other arguments.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            -1,
+            -1,
+            0_usize,
+            std::ptr::null::<libc::c_char>(),
+            KEXEC_FILE_UNLOAD,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error().into()) }
 }
 
 fn check_cmdline(cmdline: &str) -> Result<CString, KexecError> {
