@@ -121,7 +121,7 @@ mod tests {
         fs::create_dir_all(firmware.join("rtl_nic")).unwrap();
         fs::write(firmware.join("rtl_nic/rtl8168.fw"), b"firmware").unwrap();
         let overlay = overlay(&module_tree(root.path()), &[firmware], false).unwrap();
-        assert_eq!((overlay.modules, overlay.firmware, overlay.missing_firmware), (6, 1, 1));
+        assert_eq!((overlay.modules, overlay.firmware, overlay.missing_firmware), (9, 1, 1));
         let paths = paths(&overlay.bytes);
         assert!(
             paths
@@ -132,6 +132,7 @@ mod tests {
         for path in [
             format!("stiefel/modules/{VERSION}/modules.dep"),
             format!("stiefel/modules/{VERSION}/kernel/drivers/block/nbd.ko"),
+            format!("stiefel/modules/{VERSION}/kernel/drivers/virtio/virtio_pci.ko"),
             format!("stiefel/modules/{VERSION}/kernel/drivers/nvme/host/nvme-tcp.ko"),
             "stiefel/firmware/rtl_nic/rtl8168.fw".to_owned(),
         ] {

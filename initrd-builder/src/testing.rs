@@ -116,6 +116,9 @@ pub(crate) fn module_tree(root: &Path) -> PathBuf {
         "kernel/drivers/nvme/host/nvme-tcp.ko",
         "kernel/drivers/nvme/host/nvme.ko",
         "kernel/drivers/usb/host/xhci-hcd.ko",
+        "kernel/drivers/net/virtio_net.ko",
+        "kernel/drivers/virtio/virtio_pci.ko",
+        "kernel/drivers/pci/controller/vmd.ko",
         "kernel/fs/ext4/ext4.ko",
         "kernel/crypto/crc32c_generic.ko",
     ] {
@@ -134,6 +137,9 @@ pub(crate) fn module_tree(root: &Path) -> PathBuf {
           kernel/drivers/nvme/host/nvme-tcp.ko:\n\
           kernel/drivers/nvme/host/nvme.ko:\n\
           kernel/drivers/usb/host/xhci-hcd.ko:\n\
+          kernel/drivers/net/virtio_net.ko:\n\
+          kernel/drivers/virtio/virtio_pci.ko:\n\
+          kernel/drivers/pci/controller/vmd.ko:\n\
           kernel/fs/ext4/ext4.ko:\n\
           kernel/crypto/crc32c_generic.ko:\n",
     );

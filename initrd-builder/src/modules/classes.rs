@@ -17,6 +17,8 @@ pub struct Class {
     pub(super) without: &'static [&'static str],
 }
 
+/// Class of what a cable is plugged into.
+pub(super) const NIC: &str = "nic";
 /// Stands for all classes but `debug`.
 pub const DEFAULT: &str = "default";
 /// Class that also brings a shell into the ramdisk.
@@ -25,7 +27,7 @@ pub const DEBUG: &str = "debug";
 /// All classes.
 pub const CLASSES: &[Class] = &[
     Class {
-        name: "nic",
+        name: NIC,
         about: "wired network adapters, also USB and Thunderbolt",
         folders: &[
             "kernel/drivers/net/ethernet/",
@@ -34,8 +36,17 @@ pub const CLASSES: &[Class] = &[
             "kernel/drivers/net/mdio/",
             "kernel/drivers/net/pcs/",
             "kernel/drivers/net/thunderbolt/",
+            // What stands between the processor and a card: bridges of some boards and hypervisors, slots. No
+            // driver of a card names them as a dependency.
+            "kernel/drivers/pci/controller/",
+            "kernel/drivers/pci/hotplug/",
         ],
         names: &[
+            "virtio_pci",
+            "virtio_mmio",
+            "hv_vmbus",
+            "xen_platform_pci",
+            "xen_pcifront",
             "virtio_net",
             "thunderbolt_net",
             "vmxnet3",
@@ -45,6 +56,9 @@ pub const CLASSES: &[Class] = &[
             "ipv6",
         ],
         without: &[
+            // CompactPCI, and old servers of IBM.
+            "cpcihp_*",
+            "acpiphp_ibm",
             // It races cdc_ether for the same adapters, and gives them a random MAC address.
             "cdc_subset",
             // Mobile broadband and telephones.
@@ -172,7 +186,14 @@ pub const CLASSES: &[Class] = &[
             "kernel/drivers/usb/chipidea/",
             "kernel/drivers/thunderbolt/",
         ],
-        names: &["intel_lpss_pci", "intel_lpss_acpi", "usbhid"],
+        names: &[
+            "intel_lpss_pci",
+            "intel_lpss_acpi",
+            "usbhid",
+            // Hubs that are soldered onto boards, and have to be switched on.
+            "onboard_usb_hub",
+            "onboard_usb_dev",
+        ],
         // Pictures over USB-C would bring the graphics stack.
         without: &[
             "sl811*",
