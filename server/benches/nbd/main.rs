@@ -1,0 +1,164 @@
+//! The NBD server against nbdkit, qemu-nbd and nbd-server, in interleaved rounds, with one batch client for all.
+//!
+//! `cargo bench -p stiefel-server --bench nbd -- [--rounds N] [--seconds S] [--size MIB] [--dir DIR] [--install]
+//! [--rows A,B] [--servers A,B]`: prints the table of docs/nbd.md. Peers come from apt (`--install` fetches them); one that
+//! is missing is left out with a word. Our own server is this program started again, with default options.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_precision_loss)]
+
+mod client;
+mod servers;
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use client::{Kind, Load, Sample};
+use servers::{Kinds, Running};
+
+/// Block that carries its own number, so that a wrong answer does not go unnoticed.
+pub const BLOCK: usize = 4096;
+
+/// What is measured, under its name in the table.
+pub const ROWS: [(&str, Load); 8] = [
+    ("read 1M, 1 conn", Load::new(Kind::Read, 1 << 20, 8, 1, false)),
+    ("read 1M, 4 conn", Load::new(Kind::Read, 1 << 20, 4, 4, false)),
+    ("write 1M, 1 conn", Load::new(Kind::Write, 1 << 20, 8, 1, false)),
+    ("write 1M, 4 conn", Load::new(Kind::Write, 1 << 20, 4, 4, false)),
+    ("read 4k QD1", Load::new(Kind::Read, 4096, 1, 1, true)),
+    ("read 4k QD32", Load::new(Kind::Read, 4096, 32, 1, true)),
+    ("write 4k QD32", Load::new(Kind::Write, 4096, 32, 1, true)),
+    ("write+flush 4k", Load::new(Kind::WriteFlush, 4096, 1, 1, true)),
+];
+
+struct Options {
+    rounds: usize,
+    seconds: f64,
+    size: u64,
+    directory: PathBuf,
+    install: bool,
+    rows: Vec<String>,
+    servers: Vec<String>,
+}
+
+impl Options {
+    fn parse() -> Self {
+        let mut options = Self {
+            rounds: 5,
+            seconds: 2.0,
+            size: 2048 << 20,
+            directory: env!("CARGO_TARGET_TMPDIR").into(),
+            install: false,
+            rows: Vec::new(),
+            servers: Vec::new(),
+        };
+        let mut arguments = std::env::args().skip(1);
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().expect("this option needs a value");
+            let list = |text: String| text.split(',').map(str::to_owned).collect();
+            match argument.as_str() {
+                "--rounds" => options.rounds = value().parse().expect("a number of rounds"),
+                "--seconds" => options.seconds = value().parse().expect("seconds per measurement"),
+                "--size" => options.size = value().parse::<u64>().expect("MiB") << 20,
+                "--dir" => options.directory = value().into(),
+                "--rows" => options.rows = list(value()),
+                "--servers" => options.servers = list(value()),
+                "--install" => options.install = true,
+                // Given by cargo itself.
+                "--bench" => {}
+                other => panic!("unknown option {other}"),
+            }
+        }
+        options
+    }
+}
+
+/// A file full of blocks that carry their number; in the page cache afterwards.
+fn prepare(path: &Path, size: u64) {
+    use std::io::Write;
+    let mut file = std::io::BufWriter::with_capacity(1 << 20, std::fs::File::create(path).unwrap());
+    let mut block = [0x5a; BLOCK];
+    for number in 0..size / BLOCK as u64 {
+        block[..8].copy_from_slice(&number.to_le_bytes());
+        file.write_all(&block).unwrap();
+    }
+    file.into_inner().unwrap().sync_all().unwrap();
+}
+
+/// One measurement of one server, from its start to its end.
+#[derive(Clone, Default)]
+pub struct Measured {
+    /// What the client saw.
+    pub sample: Sample,
+    /// Server CPU seconds.
+    pub cpu: f64,
+    /// Peak resident memory of all its processes, MiB.
+    pub memory: f64,
+}
+
+fn measure(kind: &Kinds, file: &Path, size: u64, load: &Load, seconds: f64) -> Measured {
+    let running = Running::start(kind, file);
+    // The first moments are not counted: threads start, buffers grow.
+    let warm = Duration::from_secs_f64(seconds / 8.0);
+    let connections = client::connect(running.address, load.connections);
+    let (connections, _) = client::run(connections, load, size, warm);
+    let before = running.cpu();
+    let (_connections, sample) = client::run(connections, load, size, Duration::from_secs_f64(seconds));
+    let measured = Measured {
+        cpu: running.cpu() - before,
+        memory: running.memory(),
+        sample,
+    };
+    running.stop();
+    measured
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let [_, mode, address, file] = &arguments[..]
+        && mode == "serve"
+    {
+        let options = stiefel_server::nbd::ExportOptions {
+            name: "disk".into(),
+            ..Default::default()
+        };
+        stiefel_server::nbd::run_standalone(Path::new(file), &[address.parse().unwrap()], options).unwrap();
+        return;
+    }
+    let options = Options::parse();
+    if options.install {
+        let apt = [
+            "install",
+            "-y",
+            "--no-install-recommends",
+            "nbdkit",
+            "qemu-utils",
+            "nbd-server",
+        ];
+        assert!(Command::new("apt-get").args(apt).status().unwrap().success());
+    }
+    let wanted = |list: &[String], name: &str| list.is_empty() || list.iter().any(|part| name.contains(part.as_str()));
+    let mut kinds = servers::known();
+    kinds.retain(|kind| wanted(&options.servers, kind.name) && kind.present());
+    let rows: Vec<_> = ROWS.iter().filter(|(name, _)| wanted(&options.rows, name)).collect();
+    let file = options.directory.join("stiefel-bench-disk");
+    prepare(&file, options.size);
+    // results[row][server][round]
+    let mut results = vec![vec![Vec::new(); kinds.len()]; rows.len()];
+    for round in 0..options.rounds {
+        for (row, (name, load)) in rows.iter().enumerate() {
+            for turn in 0..kinds.len() {
+                let server = (turn + round) % kinds.len();
+                let measured = measure(&kinds[server], &file, options.size, load, options.seconds);
+                eprintln!(
+                    "round {round} {name:18} {:22} {}",
+                    kinds[server].name,
+                    table::short(load, &measured)
+                );
+                results[row][server].push(measured);
+            }
+        }
+    }
+    std::fs::remove_file(&file).unwrap();
+    table::print(&kinds, &rows, &results);
+}
