@@ -6,6 +6,7 @@
 
 mod classes;
 mod file;
+mod foreign;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,6 +17,7 @@ use stiefel_shared::kmod::{KmodError, ModuleIndex, Texts, normalise};
 
 use crate::archive::Archive;
 pub use classes::{CLASSES, Class, DEBUG, DEFAULT};
+use foreign::Foreign;
 
 /// Why modules cannot be chosen or read.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +100,7 @@ pub struct ModuleTree {
     softdep: Vec<u8>,
     builtin: Vec<u8>,
     dep: Vec<u8>,
+    foreign: Foreign,
 }
 
 /// Where the kernel looks for firmware, in its order.
@@ -148,6 +151,7 @@ impl ModuleTree {
         let alias = optional("modules.alias")?;
         let softdep = optional("modules.softdep")?;
         let builtin = optional("modules.builtin")?;
+        let order = optional("modules.order")?;
         let index = ModuleIndex::parse(&Texts {
             dep: &dep,
             alias: &alias,
@@ -158,10 +162,12 @@ impl ModuleTree {
             dir: dir.clone(),
             source,
         })?;
+        let foreign = Foreign::find(&dir, &index, &order, &alias);
         Ok(Self {
             dir,
             version,
             index,
+            foreign,
             alias,
             softdep,
             builtin,
@@ -185,7 +191,7 @@ impl ModuleTree {
     #[must_use]
     pub fn offers_class(&self, class: &Class) -> bool {
         let builtin = text_lines(&self.builtin).any(|path| class.has(&normalise(path), path));
-        builtin || self.index.iter().any(|(name, path)| class.has(name, path))
+        builtin || self.members(class).next().is_some()
     }
 
     /// Chooses modules: `wanted` are names of classes (see [`CLASSES`]), [`DEFAULT`], or of modules.
@@ -234,7 +240,7 @@ impl ModuleTree {
     fn members<'a>(&'a self, class: &'a Class) -> impl Iterator<Item = String> + 'a {
         self.index
             .iter()
-            .filter(|(name, path)| class.has(name, path))
+            .filter(|(name, path)| class.has(name, path) || self.foreign.belongs(name, class))
             .map(|(name, _)| name.to_owned())
     }
 

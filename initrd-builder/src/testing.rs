@@ -19,60 +19,96 @@ pub(crate) fn cases(cases: u32) -> Config {
     }
 }
 
-/// An ELF file with one section `.modinfo`, and one program header of the type given.
-fn elf(kind: u16, machine: u16, segment: u32, payload: &[u8]) -> Vec<u8> {
-    let names = b"\0.modinfo\0.shstrtab\0";
-    let payload_at = 64 + 56;
-    let names_at = payload_at + payload.len();
-    let sections_at = names_at + names.len();
-    let mut file = Vec::new();
-    file.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+/// A section of an ELF file: its name, type, the section it refers to, the length of its entries, its data.
+type Section<'a> = (&'a str, u32, u32, u64, &'a [u8]);
+
+/// An ELF file with these sections (numbered from 1) and their names, and one program header of the type given, for the
+/// first of them.
+fn elf(kind: u16, machine: u16, segment: u32, sections: &[Section<'_>]) -> Vec<u8> {
+    let mut names = vec![0];
+    let mut headers = vec![0; 64];
+    let mut data = Vec::new();
+    let count = u16::try_from(sections.len()).unwrap() + 2;
+    let data_at = 64 + 56;
+    let mut header = |name: usize, (_, kind, link, entry, bytes): Section<'_>| {
+        headers.extend(u32::try_from(name).unwrap().to_le_bytes());
+        headers.extend(kind.to_le_bytes());
+        for word in [0, 0, (data_at + data.len()) as u64, bytes.len() as u64] {
+            headers.extend(word.to_le_bytes());
+        }
+        // All symbols are global: the first one is number 1.
+        headers.extend([link.to_le_bytes(), u32::from(entry > 0).to_le_bytes()].concat());
+        headers.extend([1_u64.to_le_bytes(), entry.to_le_bytes()].concat());
+        data.extend(bytes);
+    };
+    for section in sections {
+        header(names.len(), *section);
+        names.extend(section.0.bytes().chain([0]));
+    }
+    let names_name = names.len();
+    names.extend(b".shstrtab\0");
+    header(names_name, (".shstrtab", 3, 0, 0, &names));
+    let sections_at = (data_at + data.len()) as u64;
+    let first = sections.first().map_or(0, |section| section.4.len() as u64);
+
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
     file.extend(kind.to_le_bytes());
     file.extend(machine.to_le_bytes());
     file.extend(1_u32.to_le_bytes());
-    file.extend(0_u64.to_le_bytes());
-    file.extend(64_u64.to_le_bytes());
-    file.extend((sections_at as u64).to_le_bytes());
+    for word in [0, 64, sections_at] {
+        file.extend(word.to_le_bytes());
+    }
     file.extend(0_u32.to_le_bytes());
-    for half in [64_u16, 56, 1, 64, 3, 2] {
+    for half in [64_u16, 56, 1, 64, count, count - 1] {
         file.extend(half.to_le_bytes());
     }
     file.extend(segment.to_le_bytes());
     file.extend(4_u32.to_le_bytes());
-    for word in [payload_at as u64, 0, 0, payload.len() as u64, payload.len() as u64, 1] {
+    for word in [data_at as u64, 0, 0, first, first, 1] {
         file.extend(word.to_le_bytes());
     }
-    file.extend(payload);
-    file.extend(names);
-    file.extend([0; 64]);
-    for (name, kind, at, len) in [
-        (1_u32, 1_u32, payload_at, payload.len()),
-        (10, 3, names_at, names.len()),
-    ] {
-        file.extend(name.to_le_bytes());
-        file.extend(kind.to_le_bytes());
-        for word in [0, 0, at as u64, len as u64] {
-            file.extend(word.to_le_bytes());
-        }
-        file.extend([0; 24]);
-    }
-    file
+    [file, data, headers].concat()
 }
 
 /// A kernel module that asks for firmware.
 pub(crate) fn module(firmware: &[&str]) -> Vec<u8> {
     let info: String = firmware.iter().map(|name| format!("firmware={name}\0")).collect();
-    elf(ET_REL, EM_X86_64, 0, format!("license=GPL\0{info}").as_bytes())
+    elf(
+        ET_REL,
+        EM_X86_64,
+        0,
+        &[(".modinfo", 1, 0, 0, format!("license=GPL\0{info}").as_bytes())],
+    )
+}
+
+/// A kernel module that calls functions of the kernel.
+pub(crate) fn module_calling(functions: &[&str]) -> Vec<u8> {
+    let mut names = vec![0];
+    let mut symbols = vec![0; 24];
+    for function in functions {
+        symbols.extend(u32::try_from(names.len()).unwrap().to_le_bytes());
+        // Global, without a type; in no section, so defined elsewhere; no address, no length.
+        symbols.extend([0x10, 0, 0, 0]);
+        symbols.extend([0; 16]);
+        names.extend(function.bytes().chain([0]));
+    }
+    let sections = [
+        (".modinfo", 1, 0, 0, &b"license=GPL\0"[..]),
+        (".symtab", 2, 3, 24, &symbols),
+        (".strtab", 3, 0, 0, &names),
+    ];
+    elf(ET_REL, EM_X86_64, 0, &sections)
 }
 
 /// A static program for a machine.
 pub(crate) fn static_program(machine: u16) -> Vec<u8> {
-    elf(ET_DYN, machine, 1, b"program")
+    elf(ET_DYN, machine, 1, &[(".text", 1, 0, 0, b"program")])
 }
 
 /// A program that asks for a loader.
 pub(crate) fn dynamic_program() -> Vec<u8> {
-    elf(ET_DYN, EM_X86_64, 3, b"/lib64/ld-linux-x86-64.so.2\0")
+    let loader = b"/lib64/ld-linux-x86-64.so.2\0";
+    elf(ET_DYN, EM_X86_64, 3, &[(".interp", 1, 0, 0, loader)])
 }
 
 /// The beginning of a bzImage.
@@ -160,4 +196,18 @@ pub(crate) fn module_tree(root: &Path) -> PathBuf {
         b"kernel/drivers/hid/usbhid/usbhid.ko\nkernel/drivers/net/wireguard/wireguard.ko\n",
     );
     dir
+}
+
+/// Puts modules that did not come with the kernel into a tree made by [`module_tree`], as depmod lists them.
+pub(crate) fn add_modules(dir: &Path, modules: &[(&str, &[u8])]) {
+    let mut dep = fs::OpenOptions::new()
+        .append(true)
+        .open(dir.join("modules.dep"))
+        .unwrap();
+    for (path, bytes) in modules {
+        writeln!(dep, "{path}:").unwrap();
+        let path = dir.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
 }

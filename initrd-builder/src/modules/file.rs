@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use lzma_rust2::XzReader;
-use object::{Object, ObjectSection};
+use object::{Object, ObjectSection, ObjectSymbol};
 
 /// The largest module taken, in bytes, uncompressed. The largest ones that exist have some 20 MB.
 const MODULE_MAX: u64 = 64 << 20;
@@ -70,6 +70,28 @@ pub(super) fn firmware_names(module: &[u8]) -> BTreeSet<String> {
         .collect()
 }
 
+/// What a driver of a wired network adapter calls to make its interface.
+const WIRED: [&str; 3] = ["alloc_etherdev_mqs", "devm_alloc_etherdev_mqs", "usbnet_probe"];
+/// How the functions begin that only wireless drivers call; some of them make their interfaces as wired ones do.
+const WIRELESS: [&str; 3] = ["wiphy_", "cfg80211_", "ieee80211_"];
+
+/// Whether a module is the driver of a wired network adapter, judged by what it calls.
+pub(super) fn drives_wired_nic(module: &[u8]) -> bool {
+    let Ok(elf) = object::File::parse(module) else {
+        return false;
+    };
+    let (mut wired, mut wireless) = (false, false);
+    for name in elf
+        .symbols()
+        .filter(|symbol| symbol.is_undefined())
+        .filter_map(|symbol| symbol.name().ok())
+    {
+        wired |= WIRED.contains(&name);
+        wireless |= WIRELESS.iter().any(|start| name.starts_with(start));
+    }
+    wired && !wireless
+}
+
 /// Finds firmware where the kernel would: per folder first that of the kernel's version, then the plain one.
 pub(super) fn find_firmware(dirs: &[PathBuf], version: &str, name: &str) -> Option<Vec<u8>> {
     let places = dirs.iter().flat_map(|dir| [dir.join(version), dir.clone()]);
@@ -81,7 +103,7 @@ pub(super) fn find_firmware(dirs: &[PathBuf], version: &str, name: &str) -> Opti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{cases, module};
+    use crate::testing::{cases, module, module_calling};
     use proptest::prelude::*;
 
     #[test]
@@ -94,12 +116,28 @@ mod tests {
         #![proptest_config(cases(256))]
         #[test]
         fn damaged_modules_never_panic(at in any::<prop::sample::Index>(), value: u8, len in any::<prop::sample::Index>()) {
-            let mut bytes = module(&["a.fw"]);
-            let at = at.index(bytes.len());
-            bytes[at] = value;
-            bytes.truncate(len.index(bytes.len() + 1));
-            let _ = firmware_names(&bytes);
+            for mut bytes in [module(&["a.fw"]), module_calling(&["usbnet_probe"])] {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+                bytes.truncate(len.index(bytes.len() + 1));
+                let _ = (firmware_names(&bytes), drives_wired_nic(&bytes));
+            }
         }
+    }
+
+    #[test]
+    fn drivers_of_wired_adapters_are_known_by_what_they_call() {
+        assert!(drives_wired_nic(&module_calling(&["printk", "alloc_etherdev_mqs"])));
+        assert!(drives_wired_nic(&module_calling(&["usbnet_probe"])));
+        for other in [
+            &["alloc_etherdev_mqs", "wiphy_new_nm"][..],
+            &["alloc_netdev_mqs"],
+            &["my_usbnet_probe"],
+            &[],
+        ] {
+            assert!(!drives_wired_nic(&module_calling(other)), "{other:?}");
+        }
+        assert!(!drives_wired_nic(b"\x7fELF"));
     }
 
     #[test]
