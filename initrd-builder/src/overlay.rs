@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::archive::Archive;
-use crate::modules::{Class, ModuleTree, ModulesError};
+use crate::modules::{Class, DEFAULT, ModuleTree, ModulesError};
 
 /// What a desktop needs before it can reach the disk. (HID: a passphrase may be asked.)
 const CLASSES: [&str; 3] = ["nic", "usb", "hid"];
@@ -59,11 +59,17 @@ pub struct Overlay {
 
 /// Builds the overlay for the kernel whose modules are in `modules_dir` (such as `/lib/modules/6.1.0-13-amd64`).
 ///
-/// It holds `/stiefel/modules/VERSION/` and `/stiefel/firmware/`, and is zstd compressed if asked for.
+/// It holds `/stiefel/modules/VERSION/` and `/stiefel/firmware/`, and is zstd compressed if asked for. `configured` is what
+/// the configuration says below `modules`: modules that it names are taken, too; its classes are the ramdisk's.
 ///
 /// # Errors
-/// `NoNbd` if the kernel lacks it, `Modules` if its modules cannot be read.
-pub fn overlay(modules_dir: &Path, firmware_dirs: &[PathBuf], zstd: bool) -> Result<Overlay, OverlayError> {
+/// `NoNbd` if the kernel lacks it, `Modules` if its modules cannot be read or it lacks one that is named.
+pub fn overlay(
+    modules_dir: &Path,
+    configured: &[String],
+    firmware_dirs: &[PathBuf],
+    zstd: bool,
+) -> Result<Overlay, OverlayError> {
     let tree = ModuleTree::open(modules_dir)?;
     let version = tree.version().to_owned();
     if !tree.offers("nbd") {
@@ -72,9 +78,14 @@ pub fn overlay(modules_dir: &Path, firmware_dirs: &[PathBuf], zstd: bool) -> Res
     let classes = CLASSES
         .into_iter()
         .filter(|name| Class::named(name).is_some_and(|class| tree.offers_class(class)));
+    let named = configured
+        .iter()
+        .map(String::as_str)
+        .filter(|word| *word != DEFAULT && Class::named(word).is_none());
     let wanted: Vec<_> = classes
         .chain(["nbd"])
         .chain(TRANSPORTS.into_iter().filter(|module| tree.offers(module)))
+        .chain(named)
         .collect();
     let set = tree.load(&tree.select(&wanted)?, firmware_dirs, &mut |_, _| {})?;
     let pack = || -> io::Result<Vec<u8>> {
@@ -120,7 +131,7 @@ mod tests {
         let firmware = root.path().join("firmware");
         fs::create_dir_all(firmware.join("rtl_nic")).unwrap();
         fs::write(firmware.join("rtl_nic/rtl8168.fw"), b"firmware").unwrap();
-        let overlay = overlay(&module_tree(root.path()), &[firmware], false).unwrap();
+        let overlay = overlay(&module_tree(root.path()), &[], &[firmware], false).unwrap();
         assert_eq!((overlay.modules, overlay.firmware, overlay.missing_firmware), (9, 1, 1));
         let paths = paths(&overlay.bytes);
         assert!(
@@ -149,8 +160,8 @@ mod tests {
     fn compressed_overlay_holds_the_same() {
         let root = tempfile::tempdir().unwrap();
         let dir = module_tree(root.path());
-        let plain = overlay(&dir, &[], false).unwrap();
-        let packed = overlay(&dir, &[], true).unwrap();
+        let plain = overlay(&dir, &[], &[], false).unwrap();
+        let packed = overlay(&dir, &[], &[], true).unwrap();
         assert_eq!(zstd::bulk::decompress(&packed.bytes, 1 << 20).unwrap(), plain.bytes);
     }
 
@@ -164,7 +175,29 @@ mod tests {
             dep.replace("kernel/drivers/block/nbd.ko:\n", ""),
         )
         .unwrap();
-        let error = overlay(&dir, &[], false).unwrap_err();
+        let error = overlay(&dir, &[], &[], false).unwrap_err();
         assert!(matches!(error, OverlayError::NoNbd { .. }), "{error}");
+    }
+
+    #[test]
+    fn modules_that_the_configuration_names_come_along_but_not_its_classes() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = module_tree(root.path());
+        let configured = ["default", "disk", "fs", "iwlwifi"].map(str::to_owned);
+        let paths = paths(&overlay(&dir, &configured, &[], false).unwrap().bytes);
+        assert!(paths.iter().any(|path| path.ends_with("/iwlwifi.ko")), "{paths:?}");
+        for other in ["/nvme.ko", "/ext4.ko"] {
+            assert!(!paths.iter().any(|path| path.ends_with(other)), "{other} in {paths:?}");
+        }
+    }
+
+    #[test]
+    fn a_named_module_that_the_payloads_kernel_lacks_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let error = overlay(&module_tree(root.path()), &["r8127".to_owned()], &[], false).unwrap_err();
+        assert!(
+            error.to_string().contains("r8127") && error.to_string().contains(VERSION),
+            "{error}"
+        );
     }
 }

@@ -146,6 +146,8 @@ pub struct Collected {
     pub payload: FoundPayload,
     /// What happens afterwards, and what the command line says about swap space.
     pub session: stiefel_shared::config::Session,
+    /// What the configuration says of modules.
+    modules: Vec<String>,
     /// Where firmware is looked for.
     firmware: Vec<PathBuf>,
     /// Whether the payload's kernel unpacks zstd.
@@ -176,6 +178,7 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         zstd: unpacks_zstd(&tree, &payload.version),
         payload,
         session: config.session.clone(),
+        modules: config.modules.0.clone(),
         firmware: firmware
             .iter()
             .map(|path| tree.path(path))

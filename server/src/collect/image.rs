@@ -35,7 +35,7 @@ impl Collected {
     /// # Errors
     /// [`CollectError`].
     pub fn image(&self) -> Result<Image, CollectError> {
-        let overlay = overlay(&self.payload.modules, &self.firmware, self.zstd)?;
+        let overlay = overlay(&self.payload.modules, &self.modules, &self.firmware, self.zstd)?;
         let kernel = Source::open(std::slice::from_ref(&self.payload.kernel))?;
         let initrd = Source::open(&self.payload.initrds)?;
         let handover = self.handover(&kernel, &initrd, &overlay)?;
