@@ -13,7 +13,7 @@ mod esp;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use gptman::{GPT, GPTPartitionEntry};
@@ -105,8 +105,20 @@ pub enum StickError {
         machine: u16,
     },
     /// The image exists already.
-    #[error("{} exists already: choose another name, or allow it to be overwritten", path.display())]
+    #[error("{} exists already: choose another name, or repeat with --overwrite", path.display())]
     Exists {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A file below /dev would be lost at the next boot, and a device was meant.
+    #[error("there is no device {}: is the stick plugged in? `lsblk` lists the disks", path.display())]
+    NoSuchDevice {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Something that must not be replaced by a file.
+    #[error("{} is no ordinary file: give a new file's name, or a whole disk such as /dev/sdb", path.display())]
+    NotAFile {
         /// Its path.
         path: PathBuf,
     },
@@ -168,6 +180,37 @@ const STUB: &str = "the EFI stub";
 const KERNEL: &str = "the kernel";
 const RAMDISK: &str = "the ramdisk";
 
+/// Whether an image file may be written to `path`.
+///
+/// # Errors
+/// [`StickError::NoSuchDevice`], [`StickError::NotAFile`], [`StickError::Exists`].
+pub fn check_image_path(path: &Path, overwrite: bool) -> Result<(), StickError> {
+    let path_of = || path.to_owned();
+    match path.symlink_metadata() {
+        Ok(found) if !found.is_file() => return Err(StickError::NotAFile { path: path_of() }),
+        Ok(_) if !overwrite => return Err(StickError::Exists { path: path_of() }),
+        _ => {}
+    }
+    if is_among_devices(folder_of(path)) {
+        return Err(StickError::NoSuchDevice { path: path_of() });
+    }
+    Ok(())
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
+}
+
+/// Whether a folder is below /dev, or on the kernel's file system of devices, mounted elsewhere.
+fn is_among_devices(folder: &Path) -> bool {
+    let file_system = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
+    let folder = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+    let devices = file_system(Path::new("/dev")).filter(|dev| Some(*dev) != file_system(Path::new("/")));
+    folder.starts_with("/dev") || (devices.is_some() && file_system(&folder) == devices)
+}
+
 /// Writes an image file for the whole disk, 0600; an existing one only if `overwrite`. Needs neither root nor loop devices.
 ///
 /// # Errors
@@ -178,19 +221,13 @@ pub fn write_image(
     overwrite: bool,
     progress: Progress,
 ) -> Result<StickReport, StickError> {
-    let exists = || StickError::Exists { path: path.to_owned() };
-    if !overwrite && path.symlink_metadata().is_ok() {
-        return Err(exists());
-    }
+    check_image_path(path, overwrite)?;
     let failed = |source| StickError::Write {
         path: path.to_owned(),
         source,
     };
     let content = Content::new(options, esp::Sector::S512)?;
-    let dir = path
-        .parent()
-        .filter(|dir| !dir.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let dir = folder_of(path);
     // A temporary file is 0600 from the beginning, and stays so.
     let mut file = tempfile::Builder::new()
         .prefix(".stiefel-")
@@ -204,25 +241,27 @@ pub fn write_image(
         file.persist_noclobber(path)
     };
     renamed.map_err(|error| match error.error.kind() {
-        io::ErrorKind::AlreadyExists => exists(),
+        io::ErrorKind::AlreadyExists => StickError::Exists { path: path.to_owned() },
         _ => failed(error.error),
     })?;
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
     Ok(content.report())
 }
 
-/// Writes to a whole block device: all that was on it is lost. Call [`describe`] first, and ask.
+/// Writes to a whole block device: all that was on it is lost. `shown` is what [`describe`] said and the user agreed to;
+/// the same disk is written, or none.
 ///
 /// # Errors
-/// See [`StickError`]. A partition, a disk in use, and a disk that is not removable (unless `allow_fixed`) are refused.
+/// See [`StickError`]. A disk in use, one that is not removable (unless `allow_fixed`), and another than the one that was
+/// shown are refused.
 pub fn write_device(
     options: &StickOptions,
-    path: &Path,
+    shown: &DeviceInfo,
     allow_fixed: bool,
     progress: Progress,
 ) -> Result<StickReport, StickError> {
-    let info = describe(path)?;
-    info.check(allow_fixed)?;
+    shown.check(allow_fixed)?;
+    let (info, path) = (shown, shown.path.as_path());
     let content = Content::new(options, esp::Sector::of(info.sector_bytes, path)?)?;
     if info.bytes < content.disk_bytes() {
         return Err(StickError::TooSmall {
@@ -244,7 +283,7 @@ pub fn write_device(
         .custom_flags(flags)
         .open(path)
         .map_err(failed)?;
-    info.check_same(&device)?;
+    info.check_same(&device, allow_fixed)?;
     // Traces of older file systems and tables at both ends would confuse whoever looks at the disk.
     let zeros = vec![0; usize::try_from(MIB).unwrap_or_default()];
     for at in [0, info.bytes - MIB] {

@@ -102,6 +102,25 @@ fn a_stick_without_ramdisk_or_key_says_what_to_run() {
 }
 
 #[test]
+fn a_stick_that_is_not_plugged_in_is_no_file() {
+    fails(
+        1,
+        &["stick", "/dev/stiefel-absent"],
+        &["/dev/stiefel-absent", "plugged in"],
+    );
+    fails(
+        1,
+        &["stick", "/dev/null", "--overwrite"],
+        &["/dev/null", "no ordinary file"],
+    );
+    assert!(!Path::new("/dev/stiefel-absent").exists());
+    let dir = tempfile::tempdir().unwrap();
+    let image = write(&dir.path().join("stick.img"), "precious");
+    fails(1, &["stick", &image], &["exists", "--overwrite"]);
+    assert_eq!(std::fs::read(&image).unwrap(), b"precious");
+}
+
+#[test]
 fn keys_are_made_once_private_and_revoked() {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();

@@ -37,7 +37,7 @@ pub enum DeviceError {
         uses: Vec<String>,
     },
     /// Built into the machine, as far as the kernel knows.
-    #[error("{} ({model}) is no removable disk: check that it is the right one, then allow fixed disks", path.display())]
+    #[error("{} ({model}) is no removable disk: check that it is the right one, then repeat with --allow-fixed", path.display())]
     Fixed {
         /// Its path.
         path: PathBuf,
@@ -105,6 +105,10 @@ pub struct DeviceInfo {
     pub partitions: Vec<PartitionInfo>,
     /// Who uses it, each in a few words; empty if nobody.
     pub uses: Vec<String>,
+    /// Its serial number; empty if it has none.
+    serial: String,
+    /// The kernel's count of disks when this one appeared, never given twice (Linux 5.15); 0 if it does not count.
+    diskseq: u64,
     /// Its device number.
     device: u64,
 }
@@ -152,17 +156,37 @@ impl DeviceInfo {
         Ok(())
     }
 
-    /// Whether the opened device is still the one that was looked at.
-    pub(super) fn check_same(&self, opened: &File) -> Result<(), DeviceError> {
-        let path = || self.path.clone();
-        let found = opened
-            .metadata()
-            .map_err(|source| DeviceError::Look { path: path(), source })?;
-        if found.rdev() == self.device {
-            Ok(())
+    /// Whether the opened device is still the disk that was looked at, and still free. Names and numbers are given to the
+    /// next disk when one is unplugged, so the disk itself is compared.
+    pub(super) fn check_same(&self, opened: &File, allow_fixed: bool) -> Result<(), DeviceError> {
+        let found = opened.metadata().map_err(|source| DeviceError::Look {
+            path: self.path.clone(),
+            source,
+        })?;
+        self.check_same_in(&Roots::default(), found.rdev(), allow_fixed)
+    }
+
+    fn check_same_in(&self, roots: &Roots, device: u64, allow_fixed: bool) -> Result<(), DeviceError> {
+        let found = roots.describe(&self.path, device)?;
+        if found.identity() == self.identity() {
+            found.check(allow_fixed)
         } else {
-            Err(DeviceError::Changed { path: path() })
+            Err(DeviceError::Changed {
+                path: self.path.clone(),
+            })
         }
+    }
+
+    /// What no other disk has at the same time, or the next one under the same name.
+    fn identity(&self) -> (u64, u64, u64, u64, &str, &str) {
+        (
+            self.diskseq,
+            self.device,
+            self.bytes,
+            self.sector_bytes,
+            &self.model,
+            &self.serial,
+        )
     }
 }
 
@@ -260,6 +284,8 @@ impl Roots {
             removable: number_in(&dir.join("removable")) == 1 || on_usb || sd_card,
             read_only: number_in(&dir.join("ro")) == 1,
             uses: self.uses(std::iter::once(&dir).chain(&parts))?,
+            serial: serial_of(&dir),
+            diskseq: number_in(&dir.join("diskseq")),
             partitions,
             name,
             device,
@@ -318,6 +344,19 @@ fn base_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
+/// A disk's own serial number, else that of the USB device it belongs to; empty if there is none.
+fn serial_of(dir: &Path) -> String {
+    let own = text_in(&dir.join("device/serial"));
+    if !own.is_empty() {
+        return own;
+    }
+    // Only USB devices have both files.
+    dir.ancestors()
+        .find(|folder| folder.join("idVendor").exists())
+        .map(|usb| text_in(&usb.join("serial")))
+        .unwrap_or_default()
+}
+
 /// A sysfs file's text; empty if there is none.
 fn text_in(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
@@ -348,6 +387,7 @@ mod tests {
             ("dev", "8:400\n"),
             ("size", "2097152\n"),
             ("removable", "1\n"),
+            ("diskseq", "9\n"),
             ("ro", "0\n"),
             ("queue/logical_block_size", "512\n"),
             ("device/vendor", "Acme    \n"),
@@ -358,6 +398,8 @@ mod tests {
         ] {
             put(&format!("{stick}/{file}"), text);
         }
+        put("sys/devices/pci0/usb1/1-1/idVendor", "1234\n");
+        put("sys/devices/pci0/usb1/1-1/serial", "S1\n");
         let disk = "sys/devices/pci0/virtio0/block/vdz";
         for (file, text) in [
             ("dev", "254:32\n"),
@@ -479,5 +521,44 @@ mod tests {
         let (root, roots) = machine();
         fs::remove_file(root.path().join("proc/self/mountinfo")).unwrap();
         assert!(matches!(stick(&roots), Err(DeviceError::Look { .. })));
+    }
+
+    #[test]
+    fn another_disk_under_the_same_name_is_not_the_one_that_was_shown() {
+        let number = rustix::fs::makedev(8, 400);
+        let (_root, roots) = machine();
+        let shown = stick(&roots).unwrap();
+        shown.check_same_in(&roots, number, false).unwrap();
+        for (file, text) in [
+            ("block/sdz/diskseq", "10\n"),
+            ("block/sdz/size", "4194304\n"),
+            ("block/sdz/device/model", "Other\n"),
+            ("serial", "S2\n"),
+        ] {
+            let (root, roots) = machine();
+            fs::write(root.path().join("sys/devices/pci0/usb1/1-1").join(file), text).unwrap();
+            let error = shown.check_same_in(&roots, number, true).unwrap_err();
+            assert!(matches!(error, DeviceError::Changed { .. }), "{file}: {error}");
+        }
+        let error = shown
+            .check_same_in(&roots, rustix::fs::makedev(254, 32), true)
+            .unwrap_err();
+        assert!(matches!(error, DeviceError::Changed { .. }), "{error}");
+        let error = shown
+            .check_same_in(&roots, rustix::fs::makedev(8, 416), true)
+            .unwrap_err();
+        assert!(matches!(error, DeviceError::Look { .. }), "unplugged: {error}");
+    }
+
+    #[test]
+    fn a_disk_that_was_mounted_since_it_was_shown_is_refused() {
+        let (root, roots) = machine();
+        let shown = stick(&roots).unwrap();
+        let mounted = "30 22 8:401 / /media rw - vfat /dev/sdz1 rw\n";
+        fs::write(root.path().join("proc/self/mountinfo"), mounted).unwrap();
+        let error = shown
+            .check_same_in(&roots, rustix::fs::makedev(8, 400), true)
+            .unwrap_err();
+        assert!(matches!(error, DeviceError::InUse { .. }), "{error}");
     }
 }

@@ -21,6 +21,11 @@ const KEYS: &str = "/etc/stiefel/keys";
 
 /// Writes a file, or after asking a device.
 pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
+    let target = &args.target;
+    let is_device = fs::metadata(target).is_ok_and(|meta| meta.file_type().is_block_device());
+    if !is_device {
+        stick::check_image_path(target, args.overwrite)?;
+    }
     let config = config_or_default(config)?;
     let manifest = Manifest::load(&args.ramdisk)
         .context("there is no ramdisk to put on the stick; run `stiefel build`, or name its folder with --ramdisk")?;
@@ -44,8 +49,6 @@ pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let target = &args.target;
-    let is_device = fs::metadata(target).is_ok_and(|meta| meta.file_type().is_block_device());
     let report = if is_device {
         let info = stick::describe(target)?;
         info.check(args.allow_fixed)?;
@@ -53,7 +56,7 @@ pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
         if !args.yes && !ask("All of it is lost. Write the stick?")? {
             bail!("nothing was written");
         }
-        stick::write_device(&options, target, args.allow_fixed, &mut progress)?
+        stick::write_device(&options, &info, args.allow_fixed, &mut progress)?
     } else {
         stick::write_image(&options, target, args.overwrite, &mut progress)?
     };
