@@ -4,6 +4,7 @@
 //! one line; the last line counts them. Exit status 1 if one failed. Serial logs stay in the harness's log folder.
 
 mod faults;
+mod image;
 mod journey;
 mod tiny;
 
@@ -19,6 +20,8 @@ use stiefel_tests::{Accel, cache};
 /// What every test gets.
 struct Bench {
     kit: Kit,
+    /// The program under test.
+    program: PathBuf,
 }
 
 struct Test {
@@ -26,7 +29,15 @@ struct Test {
     run: fn(&Bench) -> Result<(), Failure>,
 }
 
-const TESTS: [Test; 7] = [
+const TESTS: [Test; 9] = [
+    Test {
+        name: "ramdisk_of_debians_kernel_is_small_and_has_all_drivers",
+        run: image::ramdisk,
+    },
+    Test {
+        name: "overlay_of_debians_kernel_has_all_that_reaches_the_laptop",
+        run: image::session_overlay,
+    },
     Test {
         name: "plug_boots_the_desktop_and_power_off_brings_the_laptop_home",
         run: journey::plug,
@@ -131,6 +142,7 @@ fn run() -> Result<bool, Failure> {
     let begun = Instant::now();
     let bench = Bench {
         kit: Kit::prepare(&arguments.program, None)?,
+        program: arguments.program,
     };
     println!(
         "prepared in {:.0} s: installed system, ramdisk, key",
