@@ -14,11 +14,15 @@ pub mod module;
 pub mod mount;
 pub mod nbd;
 mod netlink;
+pub mod netns;
+pub mod nvme;
+pub mod nvmet;
 pub mod power;
 pub mod process;
 mod read;
 pub mod uevent;
 pub mod wired;
+pub mod wireguard;
 
 /// Where sysfs usually is.
 pub const SYSFS: &str = "/sys";

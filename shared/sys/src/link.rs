@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
 const IFLA_PARENT_DEV_NAME: u16 = 56;
 const IFLA_PERM_ADDRESS: u16 = 54;
+const IFLA_NET_NS_FD: u16 = 28;
 const RTNLGRP_LINK: u32 = 1;
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
 const RTNLGRP_IPV6_IFADDR: u32 = 9;
@@ -39,6 +40,16 @@ pub enum LinkError {
         action: &'static str,
         /// The interface's index.
         index: u32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A virtual interface could not be made.
+    #[error("cannot make the {kind} interface {name}; the kernel may lack the module {kind}, or the name is taken")]
+    Create {
+        /// Its name.
+        name: String,
+        /// Its kind.
+        kind: &'static str,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -226,6 +237,79 @@ pub fn rename(index: u32, name: &str) -> Result<(), LinkError> {
     request(libc::RTM_NEWLINK, 0, &body)
         .map(drop)
         .map_err(refused("rename", index))
+}
+
+/// The index of the interface `name` in this network namespace; `None` if there is none.
+///
+/// # Errors
+/// [`LinkError::Name`], [`LinkError::List`].
+pub fn index_of(name: &str) -> Result<Option<u32>, LinkError> {
+    check_name(name)?;
+    let body = link_body(0, 0, 0).attr_string(libc::IFLA_IFNAME, name);
+    match request(libc::RTM_GETLINK, 0, &body) {
+        Ok(answers) => {
+            let link = answers.iter().find_map(|(_, body)| parse_link(body));
+            Ok(link.map(|link| link.index))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(source) => Err(LinkError::List { source }),
+    }
+}
+
+/// Makes a virtual interface and answers its index. EOPNOTSUPP: the kernel does not know the kind. EEXIST: the name is
+/// taken.
+pub(crate) fn create(name: &str, kind: &'static str) -> Result<u32, LinkError> {
+    check_name(name)?;
+    let failed = |source| LinkError::Create {
+        name: name.to_owned(),
+        kind,
+        source,
+    };
+    request(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &create_body(name, kind)).map_err(failed)?;
+    index_of(name)?.ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ENODEV)))
+}
+
+fn create_body(name: &str, kind: &str) -> Body {
+    let info = Body::default().attr_string(libc::IFLA_INFO_KIND, kind);
+    link_body(0, 0, 0)
+        .attr_string(libc::IFLA_IFNAME, name)
+        .nest(libc::IFLA_LINKINFO, &info)
+}
+
+/// Removes a virtual interface.
+///
+/// # Errors
+/// [`LinkError::Refused`]: ENODEV if it is gone, EOPNOTSUPP if it is no virtual one.
+pub fn delete(index: u32) -> Result<(), LinkError> {
+    request(libc::RTM_DELLINK, 0, &link_body(index, 0, 0))
+        .map(drop)
+        .map_err(refused("remove", index))
+}
+
+/// Sets the largest packet that an interface sends, in bytes without the Ethernet header.
+///
+/// # Errors
+/// [`LinkError::Refused`]: EINVAL if its driver cannot do that; some must be down for it (EBUSY).
+pub fn set_mtu(index: u32, mtu: u32) -> Result<(), LinkError> {
+    let body = link_body(index, 0, 0).attr(libc::IFLA_MTU, &mtu.to_ne_bytes());
+    request(libc::RTM_NEWLINK, 0, &body)
+        .map(drop)
+        .map_err(refused("set the MTU of", index))
+}
+
+/// Moves an interface of this network namespace into another. It is taken down and loses its addresses, and may get
+/// another index there; it keeps its name. To move one out of a namespace, call this inside
+/// [`Namespace::run`](crate::netns::Namespace::run).
+///
+/// # Errors
+/// [`LinkError::Refused`]: ENODEV if it is gone, EEXIST if its name is taken there, EINVAL if it may not be moved.
+pub fn set_namespace(index: u32, namespace: BorrowedFd<'_>) -> Result<(), LinkError> {
+    // The kernel reads the descriptor as unsigned.
+    let fd = namespace.as_raw_fd().cast_unsigned();
+    let body = link_body(index, 0, 0).attr(IFLA_NET_NS_FD, &fd.to_ne_bytes());
+    request(libc::RTM_NEWLINK, 0, &body)
+        .map(drop)
+        .map_err(refused("move to another network namespace", index))
 }
 
 fn link_body(index: u32, flags: u32, change: u32) -> Body {

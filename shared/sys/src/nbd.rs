@@ -7,16 +7,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
-use netlink_sys::protocols::NETLINK_GENERIC;
-
-use crate::netlink::{self, Body, attributes, messages, text, u16_at, u32_at};
+use crate::netlink::{self, Body, Family, GENERIC_HEADER, attributes, generic, messages, u32_at};
 use crate::process::{deadline, left};
 
 const FAMILY: &str = "nbd";
 const MULTICAST_GROUP: &str = "nbd_mc_group";
 const VERSION: u8 = 1;
-/// cmd, version, two reserved bytes.
-const GENERIC_HEADER: usize = 4;
 
 const NBD_CMD_CONNECT: u8 = 1;
 const NBD_CMD_DISCONNECT: u8 = 2;
@@ -33,15 +29,6 @@ const NBD_ATTR_DEAD_CONN_TIMEOUT: u16 = 8;
 const NBD_ATTR_BACKEND_IDENTIFIER: u16 = 10;
 const NBD_SOCK_ITEM: u16 = 1;
 const NBD_SOCK_FD: u16 = 1;
-
-const GENL_ID_CTRL: u16 = 16;
-const CTRL_VERSION: u8 = 1;
-const CTRL_CMD_GETFAMILY: u8 = 3;
-const CTRL_ATTR_FAMILY_ID: u16 = 1;
-const CTRL_ATTR_FAMILY_NAME: u16 = 2;
-const CTRL_ATTR_MCAST_GROUPS: u16 = 7;
-const CTRL_ATTR_MCAST_GRP_NAME: u16 = 1;
-const CTRL_ATTR_MCAST_GRP_ID: u16 = 2;
 
 /// Why the kernel's NBD client did not do it.
 #[derive(Debug, thiserror::Error)]
@@ -215,10 +202,6 @@ fn socket_list(sockets: &[BorrowedFd<'_>]) -> Body {
     })
 }
 
-fn generic(command: u8, version: u8) -> Body {
-    Body::new(&[command, version, 0, 0])
-}
-
 /// The device number in a message of the family, if it is `command`.
 fn index_in(body: &[u8], command: u8) -> Option<u32> {
     if body.first() != Some(&command) {
@@ -229,47 +212,11 @@ fn index_in(body: &[u8], command: u8) -> Option<u32> {
         .and_then(|(_, value)| u32_at(value, 0))
 }
 
-/// What the generic netlink controller tells about the family.
-#[derive(Debug, PartialEq, Eq)]
-struct Family {
-    id: u16,
-    group: Option<u32>,
-}
-
-impl Family {
-    fn parse(body: &[u8]) -> Option<Self> {
-        let attribute = |wanted| attributes(body, GENERIC_HEADER).find(move |(kind, _)| *kind == wanted);
-        let (_, id) = attribute(CTRL_ATTR_FAMILY_ID)?;
-        let group = attribute(CTRL_ATTR_MCAST_GROUPS).and_then(|(_, groups)| {
-            attributes(groups, 0).find_map(|(_, group)| {
-                let field = |wanted| attributes(group, 0).find(move |(kind, _)| *kind == wanted);
-                let (_, name) = field(CTRL_ATTR_MCAST_GRP_NAME)?;
-                (text(name) == MULTICAST_GROUP)
-                    .then(|| u32_at(field(CTRL_ATTR_MCAST_GRP_ID)?.1, 0))
-                    .flatten()
-            })
-        });
-        Some(Self {
-            id: u16_at(id, 0)?,
-            group,
-        })
-    }
-}
-
 fn open() -> Result<(netlink::Socket, Family), NbdError> {
-    let mut socket = netlink::Socket::open(NETLINK_GENERIC).map_err(|source| NbdError::Netlink { source })?;
-    let question = generic(CTRL_CMD_GETFAMILY, CTRL_VERSION).attr_string(CTRL_ATTR_FAMILY_NAME, FAMILY);
-    let answers = socket
-        .request(GENL_ID_CTRL, 0, &question)
-        .map_err(|source| match source.raw_os_error() {
-            Some(libc::ENOENT) => NbdError::NoNbd { source },
-            _ => NbdError::Netlink { source },
-        })?;
-    let family = answers.iter().find_map(|(_, body)| Family::parse(body));
-    let family = family.ok_or(NbdError::NoNbd {
+    let found = netlink::Socket::open_generic(FAMILY).map_err(|source| NbdError::Netlink { source })?;
+    found.ok_or(NbdError::NoNbd {
         source: io::ErrorKind::NotFound.into(),
-    })?;
-    Ok((socket, family))
+    })
 }
 
 /// A connection of a device died; other connections of it may live.
@@ -300,7 +247,7 @@ impl Watch {
     /// [`NbdError::NoNbd`], [`NbdError::Netlink`].
     pub fn open() -> Result<Self, NbdError> {
         let (mut socket, family) = open()?;
-        let group = family.group.ok_or(NbdError::NoNbd {
+        let group = family.group(MULTICAST_GROUP).ok_or(NbdError::NoNbd {
             source: io::ErrorKind::NotFound.into(),
         })?;
         socket.join(group).map_err(|source| NbdError::Netlink { source })?;
@@ -378,7 +325,7 @@ mod tests {
             12, 0, 8, 0, 0x10, 0x0e, 0, 0, 0, 0, 0, 0,           // DEAD_CONN_TIMEOUT
             8, 0, 10, 0, b'a', b'b', b'c', 0,                    // BACKEND_IDENTIFIER
         ];
-        assert_eq!(encode(0x21, NLM_F_REQUEST | NLM_F_ACK, 9, &device.body()), expected);
+        assert_eq!(*encode(0x21, NLM_F_REQUEST | NLM_F_ACK, 9, &device.body()), expected);
         let any = Connect { index: None, ..device };
         assert_eq!(any.body().bytes()[..8], [1, 1, 0, 0, 12, 0, 2, 0]);
     }
@@ -412,32 +359,15 @@ mod tests {
     #[test]
     fn a_dead_link_is_told_with_its_index() {
         let index = |command, index: u32| generic(command, 1).attr(NBD_ATTR_INDEX, &index.to_ne_bytes());
-        let mut datagram = encode(0x21, 0, 0, &index(NBD_CMD_LINK_DEAD, 5));
-        datagram.extend(encode(0x21, 0, 0, &index(NBD_CMD_CONNECT, 6)));
-        datagram.extend(encode(0x22, 0, 0, &index(NBD_CMD_LINK_DEAD, 7)));
-        datagram.extend(encode(0x21, 0, 0, &index(NBD_CMD_LINK_DEAD, 8)));
+        let datagram = [
+            encode(0x21, 0, 0, &index(NBD_CMD_LINK_DEAD, 5)),
+            encode(0x21, 0, 0, &index(NBD_CMD_CONNECT, 6)),
+            encode(0x22, 0, 0, &index(NBD_CMD_LINK_DEAD, 7)),
+            encode(0x21, 0, 0, &index(NBD_CMD_LINK_DEAD, 8)),
+        ];
+        let datagram: Vec<u8> = datagram.iter().flat_map(|message| message.to_vec()).collect();
         let seen: Vec<_> = deaths(&datagram, 0x21).collect();
         assert_eq!(seen, [LinkDead { index: 5 }, LinkDead { index: 8 }]);
-    }
-
-    #[test]
-    fn the_family_and_its_group_are_found_among_others() {
-        let group = |name, id: u32| Body::default().attr(2, &id.to_ne_bytes()).attr_string(1, name);
-        let groups = Body::default()
-            .nest(1, &group("other", 4))
-            .nest(2, &group("nbd_mc_group", 5));
-        let body = generic(1, 2)
-            .attr_string(2, "nbd")
-            .attr(1, &0x21u16.to_ne_bytes())
-            .nest(7, &groups);
-        assert_eq!(
-            Family::parse(body.bytes()),
-            Some(Family {
-                id: 0x21,
-                group: Some(5)
-            })
-        );
-        assert_eq!(Family::parse(generic(1, 2).bytes()), None);
     }
 
     #[test]
@@ -450,7 +380,6 @@ mod tests {
         #[test]
         fn any_bytes_are_read(bytes: Vec<u8>) {
             let _ = deaths(&bytes, 0x21).count();
-            let _ = Family::parse(&bytes);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Netlink framing: one synchronous request socket, messages and attributes as bytes.
 //!
-//! Used by `link` (rtnetlink) and `nbd` (generic netlink). Layout: netlink(7), `linux/netlink.h`.
+//! Used by `link` (rtnetlink), `nbd` and `wireguard` (generic netlink). Layout: netlink(7), `linux/netlink.h`,
+//! `linux/genetlink.h`. Bodies and answers are wiped: keys travel in them.
 //! Attributes are read one by one, and unknown or odd ones are passed over: a kernel newer than this program must
 //! not make a whole interface unreadable, which is what the typed message crates do.
 
@@ -9,6 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use netlink_sys::SocketAddr;
+use netlink_sys::protocols::NETLINK_GENERIC;
+use zeroize::Zeroizing;
 
 use crate::process::{deadline, wait_readable};
 
@@ -33,6 +36,17 @@ const NLMSG_OVERRUN: u16 = 4;
 const NLMSG_MIN_TYPE: u16 = 16;
 const NLA_F_NESTED: u16 = 1 << 15;
 const NLA_TYPE_MASK: u16 = 0x3fff;
+
+/// cmd, version, two reserved bytes: what generic netlink puts before the attributes.
+pub(crate) const GENERIC_HEADER: usize = 4;
+const GENL_ID_CTRL: u16 = 16;
+const CTRL_VERSION: u8 = 1;
+const CTRL_CMD_GETFAMILY: u8 = 3;
+const CTRL_ATTR_FAMILY_ID: u16 = 1;
+const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+const CTRL_ATTR_MCAST_GROUPS: u16 = 7;
+const CTRL_ATTR_MCAST_GRP_NAME: u16 = 1;
+const CTRL_ATTR_MCAST_GRP_ID: u16 = 2;
 
 /// One message as it came: its type, flags and what follows the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,29 +94,52 @@ pub(crate) fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(offset..offset + 4)?.try_into().ok()?))
 }
 
+pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+    Some(u64::from_ne_bytes(bytes.get(offset..offset + 8)?.try_into().ok()?))
+}
+
 /// A string attribute: up to its NUL.
 pub(crate) fn text(value: &[u8]) -> String {
     String::from_utf8_lossy(value.split(|&byte| byte == 0).next().unwrap_or_default()).into_owned()
 }
 
-/// What follows a message's header: a fixed part, then attributes.
-#[derive(Debug, Default)]
-pub(crate) struct Body(Vec<u8>);
+/// What follows a message's header: a fixed part, then attributes. There may be keys in it: it never prints, and is
+/// wiped.
+#[derive(Default)]
+pub(crate) struct Body(Zeroizing<Vec<u8>>);
+
+impl std::fmt::Debug for Body {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("netlink::Body(..)")
+    }
+}
 
 impl Body {
     pub(crate) fn new(fixed: &[u8]) -> Self {
-        Self(fixed.to_vec())
+        Self(fixed.to_vec().into())
     }
 
     /// Appends an attribute. Values are a few bytes; one over 64 KiB would be a mistake here and is cut off.
     pub(crate) fn attr(mut self, kind: u16, value: &[u8]) -> Self {
         let length = u16::try_from(value.len() + ALIGN).unwrap_or(u16::MAX);
+        self.make_room(usize::from(length) + ALIGN);
         self.0.extend_from_slice(&length.to_ne_bytes());
         self.0.extend_from_slice(&kind.to_ne_bytes());
         self.0
             .extend_from_slice(value.get(..usize::from(length) - ALIGN).unwrap_or_default());
-        self.0.resize(self.0.len().next_multiple_of(ALIGN), 0);
+        let padded = self.0.len().next_multiple_of(ALIGN);
+        self.0.resize(padded, 0);
         self
+    }
+
+    /// A vector that grows by itself leaves its old bytes behind, unwiped.
+    fn make_room(&mut self, more: usize) {
+        let wanted = self.0.len() + more;
+        if wanted > self.0.capacity() {
+            let mut larger = Zeroizing::new(Vec::with_capacity(wanted * 2));
+            larger.extend_from_slice(&self.0);
+            self.0 = larger;
+        }
     }
 
     pub(crate) fn attr_string(self, kind: u16, value: &str) -> Self {
@@ -120,8 +157,8 @@ impl Body {
 }
 
 /// Frames one request.
-pub(crate) fn encode(kind: u16, flags: u16, sequence: u32, body: &Body) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(HEADER + body.0.len());
+pub(crate) fn encode(kind: u16, flags: u16, sequence: u32, body: &Body) -> Zeroizing<Vec<u8>> {
+    let mut bytes = Zeroizing::new(Vec::with_capacity(HEADER + body.0.len()));
     let length = u32::try_from(HEADER + body.0.len()).unwrap_or(u32::MAX);
     bytes.extend_from_slice(&length.to_ne_bytes());
     bytes.extend_from_slice(&kind.to_ne_bytes());
@@ -133,7 +170,43 @@ pub(crate) fn encode(kind: u16, flags: u16, sequence: u32, body: &Body) -> Vec<u
 }
 
 /// All messages that answer a request: type and what follows the header.
-pub(crate) type Answer = Vec<(u16, Vec<u8>)>;
+pub(crate) type Answer = Vec<(u16, Zeroizing<Vec<u8>>)>;
+
+/// Begins a generic netlink message.
+pub(crate) fn generic(command: u8, version: u8) -> Body {
+    Body::new(&[command, version, 0, 0])
+}
+
+/// What the generic netlink controller tells about a family.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Family {
+    pub(crate) id: u16,
+    groups: Vec<(String, u32)>,
+}
+
+impl Family {
+    /// The number of a multicast group.
+    pub(crate) fn group(&self, name: &str) -> Option<u32> {
+        let (_, id) = self.groups.iter().find(|(group, _)| group == name)?;
+        Some(*id)
+    }
+
+    pub(crate) fn parse(body: &[u8]) -> Option<Self> {
+        let attribute = |wanted| attributes(body, GENERIC_HEADER).find(move |(kind, _)| *kind == wanted);
+        let (_, id) = attribute(CTRL_ATTR_FAMILY_ID)?;
+        let (_, groups) = attribute(CTRL_ATTR_MCAST_GROUPS).unwrap_or_default();
+        let groups = attributes(groups, 0).filter_map(|(_, group)| {
+            let field = |wanted| attributes(group, 0).find(move |(kind, _)| *kind == wanted);
+            let (_, name) = field(CTRL_ATTR_MCAST_GRP_NAME)?;
+            let (_, id) = field(CTRL_ATTR_MCAST_GRP_ID)?;
+            Some((text(name), u32_at(id, 0)?))
+        });
+        Some(Self {
+            id: u16_at(id, 0)?,
+            groups: groups.collect(),
+        })
+    }
+}
 
 /// A netlink socket towards the kernel.
 pub(crate) struct Socket {
@@ -158,6 +231,20 @@ impl Socket {
         let mut inner = netlink_sys::Socket::new(protocol)?;
         inner.bind_auto()?;
         Ok(Self { inner, sequence: 0 })
+    }
+
+    /// A socket to the generic netlink family `name`; `None` if the kernel has no such family (its module is missing).
+    pub(crate) fn open_generic(name: &str) -> io::Result<Option<(Self, Family)>> {
+        let mut socket = Self::open(NETLINK_GENERIC)?;
+        let question = generic(CTRL_CMD_GETFAMILY, CTRL_VERSION).attr_string(CTRL_ATTR_FAMILY_NAME, name);
+        match socket.request(GENL_ID_CTRL, 0, &question) {
+            Ok(answers) => {
+                let family = answers.iter().find_map(|(_, body)| Family::parse(body));
+                Ok(family.map(|family| (socket, family)))
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     pub(crate) fn join(&mut self, group: u32) -> io::Result<()> {
@@ -208,6 +295,7 @@ impl Socket {
         let mut whole = true;
         loop {
             let datagram = self.receive(Some(ANSWER_TIMEOUT))?.ok_or(io::ErrorKind::TimedOut)?;
+            let datagram = Zeroizing::new(datagram);
             for message in messages(&datagram).filter(|message| message.sequence == self.sequence) {
                 whole &= message.flags & NLM_F_DUMP_INTR == 0;
                 match message.kind {
@@ -218,7 +306,7 @@ impl Socket {
                     },
                     NLMSG_DONE => return Ok(whole.then_some(answer)),
                     NLMSG_OVERRUN => return Err(io::Error::from_raw_os_error(libc::ENOBUFS)),
-                    NLMSG_MIN_TYPE.. => answer.push((message.kind, message.body.to_vec())),
+                    NLMSG_MIN_TYPE.. => answer.push((message.kind, message.body.to_vec().into())),
                     _ => {}
                 }
             }
@@ -243,8 +331,8 @@ mod tests {
 
     #[test]
     fn a_cut_off_message_ends_the_list() {
-        let mut bytes = encode(20, 2, 5, &Body::new(&[1, 2, 3, 4]));
-        bytes.extend(encode(21, 0, 6, &Body::new(&[1, 2, 3, 4])));
+        let mut bytes = encode(20, 2, 5, &Body::new(&[1, 2, 3, 4])).to_vec();
+        bytes.extend_from_slice(&encode(21, 0, 6, &Body::new(&[1, 2, 3, 4])));
         bytes.pop();
         let seen: Vec<_> = messages(&bytes).collect();
         assert_eq!(
@@ -265,6 +353,29 @@ mod tests {
         assert_eq!(attributes(&[1], 4).count(), 0);
     }
 
+    #[test]
+    fn the_family_and_its_groups_are_found() {
+        let group = |name, id: u32| Body::default().attr(2, &id.to_ne_bytes()).attr_string(1, name);
+        let groups = Body::default()
+            .nest(1, &group("other", 4))
+            .nest(2, &group("nbd_mc_group", 5));
+        let body = generic(1, 2)
+            .attr_string(2, "nbd")
+            .attr(1, &0x21u16.to_ne_bytes())
+            .nest(7, &groups);
+        let family = Family::parse(body.bytes()).unwrap();
+        assert_eq!((family.id, family.group("nbd_mc_group")), (0x21, Some(5)));
+        assert_eq!(family.group("none"), None);
+        assert_eq!(Family::parse(generic(1, 2).bytes()), None);
+    }
+
+    #[test]
+    fn the_controller_is_a_family_of_every_kernel() {
+        let (_, family) = Socket::open_generic("nlctrl").unwrap().unwrap();
+        assert_eq!((family.id, family.group("notify")), (GENL_ID_CTRL, Some(16)));
+        assert!(Socket::open_generic("no-such-family").unwrap().is_none());
+    }
+
     proptest! {
         #[test]
         fn what_was_encoded_is_read_back(
@@ -283,6 +394,7 @@ mod tests {
             for message in messages(&bytes) {
                 let _ = attributes(message.body, 4).count();
             }
+            let _ = Family::parse(&bytes);
         }
     }
 }

@@ -130,6 +130,13 @@ fn requests_have_these_bytes() {
         link_body(3, 1, 1).bytes(),
         [0, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]
     );
+    assert_eq!(
+        create_body("st0", "wireguard").bytes()[16..],
+        [
+            8, 0, 3, 0, b's', b't', b'0', 0, 20, 0, 18, 0x80, 14, 0, 1, 0, b'w', b'i', b'r', b'e', b'g', b'u', b'a',
+            b'r', b'd', 0, 0, 0
+        ]
+    );
     let body = address_body(3, [10, 0, 0, 1].into(), 24);
     assert_eq!(
         body.bytes(),
@@ -141,14 +148,13 @@ fn requests_have_these_bytes() {
 
 #[test]
 fn one_datagram_may_tell_of_several_changes() {
-    let mut datagram = encode(libc::RTM_NEWLINK, 0, 0, &link_body(3, 0, 0));
-    datagram.extend(encode(libc::RTM_NEWROUTE, 0, 0, &Body::new(&[0; 12])));
-    datagram.extend(encode(
-        libc::RTM_DELADDR,
-        0,
-        0,
-        &address_body(4, [10, 0, 0, 1].into(), 24),
-    ));
+    let address = address_body(4, [10, 0, 0, 1].into(), 24);
+    let datagram = [
+        encode(libc::RTM_NEWLINK, 0, 0, &link_body(3, 0, 0)),
+        encode(libc::RTM_NEWROUTE, 0, 0, &Body::new(&[0; 12])),
+        encode(libc::RTM_DELADDR, 0, 0, &address),
+    ];
+    let datagram: Vec<u8> = datagram.iter().flat_map(|message| message.to_vec()).collect();
     let expected = [
         Change {
             index: 3,
@@ -213,6 +219,37 @@ fn sysfs_tells_wired_wireless_and_modem_apart() {
     };
     assert_eq!(usb_id(sysfs.path(), "eth0"), Some(expected));
     assert_eq!(usb_id(sysfs.path(), "lo"), None);
+}
+
+/// IFLA_MTU of an interface.
+fn mtu(index: u32) -> Option<u32> {
+    let answers = request(libc::RTM_GETLINK, 0, &link_body(index, 0, 0)).ok()?;
+    let (_, body) = answers.first()?;
+    let (_, value) = attributes(body, LINK_HEADER).find(|(kind, _)| *kind == libc::IFLA_MTU)?;
+    u32_at(value, 0)
+}
+
+#[test]
+fn a_virtual_interface_is_made_sized_and_removed() {
+    let namespace = crate::netns::Namespace::new().unwrap();
+    let in_namespace = || {
+        let index = create("st0", "veth").unwrap();
+        assert_eq!(index_of("st0").unwrap(), Some(index));
+        assert!(create("st0", "veth").is_err());
+        set_mtu(index, 9000).unwrap();
+        assert_eq!(mtu(index), Some(9000));
+        delete(index).unwrap();
+        assert_eq!(index_of("st0").unwrap(), None);
+        delete(index)
+    };
+    let gone = namespace.run(in_namespace).unwrap();
+    assert!(matches!(gone, Err(LinkError::Refused { source, .. }) if source.raw_os_error() == Some(libc::ENODEV)));
+}
+
+#[test]
+fn a_kind_the_kernel_lacks_is_refused() {
+    let error = create("st0", "no-such-kind").unwrap_err();
+    assert!(matches!(error, LinkError::Create { source, .. } if source.raw_os_error() == Some(libc::EOPNOTSUPP)));
 }
 
 #[test]
