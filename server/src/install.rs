@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use stiefel_initrd_builder::ramdisk::ManifestError;
-use stiefel_shared::config::ConfigError;
+use stiefel_shared::config::{CONFIG_PATH, ConfigError};
 use stiefel_shared::key::KeyError;
 
 use crate::collect::STATE_DIR;
@@ -36,6 +36,8 @@ pub struct InstallOptions {
     pub program: PathBuf,
     /// Folder with the ramdisk, as `stiefel build` leaves it; without it the ramdisk stays as it is.
     pub ramdisk: Option<PathBuf>,
+    /// Becomes the configuration where there is none yet; without it the example does.
+    pub config: Option<PathBuf>,
     /// Do not ask.
     pub yes: bool,
     /// Only show what would be done.
@@ -50,9 +52,19 @@ impl InstallOptions {
             root: root.into(),
             program: "/proc/self/exe".into(),
             ramdisk: None,
+            config: None,
             yes: false,
             dry_run: false,
         }
+    }
+
+    /// Whether there is a system to install into, and a configuration that can be used: before a ramdisk is built for it.
+    ///
+    /// # Errors
+    /// [`InstallError`].
+    pub fn check(&self) -> Result<(), InstallError> {
+        check_root(&self.root)?;
+        wanted::wanted(&Tree::new(&self.root), self).map(drop)
     }
 }
 
@@ -65,8 +77,14 @@ pub enum InstallError {
         /// Why.
         why: &'static str,
     },
-    /// The existing configuration is wrong.
-    #[error("the configuration that is there cannot be used; nothing was changed")]
+    /// There is no system.
+    #[error("there is no folder {root} to install into\n  next: mount the system there, or correct --root", root = root.display())]
+    NoRoot {
+        /// Where it should be.
+        root: PathBuf,
+    },
+    /// The configuration is wrong.
+    #[error("the configuration cannot be used; nothing was changed")]
     Config(#[from] ConfigError),
     /// No key could be made.
     #[error("a first key cannot be made")]
@@ -107,6 +125,18 @@ pub enum InstallError {
         #[source]
         source: Option<serde_json::Error>,
     },
+    /// What was there before us cannot be put back.
+    #[error(
+        "{path} took the place of another file, whose copy {before} is gone; nothing was changed\n  next: put that file at {before} from a backup, or remove {path} by hand; then do it again",
+        path = path.display(),
+        before = before.display()
+    )]
+    CopyGone {
+        /// Our file.
+        path: PathBuf,
+        /// Where the copy should be.
+        before: PathBuf,
+    },
     /// There is nothing to remove.
     #[error("stiefel is not installed below {root}: there is no record of it", root = root.display())]
     NotInstalled {
@@ -132,25 +162,33 @@ struct Change {
     kind: Kind,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Action {
     Create,
-    /// An older one of ours.
-    Update,
-    /// A file that is not ours, which is kept aside.
-    Replace,
+    /// Other permissions for a file that has the right content.
+    Permit,
+    /// An older one of ours, with this digest.
+    Update(String),
+    /// A file that is not ours, which is kept aside here, and put back in the end.
+    Replace(String),
+    /// A file of ours that was changed by hand, which is kept aside here for who changed it.
+    Overrule(String),
 }
 
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = match self.action {
             Action::Create => "create",
-            Action::Update => "update",
-            Action::Replace => "replace",
+            Action::Permit | Action::Update(_) => "update",
+            Action::Replace(_) | Action::Overrule(_) => "replace",
         };
         write!(f, "{word:8} {} ({})", self.wanted.path, self.wanted.what)?;
-        match self.action {
-            Action::Replace => f.write_str("; the file that is there is kept, and put back by `stiefel uninstall`"),
+        match &self.action {
+            Action::Replace(_) => f.write_str("; the file that is there is kept, and put back by `stiefel uninstall`"),
+            Action::Overrule(kept) => write!(
+                f,
+                "; it was changed since it was installed: the changed one is kept as {kept}"
+            ),
             _ => Ok(()),
         }
     }
@@ -161,19 +199,26 @@ impl fmt::Display for Change {
 /// # Errors
 /// [`InstallError`].
 pub fn install(options: &InstallOptions) -> Result<(), InstallError> {
+    check_root(&options.root)?;
     let tree = Tree::new(&options.root);
     let mut record = Record::load(&tree)?.unwrap_or_default();
     let wanted = wanted::wanted(&tree, options)?;
     let obsolete: Vec<Entry> = obsolete(&record, &wanted).cloned().collect();
     let changes = changes(&tree, &record, wanted)?;
+    if wanted::configuration(&tree, options.config.as_deref())?.given_is_unused {
+        println!("keep     {CONFIG_PATH} (it is there already; the one you gave is not used)");
+    }
     if changes.is_empty() && obsolete.is_empty() {
         println!("everything is in place already");
         return Ok(());
     }
     changes.iter().for_each(|change| println!("{change}"));
-    obsolete
-        .iter()
-        .for_each(|entry| println!("remove   {} (the configuration names that NIC no more)", entry.path));
+    for entry in &obsolete {
+        match uninstall::is_to_go(&tree, entry) {
+            true => println!("remove   {} (the configuration names that NIC no more)", entry.path),
+            false => println!("keep     {} (it was changed by hand; not needed any more)", entry.path),
+        }
+    }
     if options.dry_run {
         return Ok(());
     }
@@ -183,11 +228,21 @@ pub fn install(options: &InstallOptions) -> Result<(), InstallError> {
         uninstall::undo(&tree, &entry)?;
         record.entries.retain(|other| *other != entry);
     }
+    record.settle();
     record.store(&tree)?;
     if tree.is_live() {
         activate();
     }
     Ok(())
+}
+
+/// A mistyped folder would be made, and the user would look for what was installed.
+fn check_root(root: &Path) -> Result<(), InstallError> {
+    if root.is_dir() {
+        Ok(())
+    } else {
+        Err(InstallError::NoRoot { root: root.to_owned() })
+    }
 }
 
 /// Files of an earlier install that are not wanted any more: guards for NICs that the configuration does not name now.
@@ -256,17 +311,40 @@ fn change(tree: &Tree, record: &Record, wanted: Wanted) -> Result<Option<Change>
         return Err(in_the_way());
     }
     let digest_found = digest(&path, &mut open(&path)?)?;
+    let recorded = record.get(&wanted.path);
     let action = if digest_found == *digest_wanted {
         if found.permissions().mode() & 0o7777 == wanted.mode {
             return Ok(None);
         }
-        Action::Update
-    } else if record.get(&wanted.path).is_some() || wanted.path.starts_with(STATE_DIR) {
-        Action::Update
+        Action::Permit
+    } else if recorded.is_some_and(|entry| entry.made(&digest_found)) || wanted.path.starts_with(STATE_DIR) {
+        Action::Update(digest_found)
+    } else if recorded.is_some_and(|entry| entry.before.is_none()) {
+        Action::Overrule(free_name(tree, EDITED, &wanted.path, &digest_found)?)
     } else {
-        Action::Replace
+        Action::Replace(free_name(tree, BEFORE, &wanted.path, &digest_found)?)
     };
     Ok(Some(Change { wanted, action, kind }))
+}
+
+/// Begins the names of copies of files that were there before ours.
+const BEFORE: &str = "before";
+/// Begins the names of copies of files of ours that were changed by hand.
+const EDITED: &str = "edited";
+
+/// Where a file with this digest can be kept aside: no other copy is overwritten, and none is made twice.
+fn free_name(tree: &Tree, kind: &str, path: &str, digest_found: &str) -> Result<String, InstallError> {
+    let name = format!("{STATE_DIR}/{kind}{}", path.replace('/', "!"));
+    let mut candidate = name.clone();
+    let mut number = 1_u32;
+    loop {
+        let place = tree.path(&candidate);
+        if place.symlink_metadata().is_err() || digest(&place, &mut open(&place)?)? == digest_found {
+            return Ok(candidate);
+        }
+        number += 1;
+        candidate = format!("{name}.{number}");
+    }
 }
 
 fn open(path: &Path) -> Result<File, InstallError> {
@@ -306,29 +384,37 @@ fn confirm(yes: bool) -> Result<(), InstallError> {
     }
 }
 
-/// Records, then writes everything beside its place, then puts it there.
+/// Keeps aside, records, writes everything beside its place, then puts it there. In this order, what was cut off at any
+/// point is understood by the next install or uninstall, and no file of the user's is without its copy.
 fn apply(tree: &Tree, record: &mut Record, changes: Vec<Change>) -> Result<(), InstallError> {
-    let state_is_new = !tree.path(STATE_DIR).exists();
+    if !tree.path(STATE_DIR).exists() {
+        make_folder(&tree.path(STATE_DIR), 0o755)?;
+    }
     for change in &changes {
-        let before = (change.action == Action::Replace).then(|| kept_aside(&change.wanted.path));
+        if let Action::Replace(kept) | Action::Overrule(kept) = &change.action {
+            keep_aside(tree, &change.wanted.path, kept)?;
+        }
+    }
+    for change in &changes {
+        let (before, older) = match &change.action {
+            Action::Replace(kept) => (Some(kept.clone()), None),
+            Action::Update(digest) => (None, Some(digest.clone())),
+            Action::Create | Action::Permit | Action::Overrule(_) => (None, None),
+        };
         let ours_before = record.get(&change.wanted.path).is_some();
-        // A file with other permissions only was not made by us, and is not ours to remove.
-        if change.action != Action::Update || ours_before || change.wanted.fate == Fate::Remove {
+        // What only had other permissions, or lay in the ramdisk's folder, was not made by us, and is not ours to remove.
+        let foreign = matches!(change.action, Action::Permit | Action::Update(_)) && !ours_before;
+        if !foreign || change.wanted.fate == Fate::Remove {
             record.add(Entry {
                 path: change.wanted.path.clone(),
                 kind: change.kind.clone(),
                 fate: change.wanted.fate,
                 before,
+                older,
             });
         }
     }
-    if state_is_new {
-        make_folder(&tree.path(STATE_DIR), 0o755)?;
-    }
     record.store(tree)?;
-    for change in changes.iter().filter(|change| change.action == Action::Replace) {
-        keep_aside(tree, &change.wanted.path)?;
-    }
     let mut staged = Vec::new();
     for Change { wanted, .. } in &changes {
         let place = tree.path(&wanted.path);
@@ -353,14 +439,10 @@ fn make_folder(path: &Path, mode: u32) -> Result<(), InstallError> {
     written(path, made)
 }
 
-/// Where a file of somebody else is kept while ours is in its place.
-fn kept_aside(path: &str) -> String {
-    format!("{STATE_DIR}/before{}", path.replace('/', "!"))
-}
-
-fn keep_aside(tree: &Tree, path: &str) -> Result<(), InstallError> {
+/// Copies a file of the user's to where it is kept.
+fn keep_aside(tree: &Tree, path: &str, kept: &str) -> Result<(), InstallError> {
     let from = tree.path(path);
-    let to = tree.path(kept_aside(path));
+    let to = tree.path(kept);
     let mut file = open(&from)?;
     let mode = file
         .metadata()

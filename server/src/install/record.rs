@@ -49,6 +49,9 @@ pub struct Entry {
     /// Where the file is kept that was there before, and was not ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<String>,
+    /// SHA-256 of the older file of ours that is being replaced: after a cut-off, either may be in the place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub older: Option<String>,
 }
 
 /// What was put there.
@@ -115,6 +118,11 @@ impl Record {
         }
     }
 
+    /// All is in its place: older files are gone.
+    pub fn settle(&mut self) {
+        self.entries.iter_mut().for_each(|entry| entry.older = None);
+    }
+
     /// The entry of a path.
     #[must_use]
     pub fn get(&self, path: &str) -> Option<&Entry> {
@@ -123,6 +131,11 @@ impl Record {
 }
 
 impl Entry {
+    /// Whether a file with this digest was put there by us.
+    pub fn made(&self, digest: &str) -> bool {
+        matches!(&self.kind, Kind::File(ours) if ours == digest) || self.older.as_deref() == Some(digest)
+    }
+
     /// A record is only believed where it cannot lead anywhere else.
     fn is_sound(&self) -> bool {
         let sound = |path: &str| path.starts_with('/') && !path.split('/').any(|part| part == "..");

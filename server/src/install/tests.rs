@@ -339,3 +339,163 @@ fn a_record_that_leads_elsewhere_is_not_believed() {
         assert!(matches!(laptop.uninstall(false), Err(InstallError::Record { .. })));
     }
 }
+
+const PROGRAM: &str = "root/usr/local/bin/stiefel";
+
+#[test]
+fn a_file_of_somebody_else_survives_an_install_that_cannot_keep_it_aside() {
+    let laptop = Laptop::new();
+    laptop.write(PROGRAM, "somebody else's");
+    let before = laptop.tree();
+    // A folder where the copy would be written first.
+    let blocked = laptop.path("root/var/lib/stiefel/.before!usr!local!bin!stiefel.stiefel-new");
+    fs::create_dir_all(blocked.join("x")).unwrap();
+    assert!(matches!(laptop.install(), Err(InstallError::Write { .. })));
+    assert_eq!(fs::read(laptop.path(PROGRAM)).unwrap(), b"somebody else's");
+    fs::remove_dir_all(laptop.path("root/var")).unwrap();
+    laptop.install().unwrap();
+    assert_eq!(fs::read(laptop.path(PROGRAM)).unwrap(), b"the program");
+    laptop.uninstall(true).unwrap();
+    assert_eq!(laptop.tree(), before);
+}
+
+#[test]
+fn an_install_cut_off_at_any_change_keeps_the_user_s_file() {
+    for done in 0..4 {
+        let laptop = Laptop::new();
+        laptop.write(PROGRAM, "somebody else's");
+        let before = laptop.tree();
+        laptop.install().unwrap();
+        // As after a power failure: this much was done of keeping, recording, replacing.
+        if done < 3 {
+            fs::remove_file(laptop.path(PROGRAM)).unwrap();
+            laptop.write(PROGRAM, "somebody else's");
+        }
+        if done < 2 {
+            fs::remove_file(laptop.path("root/var/lib/stiefel/installed.json")).unwrap();
+        }
+        if done < 1 {
+            fs::remove_file(laptop.path("root/var/lib/stiefel/before!usr!local!bin!stiefel")).unwrap();
+        }
+        laptop.install().unwrap();
+        assert_eq!(fs::read(laptop.path(PROGRAM)).unwrap(), b"the program");
+        laptop.uninstall(true).unwrap();
+        let file = "usr/local/bin/stiefel";
+        assert_eq!(laptop.tree().get(file), before.get(file), "{done}");
+    }
+}
+
+#[test]
+fn an_update_that_was_cut_off_leaves_no_old_version_behind() {
+    let laptop = Laptop::new();
+    let before = laptop.tree();
+    laptop.install().unwrap();
+    laptop.write("source/stiefel", "a newer program");
+    let record = Record::load(&Tree::new(&laptop.path("root"))).unwrap().unwrap();
+    laptop.install().unwrap();
+    // Recorded, but not replaced yet.
+    let mut cut = record.clone();
+    let newer = Record::load(&Tree::new(&laptop.path("root"))).unwrap().unwrap();
+    for (entry, newer) in cut.entries.iter_mut().zip(newer.entries) {
+        if entry.kind != newer.kind {
+            let Kind::File(digest) = &entry.kind else { panic!() };
+            *entry = Entry {
+                older: Some(digest.clone()),
+                ..newer
+            };
+        }
+    }
+    assert_ne!(cut, record);
+    cut.store(&Tree::new(&laptop.path("root"))).unwrap();
+    laptop.write(PROGRAM, "the program");
+    laptop.install().unwrap();
+    assert_eq!(fs::read(laptop.path(PROGRAM)).unwrap(), b"a newer program");
+    assert!(
+        !laptop
+            .tree()
+            .keys()
+            .any(|path| path.contains("before") || path.contains("edited"))
+    );
+    laptop.uninstall(true).unwrap();
+    assert_eq!(laptop.tree(), before);
+}
+
+#[test]
+fn what_the_admin_changed_is_kept_when_it_is_replaced() {
+    let laptop = Laptop::new();
+    let before = laptop.tree();
+    laptop.install().unwrap();
+    let installed = laptop.tree();
+    let unit = "etc/systemd/system/stiefel-autokexec.service";
+    let kept = "var/lib/stiefel/edited!etc!systemd!system!stiefel-autokexec.service";
+    for (edit, name) in [("mine", kept.to_owned()), ("mine again", format!("{kept}.2"))] {
+        laptop.write(&format!("root/{unit}"), edit);
+        laptop.install().unwrap();
+        let tree = laptop.tree();
+        assert_eq!(tree[unit], installed[unit]);
+        assert_eq!(tree[&name].1, edit.as_bytes());
+    }
+    laptop.uninstall(false).unwrap();
+    assert_eq!(laptop.tree()[kept].1, b"mine", "kept without --purge");
+    laptop.uninstall(true).unwrap();
+    let mut after = laptop.tree();
+    // They held what was kept.
+    after.retain(|path, _| !matches!(path.as_str(), "var" | "var/lib"));
+    assert_eq!(after, before);
+}
+
+#[test]
+fn a_copy_that_is_gone_is_complained_of_before_anything_is_removed() {
+    let laptop = Laptop::new();
+    laptop.write(PROGRAM, "somebody else's");
+    laptop.install().unwrap();
+    fs::remove_file(laptop.path("root/var/lib/stiefel/before!usr!local!bin!stiefel")).unwrap();
+    let before = laptop.tree();
+    let error = laptop.uninstall(false).unwrap_err();
+    assert!(matches!(error, InstallError::CopyGone { .. }), "{error}");
+    assert_eq!(laptop.tree(), before);
+    fs::remove_file(laptop.path(PROGRAM)).unwrap();
+    laptop.uninstall(false).unwrap();
+}
+
+#[test]
+fn a_given_configuration_is_installed_where_none_is_and_its_guards_with_it() {
+    let laptop = Laptop::new();
+    laptop.write("my.yaml", "trigger: {macs: ['00:e0:4c:68:01:02']}\n");
+    let options = |config: &str| InstallOptions {
+        config: Some(laptop.path(config)),
+        ..laptop.options()
+    };
+    let before = laptop.tree();
+    assert!(matches!(
+        install(&options("absent.yaml")),
+        Err(InstallError::Read { .. })
+    ));
+    assert_eq!(laptop.tree(), before);
+    install(&options("my.yaml")).unwrap();
+    let first = laptop.tree();
+    assert_eq!(
+        first["etc/stiefel/config.yaml"].1,
+        fs::read(laptop.path("my.yaml")).unwrap()
+    );
+    assert!(first.contains_key("etc/NetworkManager/conf.d/90-stiefel.conf"));
+    laptop.write("other.yaml", "");
+    install(&options("other.yaml")).unwrap();
+    assert_eq!(
+        laptop.tree(),
+        first,
+        "one that is there is never touched, nor its guards"
+    );
+}
+
+#[test]
+fn a_root_that_is_not_there_is_refused_and_not_made() {
+    let laptop = Laptop::new();
+    let root = laptop.path("mistyped");
+    let options = InstallOptions {
+        root: root.clone(),
+        ..laptop.options()
+    };
+    assert!(matches!(install(&options), Err(InstallError::NoRoot { .. })));
+    assert!(!root.exists());
+}

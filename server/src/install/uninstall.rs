@@ -10,7 +10,7 @@ use stiefel_shared::config::CONFIG_PATH;
 use super::files::{self, Staged};
 use super::record::{Entry, Kind, Record, place};
 use super::wanted::{Fate, UNIT};
-use super::{InstallError, confirm, reload_network_managers, tell, written};
+use super::{EDITED, InstallError, check_root, confirm, reload_network_managers, tell, written};
 use crate::collect::{KEYS_DIR, STATE_DIR};
 use crate::tree::Tree;
 
@@ -32,6 +32,7 @@ pub struct UninstallOptions {
 /// # Errors
 /// [`InstallError`].
 pub fn uninstall(options: &UninstallOptions) -> Result<(), InstallError> {
+    check_root(&options.root)?;
     let tree = Tree::new(&options.root);
     let record = match Record::load(&tree)? {
         Some(record) => record,
@@ -51,6 +52,7 @@ pub fn uninstall(options: &UninstallOptions) -> Result<(), InstallError> {
         .iter()
         .rev()
         .partition(|entry| is_to_go(&tree, entry) && !own.contains(&entry.path));
+    gone.iter().try_for_each(|entry| check_copy(&tree, entry))?;
     gone.iter()
         .filter(|entry| entry.kind != Kind::Folder)
         .for_each(|entry| println!("{}", describe(entry)));
@@ -60,6 +62,11 @@ pub fn uninstall(options: &UninstallOptions) -> Result<(), InstallError> {
         .filter(|entry| entry.fate == Fate::RemoveUnchanged && tree.path(&entry.path).exists())
     {
         println!("keep     {} (it was changed since)", entry.path);
+    }
+    if !options.purge {
+        edited(&tree)
+            .iter()
+            .for_each(|path| println!("keep     {path} (you changed it)"));
     }
     if options.dry_run {
         return Ok(());
@@ -91,7 +98,16 @@ pub fn uninstall(options: &UninstallOptions) -> Result<(), InstallError> {
     Ok(())
 }
 
-/// Configuration and keys, whoever made them.
+/// Copies of files of ours that were changed by hand.
+fn edited(tree: &Tree) -> Vec<String> {
+    tree.names(STATE_DIR)
+        .into_iter()
+        .filter(|name| name.strip_prefix(EDITED).is_some_and(|rest| rest.starts_with('!')))
+        .map(|name| format!("{STATE_DIR}/{name}"))
+        .collect()
+}
+
+/// Configuration and keys, whoever made them, and copies of what was changed by hand.
 fn users_own(tree: &Tree) -> Vec<String> {
     let keys = tree
         .names(KEYS_DIR)
@@ -99,11 +115,23 @@ fn users_own(tree: &Tree) -> Vec<String> {
         .filter(|name| name.ends_with(".key"))
         .map(|name| format!("{KEYS_DIR}/{name}"));
     keys.chain([CONFIG_PATH.to_owned()])
+        .chain(edited(tree))
         .filter(|path| tree.is_file(path))
         .collect()
 }
 
-fn is_to_go(tree: &Tree, entry: &Entry) -> bool {
+/// What is to be put back must be there, before anything is taken away.
+fn check_copy(tree: &Tree, entry: &Entry) -> Result<(), InstallError> {
+    let path = tree.path(&entry.path);
+    match entry.before.as_ref().map(|before| tree.path(before)) {
+        Some(before) if !before.is_file() && path.symlink_metadata().is_ok() => {
+            Err(InstallError::CopyGone { path, before })
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn is_to_go(tree: &Tree, entry: &Entry) -> bool {
     match entry.fate {
         Fate::Keep => entry.kind == Kind::Folder,
         Fate::Remove => true,
@@ -116,10 +144,17 @@ fn is_unchanged(tree: &Tree, entry: &Entry) -> bool {
     match &entry.kind {
         Kind::Folder => true,
         Kind::Link(target) => fs::read_link(path).is_ok_and(|found| found == Path::new(target)),
-        Kind::File(digest) => File::open(path)
-            .and_then(|mut file| files::digest(&mut file))
-            .is_ok_and(|found| found == *digest),
+        Kind::File(_) => digest_of(&path).is_some_and(|found| {
+            // A cut-off install has not replaced it yet.
+            let kept = || entry.before.as_ref().and_then(|before| digest_of(&tree.path(before)));
+            entry.made(&found) || kept() == Some(found)
+        }),
     }
+}
+
+fn digest_of(path: &Path) -> Option<String> {
+    let mut file = File::open(path).ok()?;
+    files::digest(&mut file).ok()
 }
 
 fn describe(entry: &Entry) -> String {
@@ -151,7 +186,7 @@ fn restore(path: &Path, before: &Path) -> Result<(), InstallError> {
     };
     let mut file = match File::open(before) {
         Ok(file) => file,
-        // An install that was cut off before it kept anything aside: the place still has the old file.
+        // `check_copy` has seen that there is nothing in the place either.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(unreadable(error)),
     };

@@ -1,9 +1,10 @@
 //! What `install` puts where: the files of `hooks/`, the program, configuration, key and ramdisk.
 
 use std::fmt::Write;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use stiefel_shared::config::{Config, EXAMPLE, Trigger, UsbId};
+use stiefel_shared::config::{Config, EXAMPLE, MAX_CONFIG, Trigger, UsbId};
 use stiefel_shared::key::StickKey;
 use zeroize::Zeroizing;
 
@@ -90,17 +91,8 @@ impl Wanted {
 
 /// All that must be there, folders before what is in them.
 pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, InstallError> {
-    let existing = match tree.text(CONFIG_PATH) {
-        Ok(text) => Some(text),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(source) => {
-            return Err(InstallError::Read {
-                path: tree.path(CONFIG_PATH),
-                source,
-            });
-        }
-    };
-    let config = Config::parse(existing.as_deref().unwrap_or(EXAMPLE))?;
+    let Configuration { text, is_new, .. } = configuration(tree, options.config.as_deref())?;
+    let config = Config::parse(&text)?;
     let folder = |path: &str, mode, fate, what| Wanted::new(path, Content::Folder, mode, fate, what);
     let unit = format!("/etc/systemd/system/{UNIT}");
     let enabled = format!("/etc/systemd/system/multi-user.target.wants/{UNIT}");
@@ -124,15 +116,13 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
             "starts the service at boot",
         ),
     ];
-    if existing.is_none() {
-        let text = Content::Bytes(Zeroizing::new(EXAMPLE.as_bytes().to_vec()));
-        wanted.push(Wanted::new(
-            CONFIG_PATH,
-            text,
-            0o644,
-            Fate::Keep,
-            "the configuration, with all defaults",
-        ));
+    if is_new {
+        let what = match options.config {
+            Some(_) => "the configuration that you gave",
+            None => "the configuration, with all defaults",
+        };
+        let text = Content::Bytes(Zeroizing::new(text.into_bytes()));
+        wanted.push(Wanted::new(CONFIG_PATH, text, 0o644, Fate::Keep, what));
     }
     if !tree.names(KEYS_DIR).iter().any(|name| name.ends_with(".key")) {
         let key = StickKey::generate(FIRST_KEY)?;
@@ -150,6 +140,46 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
         wanted.extend(ramdisk(folder)?);
     }
     Ok(wanted)
+}
+
+/// The configuration that will be there.
+pub struct Configuration {
+    text: String,
+    /// It is to be put there.
+    is_new: bool,
+    /// Another one was given: one that is there is never touched.
+    pub given_is_unused: bool,
+}
+
+/// Decides between the configuration that is there, the one that was given, and the example.
+pub fn configuration(tree: &Tree, given: Option<&Path>) -> Result<Configuration, InstallError> {
+    let read = |path: PathBuf| match std::fs::File::open(&path).and_then(|mut file| {
+        let mut text = String::new();
+        (&mut file).take(MAX_CONFIG + 1).read_to_string(&mut text)?;
+        match text.len() as u64 > MAX_CONFIG {
+            true => Err(io::ErrorKind::FileTooLarge.into()),
+            false => Ok(text),
+        }
+    }) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(InstallError::Read { path, source }),
+    };
+    let existing = read(tree.path(CONFIG_PATH))?;
+    let given = match given {
+        Some(path) => Some(read(path.to_owned())?.ok_or_else(|| InstallError::Read {
+            path: path.to_owned(),
+            source: io::ErrorKind::NotFound.into(),
+        })?),
+        None => None,
+    };
+    let is_new = existing.is_none();
+    let given_is_unused = !is_new && given.is_some() && given != existing;
+    Ok(Configuration {
+        text: existing.or(given).unwrap_or_else(|| EXAMPLE.to_owned()),
+        is_new,
+        given_is_unused,
+    })
 }
 
 /// The three files of `stiefel build`, checked against each other.
