@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use stiefel_shared::config::{CONFIG_PATH, ConfigError};
+use stiefel_shared::config::ConfigError;
 
 use crate::commands;
 
@@ -20,9 +20,9 @@ const USAGE: u8 = 2;
     after_help = "Exit status: 0 done, 1 failed, 2 wrong usage or configuration."
 )]
 struct Cli {
-    /// The configuration.
-    #[arg(long, global = true, value_name = "FILE", default_value = CONFIG_PATH)]
-    config: PathBuf,
+    /// The configuration, if not /etc/stiefel/config.yaml.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -31,7 +31,7 @@ struct Cli {
 enum Command {
     /// Build the ramdisk: kernel, ramdisk.cpio.zst and manifest. Needs no root.
     Build(BuildArgs),
-    /// Put stiefel into this laptop's system: program, service, guards, configuration, key, ramdisk.
+    /// Put stiefel into this laptop's system: program, service, guards, configuration, key, ramdisk. Again after changes.
     Install(InstallArgs),
     /// Take out again what `install` put in.
     Uninstall(UninstallArgs),
@@ -239,7 +239,7 @@ fn report(error: &anyhow::Error) {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
-    let config = &cli.config;
+    let config = cli.config.as_deref();
     match cli.command {
         Command::Build(args) => commands::build::build(config, &args),
         Command::Install(args) => commands::install::install(config, &args),

@@ -44,6 +44,41 @@ fn no_configuration_is_said_with_what_makes_one() {
 }
 
 #[test]
+fn a_configuration_that_was_named_must_be_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let (root, out) = (dir.path().to_str().unwrap(), out.to_str().unwrap());
+    for command in [
+        vec!["build", "--out", out],
+        vec!["payload"],
+        vec!["stick", out],
+        vec!["install", "--yes", "--root", root],
+    ] {
+        let args = [command.as_slice(), &["--config", "/nonexistent/c.yaml"]].concat();
+        fails(1, &args, &["/nonexistent/c.yaml"]);
+    }
+    assert!(
+        std::fs::read_dir(root).unwrap().next().is_none(),
+        "something was written"
+    );
+}
+
+#[test]
+fn a_ramdisk_that_cannot_work_is_not_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = write(&dir.path().join("c.yaml"), "modules: []\n");
+    let out = dir.path().join("out");
+    let args = ["build", "--kernel", "/bin/true", "--modules", "/usr", "--out"];
+    let build = |more: &[&str], words: &[&str]| fails(1, &[&args[..], &[out.to_str().unwrap()], more].concat(), words);
+    build(&["--config", &config], &["modules", "empty", "[default]"]);
+    let config = write(&dir.path().join("d.yaml"), "");
+    build(
+        &["--config", &config, "--debug", "--busybox", "/nonexistent/busybox"],
+        &["/nonexistent/busybox", "busybox-static", "--busybox"],
+    );
+}
+
+#[test]
 fn a_wrong_configuration_is_shown_with_its_line_and_exits_2() {
     let dir = tempfile::tempdir().unwrap();
     let config = write(&dir.path().join("c.yaml"), "boot:\n  dsik: auto\n");
@@ -164,6 +199,28 @@ fn install_needs_a_yes_and_changes_nothing_without() {
     assert!(
         std::fs::read_dir(root.path()).unwrap().next().is_none(),
         "something was written"
+    );
+}
+
+#[test]
+fn a_dry_run_of_install_lists_what_would_be_built() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().to_str().unwrap();
+    let output = stiefel(&["install", "--root", path, "--dry-run"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for line in [
+        "build    /var/lib/stiefel/kernel",
+        "build    /var/lib/stiefel/manifest",
+        "create   /usr/local/bin/stiefel",
+    ] {
+        assert!(said.contains(line), "{said}");
+    }
+    assert!(std::fs::read_dir(root.path()).unwrap().next().is_none());
+    fails(
+        1,
+        &["install", "--root", "/nonexistent/root"],
+        &["/nonexistent/root", "--root"],
     );
 }
 

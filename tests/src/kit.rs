@@ -71,6 +71,7 @@ impl Kit {
             base,
             installed,
         };
+        write(&kit.defaults(), b"")?;
         kit.build(debug)?;
         kit.new_key("stick")?;
         Ok(kit)
@@ -164,6 +165,11 @@ impl Kit {
         })
     }
 
+    /// A configuration that leaves everything at its default.
+    fn defaults(&self) -> PathBuf {
+        self.dir.path().join("defaults.yaml")
+    }
+
     fn build(&self, debug: Option<&Path>) -> Result<(), KitError> {
         self.stiefel("build", |command| {
             command
@@ -182,10 +188,7 @@ impl Kit {
     /// Runs a command of the program; without the machine's own configuration.
     fn stiefel(&self, what: &str, more: impl FnOnce(&mut Command) -> &mut Command) -> Result<(), KitError> {
         let mut command = Command::new(&self.program);
-        command
-            .args(what.split(' '))
-            .arg("--config")
-            .arg("/nonexistent/stiefel.yaml");
+        command.args(what.split(' ')).arg("--config").arg(self.defaults());
         more(&mut command);
         run(&mut command).map(drop).map_err(|source| KitError::Program {
             what: what.to_owned(),

@@ -1,11 +1,12 @@
 //! `stiefel build`: the ramdisk.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use stiefel_initrd_builder::modules::{DEBUG, FIRMWARE_DIRS};
-use stiefel_initrd_builder::ramdisk::{self, BuildReport, RamdiskOptions, Stage};
+use stiefel_initrd_builder::ramdisk::{self, BuildReport, RamdiskError, RamdiskOptions, Stage};
 use stiefel_shared::config::Config;
 
 use super::{config_or_default, mebibytes};
@@ -15,7 +16,7 @@ use crate::cli::BuildArgs;
 pub(crate) const BUSYBOX: &str = "/bin/busybox";
 
 /// Builds what the user asked for.
-pub(crate) fn build(config: &Path, args: &BuildArgs) -> anyhow::Result<()> {
+pub(crate) fn build(config: Option<&Path>, args: &BuildArgs) -> anyhow::Result<()> {
     let config = config_or_default(config)?;
     let mut options = options(&config, args.kernel.as_ref().zip(args.modules.as_ref()), &args.out)?;
     options.firmware_dirs.clone_from(&args.firmware);
@@ -39,7 +40,7 @@ pub(crate) fn build(config: &Path, args: &BuildArgs) -> anyhow::Result<()> {
 }
 
 /// Builds what the configuration says, for `stiefel install`.
-pub(crate) fn build_into(config: &Path, out: &Path) -> anyhow::Result<()> {
+pub(crate) fn build_into(config: Option<&Path>, out: &Path) -> anyhow::Result<()> {
     let options = options(&config_or_default(config)?, None, out)?;
     build_with(&options).map(drop)
 }
@@ -76,8 +77,35 @@ fn kernel(config: &Config, given: Option<(&PathBuf, &PathBuf)>) -> anyhow::Resul
     Ok((kernel.clone(), Path::new("/lib/modules").join(version)))
 }
 
+/// What the builder cannot know: which options and packages help.
+fn check(options: &RamdiskOptions) -> anyhow::Result<()> {
+    if options.classes.is_empty() {
+        bail!(
+            "the list `modules` in the configuration is empty: such a ramdisk could drive nothing; use `modules: [default]`"
+        );
+    }
+    let debug = options.classes.iter().any(|class| class == DEBUG);
+    if let Some(busybox) = options.busybox.as_ref().filter(|busybox| debug && !busybox.is_file()) {
+        bail!(
+            "a debug image needs a static busybox, and {} is not there; install the package busybox-static, or name another with --busybox",
+            busybox.display()
+        );
+    }
+    Ok(())
+}
+
+fn with_next_step(error: RamdiskError) -> anyhow::Error {
+    let denied = matches!(&error, RamdiskError::Write { source, .. } if source.kind() == ErrorKind::PermissionDenied);
+    let error = anyhow::Error::from(error);
+    match denied {
+        true => error.context("the ramdisk cannot be put there; be root, or name a folder of your own with --out"),
+        false => error,
+    }
+}
+
 /// Builds, with a progress bar on a terminal.
 fn build_with(options: &RamdiskOptions) -> anyhow::Result<BuildReport> {
+    check(options)?;
     // Draws nothing when standard error is no terminal.
     let bar = ProgressBar::new(0);
     bar.set_style(ProgressStyle::with_template("{msg:24} {wide_bar} {percent:>3} %")?);
@@ -94,7 +122,7 @@ fn build_with(options: &RamdiskOptions) -> anyhow::Result<BuildReport> {
         bar.set_position(done);
     });
     bar.finish_and_clear();
-    let report = report?;
+    let report = report.map_err(with_next_step)?;
     if !report.missing_firmware.is_empty() {
         eprintln!(
             "note: {} firmware files that drivers may ask for are not on this machine; the adapters that need them will \

@@ -13,10 +13,11 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use stiefel_shared::config::{Config, MAX_CONFIG};
+use stiefel_shared::config::{CONFIG_PATH, Config, MAX_CONFIG};
 
-/// Reads the configuration.
-fn config(path: &Path) -> anyhow::Result<Config> {
+/// Reads the configuration that was named, or the installed one.
+fn config(named: Option<&Path>) -> anyhow::Result<Config> {
+    let path = named.unwrap_or(Path::new(CONFIG_PATH));
     let file = std::fs::File::open(path).with_context(|| {
         format!(
             "cannot read the configuration {}; `stiefel install` makes one, or name another with --config",
@@ -36,13 +37,18 @@ fn config(path: &Path) -> anyhow::Result<Config> {
     Config::parse(&text).with_context(|| format!("cannot use the configuration {}", path.display()))
 }
 
-/// As [`config`], but a file that is not there means the defaults: for commands that work on a machine without stiefel.
-fn config_or_default(path: &Path) -> anyhow::Result<Config> {
-    if path.exists() {
-        config(path)
-    } else {
-        Ok(Config::default())
+/// As [`config`], but where none was named and none is installed, the defaults count: for commands that work on a machine
+/// without stiefel. A file that was named, or is there and cannot be read, is never passed over.
+fn config_or_default(named: Option<&Path>) -> anyhow::Result<Config> {
+    match named {
+        None if !is_there(Path::new(CONFIG_PATH))? => Ok(Config::default()),
+        _ => config(named),
     }
+}
+
+fn is_there(path: &Path) -> anyhow::Result<bool> {
+    path.try_exists()
+        .with_context(|| format!("cannot see whether there is a configuration {}", path.display()))
 }
 
 /// Asks a yes-or-no question; without a terminal nobody can answer, which is an error that names the option.

@@ -14,12 +14,12 @@ const fn mode(dry_run: bool) -> Mode {
 }
 
 /// The service.
-pub(crate) fn autokexec(path: &Path, args: &AutokexecArgs) -> anyhow::Result<()> {
+pub(crate) fn autokexec(path: Option<&Path>, args: &AutokexecArgs) -> anyhow::Result<()> {
     autokexec::run(&config(path)?, mode(args.dry_run))
 }
 
 /// Leaves the system now.
-pub(crate) fn serve(path: &Path, args: &ServeArgs) -> anyhow::Result<()> {
+pub(crate) fn serve(path: Option<&Path>, args: &ServeArgs) -> anyhow::Result<()> {
     let config = config(path)?;
     if !args.dry_run && !args.yes && !ask("This ends all programs and leaves the system. Go on?")? {
         bail!("nothing was done");
@@ -28,7 +28,7 @@ pub(crate) fn serve(path: &Path, args: &ServeArgs) -> anyhow::Result<()> {
 }
 
 /// Shows what would be booted.
-pub(crate) fn payload(path: &Path, args: &PayloadArgs) -> anyhow::Result<()> {
+pub(crate) fn payload(path: Option<&Path>, args: &PayloadArgs) -> anyhow::Result<()> {
     let found = payload::find(&args.root, &config_or_default(path)?.boot.load)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&found)?);

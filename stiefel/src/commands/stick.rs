@@ -20,7 +20,7 @@ use crate::cli::StickArgs;
 const KEYS: &str = "/etc/stiefel/keys";
 
 /// Writes a file, or after asking a device.
-pub(crate) fn stick(config: &Path, args: &StickArgs) -> anyhow::Result<()> {
+pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<()> {
     let target = &args.target;
     let is_device = fs::metadata(target).is_ok_and(|meta| meta.file_type().is_block_device());
     if !is_device {
