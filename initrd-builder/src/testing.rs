@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use proptest::test_runner::Config;
 
@@ -17,6 +18,34 @@ pub(crate) fn cases(cases: u32) -> Config {
         failure_persistence: None,
         ..Config::default()
     }
+}
+
+/// Whether `what` is installed here, with which a test compares our work. Where `CI` is set (by tests/run, which installs
+/// all of it) a missing one is a failure: a test that is left out proves nothing.
+fn installed(what: &str, found: bool) -> bool {
+    assert!(
+        found || std::env::var_os("CI").is_none(),
+        "{what} is not installed, but CI must have it"
+    );
+    if !found {
+        eprintln!("skipped: {what} is not installed");
+    }
+    found
+}
+
+/// Another program's command, if it is installed.
+pub(crate) fn tool(program: &str) -> Option<Command> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Administrators' programs are not in every user's path.
+    let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    let file = folders.map(|folder| folder.join(program)).find(|file| file.is_file());
+    installed(program, file.is_some()).then(|| Command::new(file.unwrap_or_default()))
+}
+
+/// The bytes of a file that a package brings, if it is installed.
+pub(crate) fn installed_file(path: &str) -> Option<Vec<u8>> {
+    let bytes = fs::read(path);
+    installed(path, bytes.is_ok()).then(|| bytes.unwrap_or_default())
 }
 
 /// A section of an ELF file: its name, type, the section it refers to, the length of its entries, its data.

@@ -368,6 +368,7 @@ fn section_header(section: &Placed) -> [u8; SECTION_HEADER_LEN] {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::testing::{installed_file, tool};
 
     /// A minimal PE32+ file with one section `.text` (8 bytes), and `room` bytes of header space.
     pub(crate) fn tiny_pe(machine: u16, room: usize) -> Vec<u8> {
@@ -504,7 +505,8 @@ pub(crate) mod tests {
 
     #[test]
     fn objdump_sees_the_same_sections_on_systemds_stub() {
-        let Ok(stub) = std::fs::read(crate::stick::DEFAULT_STUB) else {
+        let stub = installed_file(crate::stick::DEFAULT_STUB);
+        let (Some(stub), Some(mut objdump)) = (stub, tool("objdump")) else {
             return;
         };
         let kernel = tiny_pe(AMD64, 512);
@@ -512,9 +514,7 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("uki.efi");
         std::fs::write(&path, &*image).unwrap();
-        let Ok(output) = std::process::Command::new("objdump").arg("-h").arg(&path).output() else {
-            return;
-        };
+        let output = objdump.arg("-h").arg(&path).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{text}");
         for section in sections(&image).unwrap() {

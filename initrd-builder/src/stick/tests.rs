@@ -1,11 +1,11 @@
 //! Stick images, looked at with our own readers and, where they are installed, with other people's.
 
 use super::*;
+use crate::testing::tool;
 use crate::uki::tests::tiny_pe;
 use hadris_fat::FatVolume;
 use std::io::{Cursor, Read};
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
 
 const AMD64: u16 = 0x8664;
 
@@ -189,14 +189,10 @@ fn a_file_and_a_character_device_are_no_sticks() {
 fn fsck(image: &[u8]) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(image).unwrap();
-    let Ok(output) = Command::new("/usr/sbin/fsck.fat")
-        .arg("-n")
-        .arg("-v")
-        .arg(file.path())
-        .output()
-    else {
+    let Some(mut command) = tool("fsck.fat") else {
         return;
     };
+    let output = command.arg("-n").arg("-v").arg(file.path()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}");
     assert!(!text.contains("differ") && !text.contains("rong"), "{text}");
@@ -207,15 +203,17 @@ fn other_programs_agree() {
     let dir = tempfile::tempdir().unwrap();
     let (path, report) = image(dir.path());
     fsck(&partition(&path));
-    if let Ok(output) = Command::new("/usr/sbin/sgdisk").arg("-v").arg(&path).output() {
+    if let Some(mut command) = tool("sgdisk") {
+        let output = command.arg("-v").arg(&path).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(text.contains("No problems found"), "{text}");
     }
     let place = format!("{}@@1M", path.display());
-    if let Ok(output) = Command::new("mtype")
-        .args(["-i", &place, "::/EFI/BOOT/BOOTX64.EFI"])
-        .output()
-    {
+    if let Some(mut command) = tool("mtype") {
+        let output = command
+            .args(["-i", &place, "::/EFI/BOOT/BOOTX64.EFI"])
+            .output()
+            .unwrap();
         assert_eq!(
             output.stdout.len() as u64,
             report.program_bytes,
