@@ -6,7 +6,7 @@
 //! needed for it), starts the [keeper](mod@crate::keeper), leaves nothing mounted, and execs `/init` with its own arguments.
 
 use std::ffi::OsString;
-use std::net::{SocketAddr, SocketAddrV6};
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -18,22 +18,24 @@ use stiefel_shared::bundle::{AttachSession, Transport};
 use stiefel_shared::handover::{MAX_DOCUMENT, PROGRAM_PATH, SESSION_PATH, SecretBytes};
 use stiefel_sys::console::Console;
 use stiefel_sys::kmsg;
-use stiefel_sys::link::{self, Link};
+use stiefel_sys::link::{self as sys_link, Link};
 use stiefel_sys::module::Loader;
 use stiefel_sys::mount::{self, MountFlags};
 use stiefel_sys::power::{self, Power};
 use stiefel_sys::uevent::{self, Monitor, UeventError};
+use stiefel_sys::wipe;
 
+use crate::link::{self, Place};
 use crate::{keeper, nbd};
 
 /// Our folder in the payload's initrd; all that is mounted while we attach is below it.
 pub(crate) const HOME: &str = "/stiefel";
 /// The index of the device, /dev/nbd0.
 pub(crate) const NBD_INDEX: u32 = 0;
-/// How long in-flight I/O waits for a link that is away before it fails: the keeper gives up before.
+/// How long in-flight I/O waits for a link that is away before it fails.
 pub(crate) const DEAD_CONNECTION: Duration = Duration::from_hours(1);
-/// After this long without an answer a connection counts as dead, and its requests are sent again on a new one. Longer
-/// than any disk takes to write back its cache.
+/// After this long without an answer a connection counts as dead, and its requests are sent again on a new one. The laptop
+/// ends the old one first, so nothing is done twice in the wrong order.
 pub(crate) const REQUEST: Duration = Duration::from_secs(60);
 /// What the kernel shows as the device's backend; a new connection must name the same.
 pub(crate) const BACKEND: &str = "stiefel";
@@ -92,11 +94,25 @@ fn unmount_private(console: &Console) {
 fn attach(console: &Console) -> anyhow::Result<()> {
     let session = read_session()?;
     console.info(&format!("attaching the disk of {}", session.hostname));
-    let link = find_link(console, &session)?;
-    let at = laptop(&session, link.index);
+    let nic = find_nic(console, &session)?;
+    let (place, failed) = Place::new(&session, &home("proc"));
+    if let Some(failed) = failed {
+        console.warn(&failed);
+    }
+    let nic_index = place.adopt(&nic, &session, PATIENCE)?;
+    if let Some(tunnel) = &session.tunnel {
+        place.make_tunnel(&session, tunnel, nic_index)?;
+    }
+    console.info(&format!("the link is {}", nic.name));
+    // Back to the kernel's default: later drivers find their firmware in the root file system.
+    if let Err(error) = std::fs::write(firmware_path(), b"\n") {
+        console.warn(&format!("cannot reset the firmware path: {error}"));
+    }
     let Transport::Nbd { export, .. } = &session.disk.transport;
-    let granted = connect(console, at, export)?;
+    let granted = connect(console, link::disk(&session, nic_index), export)?;
     check_size(&session, granted.size)?;
+    // Before the kernel has the disk: the link may be lost while the partition table is read.
+    keeper::start(place).context("cannot start the keeper of the link")?;
     stiefel_sys::nbd::connect(&stiefel_sys::nbd::Connect {
         index: Some(NBD_INDEX),
         size: granted.size,
@@ -110,9 +126,8 @@ fn attach(console: &Console) -> anyhow::Result<()> {
     .context("the kernel did not take the disk")?;
     // Without udev nobody opens the device, and the kernel reads the partition table at the first open.
     std::fs::File::open(home("dev").join(format!("nbd{NBD_INDEX}"))).context("cannot open the attached disk")?;
-    keeper::start().context("cannot start the keeper of the link")?;
     // The keeper has its own, locked copy; nothing else may find the session's secret.
-    std::fs::remove_file(Path::new("/").join(SESSION_PATH)).context("cannot remove the session file")?;
+    wipe::file(&Path::new("/").join(SESSION_PATH)).context("cannot remove the session file")?;
     console.info(&format!(
         "the disk of {} is attached as /dev/nbd{NBD_INDEX}; starting its system",
         session.hostname
@@ -138,39 +153,22 @@ pub(crate) fn session_at(path: &Path) -> anyhow::Result<AttachSession> {
         .context("the session file is not understood; build the stick and the laptop's ramdisk with the same stiefel")
 }
 
-/// Where the laptop's disk is, through the NIC with this index.
-pub(crate) fn laptop(session: &AttachSession, link_index: u32) -> SocketAddr {
-    let Transport::Nbd { port, .. } = session.disk.transport;
-    SocketAddr::V6(SocketAddrV6::new(session.laptop, port, 0, link_index))
-}
-
-/// Loads drivers until the session's NIC is there and has an address.
-fn find_link(console: &Console, session: &AttachSession) -> anyhow::Result<Link> {
+/// Loads drivers until the session's NIC is there.
+fn find_nic(console: &Console, session: &AttachSession) -> anyhow::Result<Link> {
     let deadline = Instant::now() + PATIENCE;
-    let modules = home("modules").join(&session.version);
     // What the drivers ask for lies with us: the initrd's own /lib is the distribution's.
-    let firmware = home("sys").join("module/firmware_class/parameters/path");
-    if let Err(error) = std::fs::write(&firmware, home("firmware").as_os_str().as_encoded_bytes()) {
-        console.warn(&format!(
-            "NICs may lack their firmware: {}: {error}",
-            firmware.display()
-        ));
+    if let Err(error) = std::fs::write(firmware_path(), home("firmware").as_os_str().as_encoded_bytes()) {
+        console.warn(&format!("NICs may lack their firmware: {error}"));
     }
     let mut monitor = Monitor::open()?;
-    let mut loader = Loader::open(&modules, &NEVER)?;
-    // Built in almost everywhere, so not having them as modules is no fault.
-    for name in ["ipv6", "af_packet"] {
-        if loader.index().path(name).is_some() {
-            loader.load(name)?;
-        }
-    }
-    loader
-        .load("nbd")
-        .context("the payload's kernel cannot attach the disk")?;
+    let mut loader = load_by_name(session)?;
     coldplug(console, &mut loader);
     let found = loop {
-        if let Some(link) = link::list()?.into_iter().find(|link| is_sessions(link, session)) {
-            break link;
+        if let Some(nic) = sys_link::list()?
+            .into_iter()
+            .find(|nic| link::is_sessions(nic, session))
+        {
+            break nic;
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -190,31 +188,32 @@ fn find_link(console: &Console, session: &AttachSession) -> anyhow::Result<Link>
             Err(error) => return Err(error.into()),
         }
     };
-    // Renaming works only while the NIC is down; this name tells people and udev whose it is.
-    link::rename(found.index, LINK_NAME)?;
-    link::disable_dad(&home("proc"), LINK_NAME)?;
-    link::set_up(found.index)?;
-    console.info(&format!("the link is {} ({LINK_NAME})", found.name));
-    let left = deadline.saturating_duration_since(Instant::now());
-    wait_for_address(found.index, left)?;
-    // Back to the kernel's default: later drivers find their firmware in the root file system.
-    if let Err(error) = std::fs::write(&firmware, b"\n") {
-        console.warn(&format!("cannot reset the firmware path: {error}"));
-    }
     Ok(found)
 }
 
-/// The name of the NIC that leads to the laptop, on the desktop.
-pub(crate) const LINK_NAME: &str = "stiefellink";
-
-pub(crate) fn is_sessions(link: &Link, session: &AttachSession) -> bool {
-    link.mac == session.link_mac || link.permanent_mac == Some(session.link_mac)
+/// Where the kernel is told to look for firmware first.
+fn firmware_path() -> PathBuf {
+    home("sys").join("module/firmware_class/parameters/path")
 }
 
-pub(crate) fn wait_for_address(index: u32, patience: Duration) -> anyhow::Result<()> {
-    link::wait_link_local(index, patience)
-        .context("the link to the laptop does not come up; is the cable in at both ends?")?;
-    Ok(())
+/// Loads what has no device that would ask for it.
+fn load_by_name(session: &AttachSession) -> anyhow::Result<Loader> {
+    let mut loader = Loader::open(&home("modules").join(&session.version), &NEVER)?;
+    // Built in almost everywhere, so not having them as modules is no fault.
+    for name in ["ipv6", "af_packet"] {
+        if loader.index().path(name).is_some() {
+            loader.load(name)?;
+        }
+    }
+    loader
+        .load("nbd")
+        .context("the laptop's kernel cannot attach the disk")?;
+    if session.tunnel.is_some() {
+        loader.load("wireguard").context(
+            "the laptop's kernel has no WireGuard; set link.encryption to none in its config.yaml if you trust the cable",
+        )?;
+    }
+    Ok(loader)
 }
 
 fn coldplug(console: &Console, loader: &mut Loader) {
@@ -268,48 +267,10 @@ fn give_up(console: &Console, error: &anyhow::Error) -> ! {
     }
 }
 
-/// The payload's command line with what the desktop needs besides.
-///
-/// `noresume`: a hibernation image belongs to the laptop alone. Suspend and hibernation would leave the laptop's disk half
-/// written. (Whether swap is used is the laptop's configuration, so it is in the payload's words already.)
-#[must_use]
-pub fn command_line(payload: &str) -> String {
-    let mut words = vec![
-        payload.to_owned(),
-        format!("rdinit=/{PROGRAM_PATH}"),
-        "noresume".to_owned(),
-    ];
-    for target in [
-        "sleep",
-        "suspend",
-        "hibernate",
-        "hybrid-sleep",
-        "suspend-then-hibernate",
-    ] {
-        words.push(format!("systemd.mask={target}.target"));
-    }
-    words.join(" ")
-}
-
 /// The argv\[0\] of the keeper; systemd spares processes whose name starts with `@` at switch-root and at shutdown.
 pub const KEEPER_ARG0: &str = "@stiefel-keeper";
 
 /// Our own program, wherever it was started from.
 pub(crate) fn program() -> OsString {
     OsString::from(format!("/{PROGRAM_PATH}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_payloads_words_stay_first_and_sleep_is_masked() {
-        let line = command_line("root=UUID=1 ro quiet");
-        assert!(
-            line.starts_with("root=UUID=1 ro quiet rdinit=/stiefel/stiefel noresume "),
-            "{line}"
-        );
-        assert!(line.contains("systemd.mask=hibernate.target"), "{line}");
-    }
 }

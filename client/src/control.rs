@@ -26,7 +26,9 @@ pub enum FarewellError {
     #[error("the session has no name; the session file of this boot is damaged")]
     Name(#[source] SessionError),
     /// Nobody answered in time.
-    #[error("the laptop at {peer} did not answer the goodbye; press a key there to end its service")]
+    #[error(
+        "the laptop at {peer} did not answer the goodbye; look at its screen; switching it off now is safe if that says so"
+    )]
     Silent {
         /// Its address.
         peer: SocketAddr,

@@ -20,6 +20,11 @@ use tokio::sync::mpsc::error::TrySendError;
 const LOOPBACK: u32 = 1;
 /// How long a laptop that said it is waking is left alone.
 const WAKING_PEACE: Duration = Duration::from_secs(20);
+/// A laptop that was woken so often and came back without serving is left alone for a while: something is wrong with it,
+/// and each wake ends its user's work.
+pub(crate) const MAX_WAKES: u32 = 2;
+/// How long.
+const LONG_PEACE: Duration = Duration::from_mins(15);
 /// How many laptops are remembered as waking.
 const MAX_WAKING: usize = 64;
 
@@ -46,6 +51,8 @@ pub struct Found {
     pub challenge: Random,
     /// In how many seconds it thinks to be ready; 0 if it does not know.
     pub ready_in: u16,
+    /// How often it was woken without getting ready.
+    pub woken: u32,
 }
 
 /// What happens during the search.
@@ -160,7 +167,8 @@ struct Search {
     wake: bool,
     seeker: Seeker,
     links: HashMap<u32, Link>,
-    waking: HashMap<SocketAddrV6, Instant>,
+    /// When it said last that it is waking, and how often it was woken since it was last ready.
+    waking: HashMap<SocketAddrV6, (Instant, u32)>,
 }
 
 impl Search {
@@ -228,6 +236,10 @@ impl Search {
         match self.seeker.receive(now, from, datagram)? {
             Heard::Offer(offer) => {
                 self.wake_up(now, &offer);
+                if offer.state == State::Ready {
+                    self.waking.remove(&offer.from);
+                }
+                let woken = self.waking.get(&offer.from).map_or(0, |(_, woken)| *woken);
                 Some(Event::Found(Found {
                     hostname: offer.hostname,
                     state: offer.state,
@@ -235,13 +247,15 @@ impl Search {
                     interface,
                     challenge: offer.challenge,
                     ready_in: offer.ready_in,
+                    woken,
                 }))
             }
             Heard::Waking { from, ready_in } => {
                 if self.waking.len() >= MAX_WAKING {
                     self.waking.clear();
                 }
-                self.waking.insert(from, now);
+                let woken = self.waking.get(&from).map_or(0, |(_, woken)| *woken);
+                self.waking.insert(from, (now, woken.saturating_add(1)));
                 Some(Event::Waking {
                     address: from,
                     interface,
@@ -253,10 +267,10 @@ impl Search {
 
     /// Wakes a sleeping laptop; a lost Wake is repeated with its next offer.
     fn wake_up(&mut self, now: Instant, offer: &Offer) {
-        let left_alone = self
-            .waking
-            .get(&offer.from)
-            .is_some_and(|at| now.duration_since(*at) < WAKING_PEACE);
+        let left_alone = self.waking.get(&offer.from).is_some_and(|(at, woken)| {
+            let peace = if *woken >= MAX_WAKES { LONG_PEACE } else { WAKING_PEACE };
+            now.duration_since(*at) < peace
+        });
         if !self.wake || offer.state != State::Asleep || left_alone {
             return;
         }

@@ -6,7 +6,6 @@
 //! switching off.
 
 use std::fs::File;
-use std::net::{SocketAddr, SocketAddrV6};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -16,10 +15,10 @@ use anyhow::Context;
 use stiefel_shared::bundle::{AttachSession, Goodbye};
 use stiefel_sys::console::Console;
 use stiefel_sys::power::{self, Power};
-use stiefel_sys::{block, link, mount};
+use stiefel_sys::{block, link as sys_link, mount};
 
 use crate::attach::{self, NBD_INDEX};
-use crate::control;
+use crate::{control, link};
 
 /// Where systemd puts what was the root.
 const OLD_ROOT: &str = "/oldroot";
@@ -28,27 +27,36 @@ const UNMOUNT: Duration = Duration::from_mins(10);
 /// For each step that is only a message or a command to the kernel.
 const STEP: Duration = Duration::from_secs(20);
 
+/// How long the screen shows what failed.
+const READ: Duration = Duration::from_secs(15);
+
 /// Ends the session and the machine; the kernel would panic if it returned.
 pub fn run() -> ! {
     let console: Arc<Console> = Arc::new(Console::open(Path::new("/dev"), Path::new("/proc")));
     let verb = std::env::args().nth(1).unwrap_or_default();
     let (way, power) = direction(&verb);
-    let steps = {
+    let unmounted = {
         let console = Arc::clone(&console);
         bounded(UNMOUNT, move || unmount_old_root(&console))
     };
-    report(&console, "unmount the old root", steps);
-    report(&console, "flush the disk", bounded(UNMOUNT, flush));
-    report(
-        &console,
-        "let go of the disk",
-        bounded(STEP, || Ok(stiefel_sys::nbd::disconnect(NBD_INDEX)?)),
-    );
-    report(
-        &console,
-        "say goodbye to the laptop",
-        bounded(STEP, move || say_goodbye(way)),
-    );
+    let clean = [
+        report(&console, "unmount the old root", unmounted),
+        report(&console, "flush the disk", bounded(UNMOUNT, flush)),
+        report(
+            &console,
+            "let go of the disk",
+            bounded(STEP, || Ok(stiefel_sys::nbd::disconnect(NBD_INDEX)?)),
+        ),
+        report(
+            &console,
+            "say goodbye to the laptop",
+            bounded(STEP, move || say_goodbye(way)),
+        ),
+    ];
+    if clean.contains(&false) {
+        console.error("this was not a clean end; the laptop will check its file systems");
+        std::thread::sleep(READ);
+    }
     loop {
         let Err(error) = power::now(power);
         console.error(&format!("{error}; switch the machine off by hand"));
@@ -79,11 +87,13 @@ fn bounded(limit: Duration, step: impl FnOnce() -> anyhow::Result<()> + Send + '
         .with_context(|| format!("not done after {} s; going on without", limit.as_secs()))?
 }
 
-fn report(console: &Console, what: &str, result: anyhow::Result<()>) {
-    match result {
+/// Says how a step went; whether it went well.
+fn report(console: &Console, what: &str, result: anyhow::Result<()>) -> bool {
+    match &result {
         Ok(()) => console.info(&format!("{what}: done")),
         Err(error) => console.error(&format!("cannot {what}: {error:#}")),
     }
+    result.is_ok()
 }
 
 /// Unmounts everything below the old root, deepest first; what is busy is left read-only by systemd already.
@@ -124,12 +134,21 @@ fn flush() -> anyhow::Result<()> {
 
 fn say_goodbye(way: Goodbye) -> anyhow::Result<()> {
     let session: AttachSession = attach::session_at(Path::new("/session.json"))?;
-    let link = link::list()?
-        .into_iter()
-        .find(|link| attach::is_sessions(link, &session))
-        .context("the NIC that leads to the laptop is not there")?;
-    let at = SocketAddr::V6(SocketAddrV6::new(session.laptop, session.http_port, 0, link.index));
-    control::goodbye(at, &session.session, &session.control, way)?;
+    let nic = match &session.tunnel {
+        // The keeper still holds the NIC's namespace.
+        Some(_) => 0,
+        None => {
+            let links = sys_link::list()?;
+            let nic = links.iter().find(|nic| link::is_sessions(nic, &session));
+            nic.context("the NIC that leads to the laptop is not there")?.index
+        }
+    };
+    control::goodbye(
+        link::laptop(&session, session.http_port, nic),
+        &session.session,
+        &session.control,
+        way,
+    )?;
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use stiefel_shared::config::Mac;
 use stiefel_shared::handover::SecretBytes;
 use stiefel_sys::mount::{self, MountFlags};
 
-use crate::attach::LINK_NAME;
+use crate::link::{NIC, TUNNEL};
 
 /// A guard that could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -33,20 +33,24 @@ pub(crate) fn write(run: &Path, session: &AttachSession) -> Vec<GuardError> {
             "NetworkManager/conf.d/90-stiefel.conf",
             format!(
                 "# Written by stiefel: the root file system comes over this NIC.\n\
-                 [keyfile]\nunmanaged-devices+=interface-name:{LINK_NAME};mac:{mac}\n\
-                 [device-stiefel]\nmatch-device=interface-name:{LINK_NAME},mac:{mac}\nmanaged=0\n"
+                 [keyfile]\nunmanaged-devices+=interface-name:{NIC};interface-name:{TUNNEL};mac:{mac}\n\
+                 [device-stiefel]\nmatch-device=interface-name:{NIC},interface-name:{TUNNEL},mac:{mac}\nmanaged=0\n"
             ),
         ),
         (
             "systemd/network/00-stiefel.network",
             format!(
                 "# Written by stiefel: the root file system comes over this NIC.\n\
-                 [Match]\nName={LINK_NAME}\nMACAddress={mac}\n[Link]\nUnmanaged=yes\n"
+                 [Match]\nMACAddress={mac}\n[Link]\nUnmanaged=yes\n"
             ),
         ),
         (
+            "systemd/network/00-stiefel-tunnel.network",
+            format!("# Written by stiefel.\n[Match]\nName={TUNNEL}\n[Link]\nUnmanaged=yes\n"),
+        ),
+        (
             "systemd/network/00-stiefel.link",
-            format!("# Written by stiefel.\n[Match]\nMACAddress={mac}\n[Link]\nNamePolicy=\nName={LINK_NAME}\n"),
+            format!("# Written by stiefel.\n[Match]\nMACAddress={mac}\n[Link]\nNamePolicy=\nName={NIC}\n"),
         ),
         (
             "udev/rules.d/61-stiefel.rules",
@@ -165,6 +169,7 @@ mod tests {
                     export: "secret-export".to_owned(),
                 },
             },
+            tunnel: None,
             control: ControlKey([0x5a; 32]),
             session: "name".to_owned(),
         }
@@ -188,7 +193,7 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         std::fs::write(run.path().join("systemd"), b"a file in the way").unwrap();
         let failed = write(run.path(), &session());
-        assert_eq!(failed.len(), 2);
+        assert_eq!(failed.len(), 3);
         assert!(run.path().join("udev/rules.d/61-stiefel.rules").exists());
     }
 }

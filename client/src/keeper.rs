@@ -1,54 +1,68 @@
 //! The keeper: a small process that outlives the payload's initramfs and looks after the link.
 //!
-//! Started by [`crate::attach`], before the distribution's `/init`. It is static, locked in memory, and holds no file of
+//! Started by [`crate::attach`], before the kernel has the disk. It is static, locked in memory, and holds no file of
 //! the root file system, because it must run while that one waits. systemd spares it (its name starts with `@`).
 //!
+//! - It holds the network namespace of the NIC: the kernel would give the NIC back without it.
 //! - When the distribution mounts its own /run (which hides what was there before), it writes the guards that keep
 //!   network managers off the link, and puts the [shutdown program](crate::goodbye) into /run/initramfs.
+//! - When the NIC is plugged in again, it brings it back to its place and points the tunnel at it; when somebody takes the
+//!   tunnel's address or state away, it restores them.
 //! - When the kernel says that the disk's connection died, it makes a new one and hands it over: I/O that waited goes on.
+//!
+//! No failure ends it: it says what failed, and goes on.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use stiefel_shared::bundle::{AttachSession, Transport};
-use stiefel_shared::handover::SecretBytes;
+use stiefel_shared::handover::secret_json;
 use stiefel_sys::console::Console;
-use stiefel_sys::link::{self, LinkMonitor};
+use stiefel_sys::link::{self as sys_link, LinkMonitor};
 use stiefel_sys::mount;
-use stiefel_sys::nbd::{Reconfigure, Watch};
+use stiefel_sys::nbd::{NbdError, Reconfigure, Watch};
+use stiefel_sys::netns::Namespace;
 use stiefel_sys::process;
 
-use crate::attach::{self, BACKEND, DEAD_CONNECTION, HOME, KEEPER_ARG0, LINK_NAME, NBD_INDEX, REQUEST};
+use crate::attach::{self, BACKEND, DEAD_CONNECTION, HOME, KEEPER_ARG0, NBD_INDEX, REQUEST};
+use crate::link::{self, Place};
 use crate::{guards, nbd};
 
 /// What the keeper says on its standard output when it is ready.
 const READY: u8 = b'+';
 /// How long it may take for that.
 const START: Duration = Duration::from_secs(20);
+/// The argument that says that standard input is the NIC's network namespace.
+const NAMESPACE: &str = "namespace";
+/// How often a lost connection is tried to be made anew, and a failed watch to be opened.
+const AGAIN: Duration = Duration::from_secs(1);
+/// How long a NIC that was plugged in again may take to be ready.
+const REPLUG: Duration = Duration::from_secs(10);
 
-/// Starts the keeper and waits until it is ready.
-pub(crate) fn start() -> anyhow::Result<()> {
-    let mut child = Command::new(attach::program())
-        .arg0(KEEPER_ARG0)
+/// Starts the keeper, gives it the NIC's place, and waits until it is ready.
+pub(crate) fn start(place: Place) -> anyhow::Result<()> {
+    let mut command = Command::new(attach::program());
+    command.arg0(KEEPER_ARG0).stdout(Stdio::piped());
+    match place.namespace {
+        Some(namespace) => command.arg(NAMESPACE).stdin(OwnedFd::from(namespace)),
         // Inherited, for there is no /dev/null yet.
-        .stdin(Stdio::inherit())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start our own program")?;
+        None => command.stdin(Stdio::inherit()),
+    };
+    let mut child = command.spawn().context("cannot start our own program")?;
     let mut ready = child.stdout.take().context("no pipe to the keeper")?;
-    let mut byte = [0];
-    let deadline = rustix::time::Timespec::try_from(START)?;
+    let deadline = Timespec::try_from(START)?;
     let mut fds = [PollFd::new(&ready, PollFlags::IN)];
     if poll(&mut fds, Some(&deadline))? == 0 {
         bail!("the keeper is not ready after {} s", START.as_secs());
     }
+    let mut byte = [0];
     ready
         .read_exact(&mut byte)
         .context("the keeper ended; the kernel log says why")?;
@@ -61,144 +75,245 @@ pub(crate) fn start() -> anyhow::Result<()> {
 /// Runs the keeper; ends with the machine.
 #[must_use]
 pub fn run() -> std::process::ExitCode {
-    let console = Console::open(&Path::new(HOME).join("dev"), &Path::new(HOME).join("proc"));
-    match keep(&console) {
-        Ok(()) => std::process::ExitCode::SUCCESS,
-        Err(error) => {
-            console.error(&format!("the keeper of the link ends: {error:#}"));
-            std::process::ExitCode::FAILURE
-        }
-    }
+    let console = Console::open(&home("dev"), &home("proc"));
+    let Err(error) = Keeper::new(&console).map(|mut keeper| keeper.keep());
+    console.error(&format!("there is no keeper of the link: {error:#}"));
+    std::process::ExitCode::FAILURE
+}
+
+fn home(name: &str) -> PathBuf {
+    Path::new(HOME).join(name)
 }
 
 /// Everything the keeper needs once the initramfs is gone, opened while it is there.
-struct Keeper {
+struct Keeper<'a> {
+    console: &'a Console,
     session: AttachSession,
+    place: Place,
     /// Our program, for the shutdown folder.
     program: File,
     /// /proc/self/mountinfo; POLLPRI tells that it changed.
     mounts: File,
     watch: Watch,
+    links: LinkMonitor,
+    /// Whether the guards are written.
+    guarded: bool,
+    /// Since when the disk's connection is lost.
+    lost: Option<Instant>,
 }
 
-fn keep(console: &Console) -> anyhow::Result<()> {
-    let mut keeper = Keeper {
-        session: attach::read_session()?,
-        program: File::open(attach::program()).context("cannot open our own program")?,
-        mounts: File::open(Path::new(HOME).join("proc/self/mountinfo")).context("cannot open the table of mounts")?,
-        watch: Watch::open()?,
-    };
-    process::lock_memory().context("cannot lock the keeper in memory")?;
-    if let Err(error) = process::oom_protect(&Path::new(HOME).join("proc")) {
-        console.warn(&format!("the keeper can be killed when memory is short: {error}"));
+impl<'a> Keeper<'a> {
+    fn new(console: &'a Console) -> anyhow::Result<Self> {
+        let namespace = match std::env::args().nth(1).as_deref() {
+            Some(NAMESPACE) => Some(Namespace::from_fd(std::io::stdin().as_fd().try_clone_to_owned()?)?),
+            _ => None,
+        };
+        let keeper = Self {
+            console,
+            session: attach::read_session()?,
+            place: Place::with(namespace, &home("proc")),
+            program: File::open(attach::program()).context("cannot open our own program")?,
+            mounts: File::open(home("proc/self/mountinfo")).context("cannot open the table of mounts")?,
+            watch: Watch::open()?,
+            links: LinkMonitor::open()?,
+            guarded: false,
+            lost: None,
+        };
+        process::lock_memory().context("cannot lock the keeper in memory")?;
+        if let Err(error) = process::oom_protect(&home("proc")) {
+            console.warn(&format!("the keeper can be killed when memory is short: {error}"));
+        }
+        // A terminal's hang-up or a stray signal must not end it; only SIGKILL does.
+        process::ignore_signals(&[libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGPIPE])?;
+        let mut stdout = std::io::stdout();
+        stdout
+            .write_all(&[READY])
+            .and_then(|()| stdout.flush())
+            .context("nobody waits for the keeper")?;
+        Ok(keeper)
     }
-    // A terminal's hang-up or a stray signal must not end it; only SIGKILL does.
-    process::ignore_signals(&[libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGPIPE])?;
-    let mut stdout = std::io::stdout();
-    stdout
-        .write_all(&[READY])
-        .and_then(|()| stdout.flush())
-        .context("nobody waits for the keeper")?;
-    keeper.watch_mounts_and_link(console)
-}
 
-impl Keeper {
-    fn watch_mounts_and_link(&mut self, console: &Console) -> anyhow::Result<()> {
-        let mut guarded = self.guard_if_run_is_there(console)?;
+    fn keep(&mut self) -> std::convert::Infallible {
         loop {
-            {
-                let mounts = if guarded { PollFlags::empty() } else { PollFlags::PRI };
-                let mut fds = [
-                    PollFd::new(&self.watch, PollFlags::IN),
-                    PollFd::new(&self.mounts, mounts),
-                ];
-                // With no events asked for, mountinfo still reports errors: leave it out once it is not needed.
-                let count = if guarded { 1 } else { 2 };
-                match poll(&mut fds[..count], None) {
-                    Err(rustix::io::Errno::INTR) => continue,
-                    other => other.context("cannot wait for news of the link")?,
-                };
+            self.guard();
+            self.hear_of_the_disk();
+            self.hear_of_links();
+            if self.lost.is_some() {
+                self.reconnect();
             }
-            if !guarded {
-                guarded = self.guard_if_run_is_there(console)?;
-            }
-            while let Some(dead) = self.watch.next(Some(Duration::ZERO))? {
-                if dead.index == NBD_INDEX {
-                    self.reconnect(console);
-                }
+            if let Err(error) = self.wait() {
+                self.console.error(&format!("the keeper cannot wait for news: {error}"));
+                std::thread::sleep(AGAIN);
             }
         }
     }
 
-    /// Acts once, when a file system is mounted on /run: mount ids change when it is moved into the root, so it is not
-    /// looked for again.
-    fn guard_if_run_is_there(&mut self, console: &Console) -> anyhow::Result<bool> {
-        use std::io::Seek;
+    /// Waits for news, or while the connection is lost until it is time for another try.
+    fn wait(&self) -> rustix::io::Result<()> {
+        let mut fds = vec![
+            PollFd::new(&self.watch, PollFlags::IN),
+            PollFd::new(&self.links, PollFlags::IN),
+        ];
+        // mountinfo would report every mount for ever.
+        if !self.guarded {
+            fds.push(PollFd::new(&self.mounts, PollFlags::PRI));
+        }
+        let patience = self.lost.and_then(|_| Timespec::try_from(AGAIN).ok());
+        match poll(&mut fds, patience.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes the guards, once, when a file system is mounted on /run: mount ids change when it is moved into the root, so
+    /// it is not looked for again.
+    fn guard(&mut self) {
+        if self.guarded {
+            return;
+        }
+        match self.run_is_mounted() {
+            Ok(false) => return,
+            Ok(true) => {}
+            Err(error) => {
+                self.console
+                    .error(&format!("the guards are not written yet: {error:#}"));
+                return;
+            }
+        }
+        self.guarded = true;
+        for error in guards::write(Path::new("/run"), &self.session) {
+            self.console
+                .error(&format!("a network manager may take the link away: {error}"));
+        }
+        let put = secret_json(&self.session)
+            .map_err(anyhow::Error::from)
+            .and_then(|json| guards::put_shutdown_program(Path::new("/run"), &self.program, &json));
+        if let Err(error) = put {
+            self.console
+                .error(&format!("the desktop will not say goodbye to the laptop: {error:#}"));
+        }
+    }
+
+    fn run_is_mounted(&mut self) -> anyhow::Result<bool> {
         self.mounts.rewind()?;
         let mut text = Vec::new();
         (&self.mounts)
             .take(1 << 20)
             .read_to_end(&mut text)
             .context("cannot read the table of mounts")?;
-        if !mount::mountinfo(&text)
+        Ok(mount::mountinfo(&text)
             .iter()
-            .any(|entry| entry.mount_point == Path::new("/run"))
-        {
-            return Ok(false);
-        }
-        for error in guards::write(Path::new("/run"), &self.session) {
-            console.error(&format!("a network manager may take the link away: {error}"));
-        }
-        let json = SecretBytes(serde_json::to_vec(&self.session)?);
-        if let Err(error) = guards::put_shutdown_program(Path::new("/run"), &self.program, &json) {
-            console.error(&format!("the desktop will not say goodbye to the laptop: {error:#}"));
-        }
-        Ok(true)
+            .any(|entry| entry.mount_point == Path::new("/run")))
     }
 
-    /// Makes new connections until one is taken, or the kernel has given up on the disk.
-    fn reconnect(&mut self, console: &Console) {
-        console.warn("the link to the laptop is lost; everything waits until it is back");
-        let lost = Instant::now();
-        while lost.elapsed() < DEAD_CONNECTION {
-            match self.reconnect_once() {
-                Ok(()) => {
-                    console.warn(&format!(
-                        "the link to the laptop is back after {} s",
-                        lost.elapsed().as_secs()
-                    ));
-                    return;
-                }
+    fn hear_of_the_disk(&mut self) {
+        loop {
+            match self.watch.next(Some(Duration::ZERO)) {
+                Ok(None) => return,
+                Ok(Some(dead)) if dead.index == NBD_INDEX => self.is_lost(),
+                Ok(Some(_)) => {}
                 Err(error) => {
-                    // Wait for something to change, but not for ever: the laptop's side tells nothing when it comes back.
-                    console.info(&format!("{error:#}"));
-                    if let Ok(mut monitor) = LinkMonitor::open() {
-                        let _ = monitor.next(Some(Duration::from_secs(1)));
+                    // What was missed is not known: a new connection that nobody needs does no harm.
+                    self.is_lost();
+                    if !matches!(error, NbdError::Lost) {
+                        self.console
+                            .error(&format!("news of the disk cannot be heard: {error}"));
+                        match Watch::open() {
+                            Ok(watch) => self.watch = watch,
+                            Err(_) => std::thread::sleep(AGAIN),
+                        }
+                        return;
                     }
                 }
             }
         }
-        console.error("the laptop is gone for good; its disk fails now");
-        if let Err(error) = stiefel_sys::nbd::disconnect(NBD_INDEX) {
-            console.error(&format!("{error}"));
+    }
+
+    fn is_lost(&mut self) {
+        if self.lost.is_none() {
+            self.console
+                .warn("the link to the laptop is lost; everything waits until it is back");
+            self.lost = Some(Instant::now());
+        }
+    }
+
+    /// Brings back what changed: a NIC that was plugged in again, a tunnel that somebody has altered.
+    fn hear_of_links(&mut self) {
+        let mut changed = false;
+        loop {
+            match self.links.next(Some(Duration::ZERO)) {
+                Ok(None) => break,
+                Ok(Some(_)) | Err(sys_link::LinkError::Lost) => changed = true,
+                Err(error) => {
+                    self.console
+                        .error(&format!("news of the NICs cannot be heard: {error}"));
+                    std::thread::sleep(AGAIN);
+                    if let Ok(links) = LinkMonitor::open() {
+                        self.links = links;
+                    }
+                    changed = true;
+                    break;
+                }
+            }
+        }
+        if changed && let Err(error) = self.mend_links() {
+            self.console
+                .error(&format!("the link to the laptop cannot be mended: {error:#}"));
+        }
+    }
+
+    fn mend_links(&self) -> anyhow::Result<()> {
+        let appeared = sys_link::list()?
+            .into_iter()
+            .find(|nic| link::is_sessions(nic, &self.session));
+        // In a namespace of its own it is not seen from here, but where it was plugged in again.
+        if let Some(nic) = appeared.filter(|nic| self.place.namespace.is_some() || !nic.up) {
+            let index = self.place.adopt(&nic, &self.session, REPLUG)?;
+            self.console.warn(&format!("the NIC {} is plugged in again", nic.name));
+            if let Some(tunnel) = &self.session.tunnel {
+                self.place.redirect(&self.session, tunnel, index)?;
+            }
+        }
+        match &self.session.tunnel {
+            Some(tunnel) => link::repair(tunnel),
+            None => Ok(()),
+        }
+    }
+
+    /// Tries once to make a new connection; gives up when the kernel has.
+    fn reconnect(&mut self) {
+        let Some(lost) = self.lost else { return };
+        match self.reconnect_once() {
+            Ok(()) => {
+                self.console.warn(&format!(
+                    "the link to the laptop is back after {} s",
+                    lost.elapsed().as_secs()
+                ));
+                self.lost = None;
+            }
+            Err(error) if lost.elapsed() > DEAD_CONNECTION => {
+                self.console
+                    .error(&format!("the laptop is gone for good, its disk fails now: {error:#}"));
+                if let Err(error) = stiefel_sys::nbd::disconnect(NBD_INDEX) {
+                    self.console.error(&format!("{error}"));
+                }
+                self.lost = None;
+            }
+            Err(error) => self.console.info(&format!("not yet: {error:#}")),
         }
     }
 
     fn reconnect_once(&self) -> anyhow::Result<()> {
-        let link = link::list()?
-            .into_iter()
-            .find(|link| attach::is_sessions(link, &self.session))
-            .context("the NIC is not plugged in")?;
-        if !link.up {
-            // A plugged-in-again NIC is a new one: name, then up. The name may be taken back by udev, which is harmless.
-            if link.name != LINK_NAME {
-                let _ = link::rename(link.index, LINK_NAME);
+        let nic = match &self.session.tunnel {
+            Some(_) => 0,
+            None => {
+                let links = sys_link::list()?;
+                let nic = links.iter().find(|nic| link::is_sessions(nic, &self.session));
+                nic.context("the NIC is not plugged in")?.index
             }
-            link::set_up(link.index)?;
-        }
-        attach::wait_for_address(link.index, Duration::from_secs(5))?;
+        };
         let Transport::Nbd { export, .. } = &self.session.disk.transport;
-        let granted = nbd::connect(attach::laptop(&self.session, link.index), export)?;
+        let granted = nbd::connect(link::disk(&self.session, nic), export)?;
         stiefel_sys::nbd::reconfigure(&Reconfigure {
             index: NBD_INDEX,
             timeout: REQUEST,

@@ -9,5 +9,6 @@ pub mod fetch;
 pub mod goodbye;
 mod guards;
 pub mod keeper;
+mod link;
 pub mod nbd;
 pub mod role;

@@ -10,22 +10,25 @@ use std::time::Duration;
 
 use anyhow::Context;
 use rustix::fs::{MemfdFlags, memfd_create};
+use sha2::{Digest, Sha256};
 use stiefel_shared::bundle::{AttachSession, Manifest};
 use stiefel_shared::cpio;
 use stiefel_shared::discovery::{PORT, State};
-use stiefel_shared::handover::{ClientHandover, PROGRAM_PATH, Part, SESSION_PATH, SecretBytes};
+use stiefel_shared::handover::{ClientHandover, PROGRAM_PATH, Part, SESSION_PATH, secret_json};
 use stiefel_shared::session::MachineId;
 use stiefel_sys::console::Console;
-use stiefel_sys::link::{self, Link};
+use stiefel_sys::link;
 use stiefel_sys::{kexec, wired};
 use tokio::sync::mpsc;
 
-use crate::attach::command_line;
 use crate::discovery::{self, Event, Found};
 use crate::fetch::{self, Progress};
 
 /// After this long without any answer the screen says what to look at.
 const HINT: Duration = Duration::from_secs(15);
+
+/// The longest pause between two tries to boot from a laptop that is ready.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Searches and fetches until the laptop's kernel is loaded; then the caller reboots into it by kexec.
 ///
@@ -34,9 +37,10 @@ const HINT: Duration = Duration::from_secs(15);
 pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow::Result<()> {
     let (links, followed) = mpsc::channel(64);
     std::thread::Builder::new().name("links".to_owned()).spawn(move || {
-        if let Err(error) = wired::follow(true, |event| links.blocking_send(event).is_ok()) {
-            console.error(&format!("no more NICs are brought up: {:#}", anyhow::Error::new(error)));
-        }
+        wired::follow(
+            |event| links.blocking_send(event).is_ok(),
+            |error| console.error(&format!("the NICs cannot be followed: {error}; trying again")),
+        );
     })?;
     let (tell, mut events) = mpsc::channel(64);
     let key = handover.key.clone();
@@ -50,6 +54,7 @@ pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow
         interfaces: Vec::new(),
         last: None,
     };
+    let mut pause = Duration::from_secs(1);
     loop {
         let event = match tokio::time::timeout(HINT, events.recv()).await {
             Err(_) => {
@@ -67,7 +72,9 @@ pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow
             screen.last = None;
             // What was heard meanwhile is old; offers come again.
             while events.try_recv().is_ok() {}
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            tokio::time::sleep(pause).await;
+            // What fails for good should not keep the laptop busy.
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
     search.await??;
@@ -97,6 +104,10 @@ impl Screen {
                 let news = Some((found.hostname.clone(), found.state));
                 if self.last != news {
                     let doing = match found.state {
+                        State::Asleep if found.woken >= discovery::MAX_WAKES => {
+                            "it came back to its own system each time it was woken; its journal says why \
+                             (journalctl -u stiefel-autokexec)"
+                        }
                         State::Asleep => "its own system runs; waking it",
                         State::Waking => "it is on its way",
                         State::Ready => "it is ready",
@@ -177,7 +188,7 @@ async fn boot(console: &'static Console, handover: &ClientHandover, found: &Foun
         manifest.payload.version, manifest.hostname
     ));
     append_session(&mut initrd, &manifest, found)?;
-    let cmdline = command_line(&manifest.payload.cmdline);
+    let cmdline = manifest.payload.desktop_cmdline();
     kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &cmdline)?;
     console.info(&format!("starting {}", manifest.payload.version));
     Ok(())
@@ -202,10 +213,11 @@ fn append_session(initrd: &mut File, manifest: &Manifest, found: &Found) -> anyh
         laptop: *found.address.ip(),
         http_port: found.address.port(),
         disk: manifest.disk.clone(),
+        tunnel: manifest.tunnel.clone(),
         control: manifest.control.clone(),
         session: manifest.session.clone(),
     };
-    let json = SecretBytes(serde_json::to_vec(&session)?);
+    let json = secret_json(&session)?;
     let program = std::fs::read("/init").context("cannot read our own program")?;
     let at = initrd.stream_position()?;
     cpio::pad_to(initrd, at, 4)?;
@@ -217,25 +229,38 @@ fn append_session(initrd: &mut File, manifest: &Manifest, found: &Found) -> anyh
     Ok(())
 }
 
-/// Which desktop this is: from its firmware, so that it stays the same at every boot.
+/// Which desktop this is, the same at every boot: from what its firmware says of itself, which is not unique on every board,
+/// and from its own NIC, which may not have a driver yet where the link is a USB adapter.
 fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
-    let dmi = std::fs::read_to_string(sysfs.join("class/dmi/id/product_uuid")).ok();
-    // Firmware that was never told who it is says all zeroes or all ones.
-    let told = |text: &String| {
-        let digits = text.trim().replace('-', "");
-        !["0", "f", "F"].iter().any(|digit| digits == digit.repeat(digits.len()))
-    };
-    if let Some(id) = dmi.filter(told).and_then(|text| text.parse().ok()) {
-        return Ok(id);
+    let dmi = ["product_uuid", "product_serial", "board_serial", "product_name"]
+        .map(|name| std::fs::read_to_string(sysfs.join("class/dmi/id").join(name)).unwrap_or_default());
+    let mut macs: Vec<(bool, [u8; 6])> = link::list()?
+        .iter()
+        .filter(|link| link.is_wired_physical())
+        .map(|link| {
+            (
+                link::usb_id(sysfs, &link.name).is_some(),
+                link.permanent_mac.unwrap_or(link.mac),
+            )
+        })
+        .collect();
+    // Those that are no USB adapters come first.
+    macs.sort_unstable();
+    let lasting = macs.first().filter(|(usb, _)| !usb || dmi.iter().all(String::is_empty));
+    let mut hash = Sha256::new();
+    for part in dmi
+        .iter()
+        .map(String::as_bytes)
+        .chain(lasting.map(|(_, mac)| mac.as_slice()))
+    {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
     }
-    // The lowest hardware address of a NIC that is no USB adapter is as lasting.
-    let macs = link::list()?
-        .into_iter()
-        .filter(Link::is_wired_physical)
-        .map(|link| link.permanent_mac.unwrap_or(link.mac));
-    let mac = macs
-        .min()
-        .context("this machine has neither a UUID in its firmware nor a wired NIC")?;
-    let digits: String = mac.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("{digits:0>32}").parse()?)
+    let digits: String = hash
+        .finalize()
+        .iter()
+        .take(16)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Ok(digits.parse()?)
 }

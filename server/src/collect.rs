@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use stiefel_initrd_builder::overlay::OverlayError;
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, ManifestError, RAMDISK};
 use stiefel_shared::config::{Auto, Config};
-use stiefel_shared::handover::{DiskIdentity, HandoverError, Part};
+use stiefel_shared::handover::{DiskIdentity, Encryption, HandoverError, Part};
 use stiefel_shared::key::{KeyError, StickKey};
 use stiefel_sys::block::{self, BlockError, Disk};
 
@@ -146,6 +146,8 @@ pub struct Collected {
     pub payload: FoundPayload,
     /// What happens afterwards, and what the command line says about swap space.
     pub session: stiefel_shared::config::Session,
+    /// How the disk travels.
+    pub encryption: Encryption,
     /// What the configuration says of modules.
     modules: Vec<String>,
     /// Where firmware is looked for.
@@ -178,6 +180,7 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         zstd: unpacks_zstd(&tree, &payload.version),
         payload,
         session: config.session.clone(),
+        encryption: config.link.encryption,
         modules: config.modules.0.clone(),
         firmware: firmware
             .iter()

@@ -1,9 +1,10 @@
 //! The laptop in the ramdisk: finds its disk, answers discovery, serves the bundle and the disk, and says what happens.
 //!
-//! The pieces are [`crate::discovery`], [`crate::http`] and [`crate::nbd`]; what they may do is decided by the
+//! The pieces are [`crate::discovery`], [`crate::http`] and [`crate::nbd`]; what they may do is decided by
 //! `host::Host`, which owns the disk and the one session.
 
 mod host;
+mod tunnel;
 
 use std::net::{Ipv6Addr, TcpListener};
 use std::path::Path;
@@ -12,10 +13,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use stiefel_shared::bundle::{DISK_PORT, Goodbye};
-use stiefel_shared::discovery::{LinkEvent, PORT, Responder, State};
-use stiefel_shared::handover::{After, DiskIdentity, ServerHandover};
-use stiefel_sys::block::{self, Disk};
+use stiefel_shared::discovery::{About, LinkEvent, PORT, Responder, State};
+use stiefel_shared::handover::{After, DiskIdentity, Encryption, ServerHandover};
+use stiefel_sys::block::{self, BlockError, Disk};
 use stiefel_sys::console::Console;
+use stiefel_sys::module::Loader;
 use stiefel_sys::uevent::Monitor;
 use stiefel_sys::wired;
 use tokio::sync::mpsc;
@@ -24,7 +26,7 @@ use crate::discovery;
 use crate::http;
 use crate::nbd;
 
-use host::{Door, Host};
+use host::{Door, Host, News};
 
 /// How the laptop's turn ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,15 +43,19 @@ const DISK_PATIENCE: Duration = Duration::from_secs(60);
 /// Serves until a desktop's goodbye ends the laptop's turn.
 ///
 /// # Errors
-/// What makes serving impossible: no disk, no port. The caller then goes back to the laptop's own OS.
+/// What makes serving impossible: no disk, no port, a disk that could not be closed in order. The caller then goes back to
+/// the laptop's own OS.
 pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow::Result<End> {
     let wanted = handover.disk.clone();
-    let disk = tokio::task::spawn_blocking(move || find_disk(console, &wanted)).await??;
+    let disk = tokio::task::spawn_blocking(move || wait_for_disk(console, &wanted)).await??;
     console.info(&format!("serving {} ({})", disk.path.display(), handover.disk));
+    if handover.encryption == Encryption::Wireguard {
+        tokio::task::spawn_blocking(load_wireguard).await??;
+    }
 
     let names: Vec<&str> = handover.keys.iter().map(|key| key.name.as_str()).collect();
     console.info(&format!("sticks with these keys may connect: {}", names.join(", ")));
-    let about = stiefel_shared::discovery::About {
+    let about = About {
         hostname: handover.hostname.clone(),
         http_port: PORT,
         ready_in: 0,
@@ -67,8 +73,10 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
     let gate: Arc<dyn nbd::Gate> = Arc::<Door>::clone(&door);
     let server = nbd::Server::start(listener, gate, nbd::Limits::default()).context("cannot serve the disk")?;
     let after = handover.after;
-    let (parted, mut partings) = mpsc::unbounded_channel();
-    let host = Arc::new(Host::new(console, handover, disk, door, server, parted));
+    let identity = handover.disk.clone();
+    let locate = Box::new(move || find_disk(console, &identity).map_err(anyhow::Error::from));
+    let (tell, mut news) = mpsc::unbounded_channel();
+    let host = Arc::new(Host::new(console, handover, locate, Path::new("/"), door, server, tell));
 
     let web = http::run(http::bind(PORT)?, host, Arc::clone(&responder), http::Limits::default());
     // Nobody is woken who is awake; the channel only has to stay open.
@@ -80,19 +88,30 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
         tokio::select! {
             never = &mut web => match never {},
             () = &mut answers => anyhow::bail!("discovery ended"),
-            Some(goodbye) = partings.recv() => match (goodbye, after) {
-                (Goodbye::Reboot, _) => console.info("the desktop reboots; serving on"),
-                (Goodbye::Poweroff, After::Stay) => console.info("the desktop is off; serving on"),
-                (Goodbye::Poweroff, After::Return) => {
-                    console.info("the desktop is off; going back to the laptop's own system");
-                    return Ok(End::Restart);
-                }
-                (Goodbye::Poweroff, After::Poweroff) => {
-                    console.info("the desktop is off; switching off");
-                    return Ok(End::PowerOff);
+            Some(news) = news.recv() => match news {
+                News::Broken(why) => anyhow::bail!("the disk could not be closed in order, check it: {why}"),
+                News::Parted(goodbye) => {
+                    let (says, end) = after_goodbye(goodbye, after);
+                    console.info(says);
+                    if let Some(end) = end {
+                        return Ok(end);
+                    }
                 }
             },
         }
+    }
+}
+
+/// What follows a goodbye: what the screen says, and whether the laptop's turn ends.
+const fn after_goodbye(goodbye: Goodbye, after: After) -> (&'static str, Option<End>) {
+    match (goodbye, after) {
+        (Goodbye::Reboot, _) => ("the desktop reboots; serving on", None),
+        (Goodbye::Poweroff, After::Stay) => ("the desktop is off; serving on", None),
+        (Goodbye::Poweroff, After::Return) => (
+            "the desktop is off; going back to the laptop's own system",
+            Some(End::Restart),
+        ),
+        (Goodbye::Poweroff, After::Poweroff) => ("the desktop is off; switching off", Some(End::PowerOff)),
     }
 }
 
@@ -100,43 +119,54 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
 fn follow_links(console: &'static Console) -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
     let (links, followed) = mpsc::channel(64);
     std::thread::Builder::new().name("links".to_owned()).spawn(move || {
-        let result = wired::follow(true, |event| {
+        let tell = |event: LinkEvent| {
             match &event {
                 LinkEvent::Added { name, .. } => console.info(&format!("the link {name} is up")),
                 LinkEvent::Removed { index } => console.warn(&format!("a link is down (interface {index})")),
             }
             links.blocking_send(event).is_ok()
+        };
+        wired::follow(tell, |error| {
+            console.error(&format!("the NICs cannot be followed: {error}; trying again"))
         });
-        if let Err(error) = result {
-            console.error(&format!("no more NICs are brought up: {:#}", anyhow::Error::new(error)));
-        }
     })?;
     Ok(followed)
 }
 
-/// Finds the disk by its identity; waits for it, as its driver may still be at work.
-fn find_disk(console: &Console, wanted: &DiskIdentity) -> anyhow::Result<Disk> {
+/// The tunnel's module has no device that would load it.
+fn load_wireguard() -> anyhow::Result<()> {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let folder = Path::new("/lib/modules").join(release);
+    Loader::open(&folder, &[])
+        .and_then(|mut loader| loader.load("wireguard"))
+        .context("the ramdisk has no WireGuard; build it anew, or set link.encryption to none for a cable you trust")?;
+    Ok(())
+}
+
+/// Looks for the disk among those that are there.
+fn find_disk(console: &Console, wanted: &DiskIdentity) -> Result<Disk, BlockError> {
+    let mut seen = Vec::new();
+    for disk in block::disks(Path::new("/sys"))? {
+        match block::identity(&disk) {
+            Ok(identity) => seen.push((disk, identity)),
+            // A disk that is dying: not the one, unless it is; then it is missed below.
+            Err(error) => console.warn(&format!("{:#}", anyhow::Error::new(error))),
+        }
+    }
+    block::find(wanted, &seen).cloned()
+}
+
+/// Finds the disk; waits for it, as its driver may still be at work.
+fn wait_for_disk(console: &Console, wanted: &DiskIdentity) -> anyhow::Result<Disk> {
     let deadline = Instant::now() + DISK_PATIENCE;
     // Listening before looking, so that none is missed.
     let mut monitor = Monitor::open()?;
     let mut told = false;
     loop {
-        let mut seen = Vec::new();
-        for disk in block::disks(Path::new("/sys"))? {
-            match block::identity(&disk) {
-                Ok(identity) => seen.push((disk, identity)),
-                // A card reader without a card, a disk that is dying: not the one, unless it is; then it is missed below.
-                Err(error) => console.warn(&format!("{:#}", anyhow::Error::new(error))),
-            }
-        }
-        let error = match block::find(wanted, &seen) {
-            Ok(disk) => return Ok(disk.clone()),
+        let error = match find_disk(console, wanted) {
+            Ok(disk) => return Ok(disk),
             Err(error) => error,
         };
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(error).context("the disk to serve is not there");
-        }
         if !told {
             console.info(&format!("waiting for the disk ({wanted})"));
             told = true;
@@ -144,11 +174,30 @@ fn find_disk(console: &Console, wanted: &DiskIdentity) -> anyhow::Result<Disk> {
         // Any new block device is a reason to look again.
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(error).context("the disk to serve is not there");
+            }
             match monitor.next(Some(left)) {
                 Ok(Some(event)) if event.subsystem.as_deref() == Some("block") => break,
-                Ok(Some(_)) => {}
-                Ok(None) | Err(_) => break,
+                Ok(_) => {}
+                // Events were lost: look again.
+                Err(_) => break,
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_power_off_the_laptop_does_what_is_configured_and_after_reboot_it_serves_on() {
+        assert_eq!(after_goodbye(Goodbye::Poweroff, After::Return).1, Some(End::Restart));
+        assert_eq!(after_goodbye(Goodbye::Poweroff, After::Poweroff).1, Some(End::PowerOff));
+        assert_eq!(after_goodbye(Goodbye::Poweroff, After::Stay).1, None);
+        for after in [After::Return, After::Stay, After::Poweroff] {
+            assert_eq!(after_goodbye(Goodbye::Reboot, after).1, None);
         }
     }
 }

@@ -364,3 +364,32 @@ proptest! {
         prop_assert!(std::fs::read(fixture.file().path()).unwrap() == model);
     }
 }
+
+#[test]
+fn an_export_for_one_ends_the_earlier_connection_before_it_is_granted_again() {
+    let options = ExportOptions {
+        single: true,
+        ..ExportOptions::default()
+    };
+    let fixture = Fixture::with(u64::from(MIB), options, Limits::default(), true);
+    let mut old = fixture.client();
+    old.write(0, &[1; 512]);
+    let mut new = fixture.client();
+    new.write(0, &[2; 512]);
+    // What is still on its way through the old connection must not be done any more.
+    let mut late = Request {
+        flags: 0,
+        command: CMD_WRITE,
+        cookie: 7,
+        offset: 0,
+        length: 512,
+    }
+    .encode()
+    .to_vec();
+    late.extend_from_slice(&[1; 512]);
+    let _ = old.stream.write_all(&late);
+    assert!(old.is_closed());
+    assert_eq!(new.read(0, 512), vec![2; 512]);
+    let (_, flags) = Client::connect(fixture.address).go(&[]).export.unwrap();
+    assert_eq!(flags & FLAG_CAN_MULTI_CONN, 0);
+}

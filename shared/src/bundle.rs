@@ -12,6 +12,8 @@ use crate::seal::SealError;
 
 /// TCP port of the laptop's disk.
 pub const DISK_PORT: u16 = 61571;
+/// UDP port of both ends of the tunnel.
+pub const TUNNEL_PORT: u16 = 61572;
 /// The largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: usize = 60 * 1024;
 
@@ -25,6 +27,9 @@ pub struct Manifest {
     pub payload: Payload,
     /// The disk it boots from.
     pub disk: DiskOffer,
+    /// The tunnel that leads there; without one the disk travels in clear.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<Tunnel>,
     /// The secret of this session.
     pub control: ControlKey,
     /// The session's public name: 128 random bits in hexadecimal digits, also in the URL.
@@ -155,7 +160,7 @@ pub struct DiskOffer {
 }
 
 /// How the disk travels.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Transport {
     /// Our own NBD server.
@@ -165,6 +170,47 @@ pub enum Transport {
         /// The export's name; holds 128 random bits of the session, so that it cannot be guessed.
         export: String,
     },
+}
+
+impl std::fmt::Debug for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The export's name is the session's secret.
+        match self {
+            Self::Nbd { port, .. } => write!(f, "Nbd(port {port}, ..)"),
+        }
+    }
+}
+
+/// The desktop's end of the session's WireGuard tunnel. All keys are fresh, made by the laptop, sent only inside the
+/// encrypted stream (which has forward secrecy), and die with the session.
+#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tunnel {
+    /// The desktop's private key.
+    #[serde(with = "crate::key::hex32")]
+    pub private_key: [u8; 32],
+    /// The laptop's public key.
+    #[serde(with = "crate::key::hex32")]
+    pub laptop_key: [u8; 32],
+    /// Mixed into the handshake.
+    #[serde(with = "crate::key::hex32")]
+    pub preshared_key: [u8; 32],
+    /// The desktop's address in the tunnel.
+    #[zeroize(skip)]
+    pub address: std::net::Ipv6Addr,
+    /// The laptop's.
+    #[zeroize(skip)]
+    pub laptop: std::net::Ipv6Addr,
+    /// UDP port of both ends.
+    pub port: u16,
+    /// The tunnel's largest packet in bytes.
+    pub mtu: u32,
+}
+
+impl std::fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tunnel({} → {}, ..)", self.address, self.laptop)
+    }
 }
 
 /// Seals the goodbye and all else that is said about a session after the bundle; dies with the server's ramdisk.
@@ -205,6 +251,9 @@ pub struct AttachSession {
     pub http_port: u16,
     /// The disk.
     pub disk: DiskOffer,
+    /// The tunnel that leads there, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<Tunnel>,
     /// The session's secret.
     pub control: ControlKey,
     /// The session's public name.

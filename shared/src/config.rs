@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::handover::After;
+use crate::handover::{After, Encryption};
 
 /// Where the configuration lies on the laptop.
 pub const CONFIG_PATH: &str = "/etc/stiefel/config.yaml";
@@ -38,8 +38,18 @@ pub struct Config {
     pub initrd: Initrd,
     /// What makes the laptop leave its OS.
     pub trigger: Trigger,
+    /// How the two machines are connected.
+    pub link: Link,
     /// How a session goes and ends.
     pub session: Session,
+}
+
+/// `link`: how the two machines are connected.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Link {
+    /// Whether the disk travels inside a tunnel.
+    pub encryption: Encryption,
 }
 
 /// `boot`: what the desktop boots.
@@ -177,6 +187,8 @@ struct Document {
     trigger: Option<Trigger>,
     autokexec: Option<OriginalTrigger>,
     #[serde(default)]
+    link: Link,
+    #[serde(default)]
     session: Session,
 }
 
@@ -208,6 +220,7 @@ impl Config {
             modules: document.modules,
             initrd: document.initrd,
             trigger,
+            link: document.link,
             session: document.session,
         })
     }
@@ -568,6 +581,7 @@ mod tests {
             ("trigger: {wake: always}", "wired"),
             ("trigger: {countdown: 5 parsecs}", "30s"),
             ("trigger: {battery: 101%}", "10%"),
+            ("link: {encryption: rot13}", "wireguard"),
             ("session: {after: sleep}", "poweroff"),
             ("session: {swap: maybe}", "bool"),
             ("modules: 5", "seq"),

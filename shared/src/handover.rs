@@ -56,6 +56,8 @@ pub struct ServerHandover {
     pub payload: Payload,
     /// What happens when the desktop has been powered off.
     pub after: After,
+    /// Whether the disk travels inside a tunnel.
+    pub encryption: Encryption,
 }
 
 /// What the desktop's ramdisk is told by its stick.
@@ -76,6 +78,44 @@ pub struct Payload {
     pub cmdline: String,
     /// Which parts there are, with their sizes, in the order in which they are sent.
     pub parts: Vec<PartSize>,
+}
+
+/// The longest command line that x86-64 and arm64 kernels take from kexec, in bytes.
+pub const MAX_CMDLINE: usize = 2047;
+
+impl Payload {
+    /// The command line for the desktop: the payload's own with what the desktop needs besides.
+    ///
+    /// `noresume`: a hibernation image belongs to the laptop alone. Suspend and hibernation would leave the laptop's disk
+    /// half written. (Whether swap is used is the laptop's configuration, so it is in the payload's words already.)
+    #[must_use]
+    pub fn desktop_cmdline(&self) -> String {
+        let mut line = self.cmdline.clone();
+        let masks = [
+            "sleep",
+            "suspend",
+            "hibernate",
+            "hybrid-sleep",
+            "suspend-then-hibernate",
+        ]
+        .map(|target| format!("systemd.mask={target}.target"));
+        for word in [format!("rdinit=/{PROGRAM_PATH}"), "noresume".to_owned()]
+            .into_iter()
+            .chain(masks)
+        {
+            line = insert_word(&line, &word);
+        }
+        line
+    }
+}
+
+/// Adds a word for the kernel at the end of a command line, but before `--`: what follows that is for init.
+#[must_use]
+pub fn insert_word(cmdline: &str, word: &str) -> String {
+    let mut words: Vec<&str> = cmdline.split(' ').filter(|word| !word.is_empty()).collect();
+    let end = words.iter().position(|word| *word == "--").unwrap_or(words.len());
+    words.insert(end, word);
+    words.join(" ")
 }
 
 /// A part's length.
@@ -133,6 +173,17 @@ impl Part {
             Self::Overlay => 512 << 20,
         }
     }
+}
+
+/// `link.encryption`: how the disk travels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Encryption {
+    /// Inside a WireGuard tunnel with keys of the session.
+    #[default]
+    Wireguard,
+    /// In clear: only for a cable that its owner trusts.
+    None,
 }
 
 /// `session.after`: what the laptop does once the desktop was powered off.
@@ -193,6 +244,17 @@ pub enum HandoverError {
     Write(#[source] std::io::Error),
 }
 
+/// A secret document as JSON.
+///
+/// # Errors
+/// [`HandoverError::Malformed`] if it cannot be written as JSON.
+pub fn secret_json(document: &impl Serialize) -> Result<SecretBytes, HandoverError> {
+    // Large enough from the start: a growing vector would leave copies of the secret behind.
+    let mut json = SecretBytes(Vec::with_capacity(usize::try_from(MAX_DOCUMENT).unwrap_or_default()));
+    serde_json::to_writer(&mut json.0, document).map_err(HandoverError::Malformed)?;
+    Ok(json)
+}
+
 /// Bytes that are wiped when dropped.
 #[derive(Zeroize, ZeroizeOnDrop, Default)]
 pub struct SecretBytes(pub Vec<u8>);
@@ -217,9 +279,7 @@ impl Handover {
     /// # Errors
     /// [`HandoverError::Malformed`] if it cannot be written as JSON.
     pub fn to_json(&self) -> Result<SecretBytes, HandoverError> {
-        serde_json::to_vec(self)
-            .map(SecretBytes)
-            .map_err(HandoverError::Malformed)
+        secret_json(self)
     }
 
     /// The document as an uncompressed cpio that can be appended to an initrd; secret. It starts with the document;
@@ -248,4 +308,49 @@ pub fn secret_document(path: &str, bytes: &[u8]) -> Result<SecretBytes, Handover
     })()
     .map_err(HandoverError::Write)?;
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn payload(cmdline: &str) -> Payload {
+        Payload {
+            version: "6.1".to_owned(),
+            cmdline: cmdline.to_owned(),
+            parts: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_payloads_words_stay_first_and_sleep_is_masked() {
+        let line = payload("root=UUID=1 ro quiet").desktop_cmdline();
+        assert!(
+            line.starts_with("root=UUID=1 ro quiet rdinit=/stiefel/stiefel noresume "),
+            "{line}"
+        );
+        assert!(line.contains("systemd.mask=hibernate.target"), "{line}");
+    }
+
+    #[test]
+    fn words_for_init_stay_behind_ours() {
+        let line = payload("root=UUID=1 -- splash").desktop_cmdline();
+        assert!(
+            line.ends_with(" -- splash") && line.contains(" rdinit=/stiefel/stiefel "),
+            "{line}"
+        );
+        assert_eq!(insert_word("ro --", "noresume"), "ro noresume --");
+        assert_eq!(insert_word("", "noresume"), "noresume");
+    }
+
+    #[test]
+    fn a_handover_survives_its_own_json_and_prints_no_key() {
+        let key = StickKey::generate("blue").unwrap();
+        let handover = Handover::Client(ClientHandover { key: key.clone() });
+        let json = handover.to_json().unwrap();
+        assert!(matches!(Handover::parse(&json.0), Ok(Handover::Client(read)) if read.key.to_file() == key.to_file()));
+        let secret = key.to_file();
+        let digits = secret.split(' ').nth(1).unwrap().trim();
+        assert!(!format!("{handover:?}").contains(digits));
+    }
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use stiefel_client::{attach, goodbye, keeper};
+use stiefel_shared::handover::SESSION_PATH;
 use stiefel_sys::process;
 
 fn main() -> ExitCode {
@@ -16,16 +17,17 @@ fn main() -> ExitCode {
         .file_name()
         .and_then(|name| name.to_str())
         .unwrap_or_default();
-    // PID 1 is never called by a user, so nothing of the command line is read there.
+    // In a container a user's command may be PID 1, too: there is no session then.
     if process::is_pid_one() {
         match name {
             "init" => stiefel_init::run(),
-            "stiefel" => attach::run(),
+            "stiefel" if Path::new("/").join(SESSION_PATH).exists() => attach::run(),
             "shutdown" => goodbye::run(),
             _ => {}
         }
     }
     match name {
+        stiefel_init::DRIVERS_ARG0 => stiefel_init::run_drivers(),
         stiefel_init::ROLE_ARG0 => commands::role::run(),
         attach::KEEPER_ARG0 => keeper::run(),
         _ => cli::run(),

@@ -79,7 +79,7 @@ pub fn laptop_at_home(disk: &LaptopDisk, nic: Option<&Netdev>, live: bool) -> Re
         .disk(disk.drive())
         .live(live);
     if let Some(nic) = nic {
-        builder = builder.nic("wired", NicModel::E1000e, nic, DEDICATED_MAC);
+        builder = builder.nic("wired", NicModel::Usb, nic, DEDICATED_MAC);
     }
     let laptop = builder.start()?;
     laptop.login("root", crate::disk::PASSWORD, patience::LOGIN)?;

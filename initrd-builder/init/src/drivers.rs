@@ -1,6 +1,10 @@
 //! Drivers by modalias: for what is there (coldplug), and for what appears (kernel uevents).
 
+use std::convert::Infallible;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 use stiefel_sys::console::Console;
 use stiefel_sys::module::Loader;
@@ -13,19 +17,54 @@ const BY_NAME: [&str; 2] = ["ipv6", "af_packet"];
 /// `cdc_subset` races `cdc_ether` for QEMU's USB NIC and gives it a random hardware address.
 pub(crate) const NEVER: [&str; 1] = ["cdc_subset"];
 
-/// Loads drivers from now on, on a thread of its own.
-pub(crate) fn spawn(console: &'static Console) {
-    let thread = std::thread::Builder::new().name("drivers".to_owned()).spawn(move || {
-        if let Err(error) = run(console) {
-            console.error(&format!("no more drivers are loaded: {error:#}"));
+/// The argv\[0\] under which the program knows that it is the child that loads drivers.
+pub const DRIVERS_ARG0: &str = "stiefel-drivers";
+/// How long to wait after a failure.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// The process that loads drivers: not PID 1 itself, which a fault in a parser or a module that hangs must not stop.
+pub(crate) struct Child(Option<std::process::Child>);
+
+impl Child {
+    /// Starts it.
+    pub(crate) fn start(console: &Console) -> Self {
+        let child = Command::new("/init").arg0(DRIVERS_ARG0).spawn();
+        Self(
+            child
+                .map_err(|error| console.error(&format!("no drivers are loaded: {error}")))
+                .ok(),
+        )
+    }
+
+    /// Its process number.
+    pub(crate) fn id(&self) -> Option<u32> {
+        self.0.as_ref().map(std::process::Child::id)
+    }
+
+    /// Starts it anew if it has ended.
+    pub(crate) fn keep(&mut self, console: &Console) {
+        let ended = match &mut self.0 {
+            None => true,
+            Some(child) => !matches!(child.try_wait(), Ok(None)),
+        };
+        if ended {
+            std::thread::sleep(AGAIN);
+            *self = Self::start(console);
         }
-    });
-    if let Err(error) = thread {
-        console.error(&format!("no drivers are loaded: {error}"));
     }
 }
 
-fn run(console: &Console) -> anyhow::Result<()> {
+/// Loads drivers for ever.
+pub fn run() -> ! {
+    let console = Console::open(Path::new("/dev"), Path::new("/proc"));
+    loop {
+        let Err(error) = load_all(&console);
+        console.error(&format!("no drivers are loaded for the moment: {error:#}"));
+        std::thread::sleep(AGAIN);
+    }
+}
+
+fn load_all(console: &Console) -> anyhow::Result<Infallible> {
     // Listening before looking: a device that appears in between is seen twice, never missed.
     let mut monitor = Monitor::open()?;
     let mut loader = Loader::open(&modules_dir()?, &NEVER)?;

@@ -16,8 +16,9 @@ use stiefel_sys::console::Console;
 use stiefel_sys::kmsg;
 use stiefel_sys::mount::{self, MountFlags};
 use stiefel_sys::power::{self, Power};
-use stiefel_sys::process;
+use stiefel_sys::{process, wipe};
 
+pub use drivers::{DRIVERS_ARG0, run as run_drivers};
 pub use supervise::RoleEnd;
 
 /// The argv\[0\] under which the program knows that it is the child that runs the role.
@@ -27,13 +28,29 @@ pub const ROLE_ARG0: &str = "stiefel-role";
 pub fn run() -> ! {
     let console = start();
     console.info(&format!("ramdisk of stiefel {}", env!("CARGO_PKG_VERSION")));
-    drivers::spawn(console);
-    match read_handover() {
-        Ok(Some(handover)) => supervise::run(console, &handover),
+    let drivers = drivers::Child::start(console);
+    match read_handover().map(|handover| handover.as_ref().map(Role::of)) {
+        Ok(Some(role)) => supervise::run(console, drivers, role),
         Ok(None) => console.warn("this ramdisk was started without a handover, so it has no role"),
         Err(error) => console.error(&format!("{error:#}")),
     }
     last_resort(console)
+}
+
+/// What PID 1 has to know of the handover; its secrets are the role's alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Server,
+    Client,
+}
+
+impl Role {
+    fn of(handover: &Handover) -> Self {
+        match handover {
+            Handover::Server(_) => Self::Server,
+            Handover::Client(_) => Self::Client,
+        }
+    }
 }
 
 /// Mounts what everything else needs. What cannot be mounted is said and done without: better half a ramdisk that
@@ -92,7 +109,10 @@ fn start() -> &'static Console {
 }
 
 /// Reads the handover, if there is one.
-fn read_handover() -> anyhow::Result<Option<Handover>> {
+///
+/// # Errors
+/// When it is not understood, or everyone could read it.
+pub fn read_handover() -> anyhow::Result<Option<Handover>> {
     use anyhow::Context;
     let path = Path::new("/").join(HANDOVER_PATH);
     let meta = match std::fs::metadata(&path) {
@@ -114,17 +134,8 @@ fn read_handover() -> anyhow::Result<Option<Handover>> {
 
 /// Overwrites and removes the secrets in the ramdisk's files.
 fn wipe_secrets(console: &Console) {
-    let path = Path::new("/").join(HANDOVER_PATH);
-    if let Ok(meta) = std::fs::metadata(&path) {
-        let zeroes = vec![0; usize::try_from(meta.len().min(MAX_DOCUMENT)).unwrap_or_default()];
-        let wiped = std::fs::File::options()
-            .write(true)
-            .open(&path)
-            .and_then(|mut file| std::io::Write::write_all(&mut file, &zeroes))
-            .and_then(|()| std::fs::remove_file(&path));
-        if let Err(error) = wiped {
-            console.warn(&format!("cannot wipe the handover: {error}"));
-        }
+    if let Err(error) = wipe::file(&Path::new("/").join(HANDOVER_PATH)) {
+        console.warn(&format!("cannot wipe the handover: {error}"));
     }
 }
 
@@ -162,6 +173,7 @@ fn countdown(console: &Console, seconds: u32, what: &str) {
 
 /// Ends the machine's turn; tried until it works.
 fn end(console: &Console, how: Power) -> ! {
+    wipe_secrets(console);
     loop {
         let Err(error) = power::sync_and(how);
         console.error(&format!("{}; switch the machine off by hand", describe(&error)));

@@ -2,17 +2,17 @@
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{self, Command};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::process::{WaitId, WaitIdOptions, waitid};
-use stiefel_shared::handover::Handover;
 use stiefel_sys::console::Console;
 use stiefel_sys::power::Power;
-use stiefel_sys::process;
+use stiefel_sys::process::reap_children;
 
-use crate::{ROLE_ARG0, countdown, end, wipe_secrets};
+use crate::drivers::Child;
+use crate::{ROLE_ARG0, Role, countdown, end};
 
 /// How a role ends, as its exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub enum RoleEnd {
 }
 
 impl RoleEnd {
-    fn from_status(status: ExitStatus) -> Option<Self> {
+    fn from_status(status: process::ExitStatus) -> Option<Self> {
         [Self::Restart, Self::PowerOff, Self::Kexec, Self::GiveUp]
             .into_iter()
             .find(|end| status.code() == Some(*end as i32))
@@ -52,12 +52,12 @@ const WINDOW: Duration = Duration::from_mins(1);
 const HOME_COUNTDOWN: u32 = 30;
 
 /// Runs the role until it ends the machine's turn.
-pub(crate) fn run(console: &Console, handover: &Handover) -> ! {
+pub(crate) fn run(console: &Console, mut drivers: Child, role: Role) -> ! {
     let mut failures: Vec<Instant> = Vec::new();
     loop {
         let why = match spawn() {
             Err(error) => format!("the role could not be started: {error}"),
-            Ok(child) => match wait(child) {
+            Ok(child) => match wait(console, child, Some(&mut drivers)) {
                 Ok(status) => match RoleEnd::from_status(status) {
                     Some(RoleEnd::GiveUp) => go_home(console),
                     Some(role_end) => end(console, role_end.power()),
@@ -70,10 +70,10 @@ pub(crate) fn run(console: &Console, handover: &Handover) -> ! {
         let now = Instant::now();
         failures.retain(|at| now.duration_since(*at) < WINDOW);
         failures.push(now);
-        match handover {
-            Handover::Server(_) if failures.len() >= FAILURES => go_home(console),
+        match role {
+            Role::Server if failures.len() >= FAILURES => go_home(console),
             // The desktop has nowhere else to go: it tries on, slower when it fails often.
-            Handover::Client(_) if failures.len() >= FAILURES => countdown(console, 10, "trying again"),
+            Role::Client if failures.len() >= FAILURES => countdown(console, 10, "trying again"),
             _ => {}
         }
     }
@@ -81,27 +81,38 @@ pub(crate) fn run(console: &Console, handover: &Handover) -> ! {
 
 /// Shows for a while why, then reboots: into the laptop's own OS.
 fn go_home(console: &Console) -> ! {
-    wipe_secrets(console);
     countdown(console, HOME_COUNTDOWN, "going back to the laptop's own system");
     end(console, Power::Restart)
 }
 
-fn spawn() -> std::io::Result<Child> {
+fn spawn() -> std::io::Result<process::Child> {
     Command::new("/init").arg0(ROLE_ARG0).spawn()
 }
 
-/// Waits for the role; meanwhile PID 1 reaps whatever else ends.
-fn wait(mut child: Child) -> std::io::Result<ExitStatus> {
-    let role = i32::try_from(child.id()).unwrap_or(-1);
+/// Waits for a child; meanwhile PID 1 reaps whatever else ends, and keeps the drivers' process.
+fn wait(
+    console: &Console,
+    mut child: process::Child,
+    mut drivers: Option<&mut Child>,
+) -> std::io::Result<process::ExitStatus> {
     loop {
-        // Looks without reaping, so that the role's status stays for `child`.
+        // Looks without reaping, so that the status stays for who waits for that child.
         match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        process::reap_children(&[role], Path::new("/proc"))?;
+        let kept = [Some(child.id()), drivers.as_ref().and_then(|drivers| drivers.id())];
+        let kept: Vec<i32> = kept
+            .into_iter()
+            .flatten()
+            .filter_map(|id| i32::try_from(id).ok())
+            .collect();
+        reap_children(&kept, Path::new("/proc"))?;
         if let Some(status) = child.try_wait()? {
             return Ok(status);
+        }
+        if let Some(drivers) = &mut drivers {
+            drivers.keep(console);
         }
     }
 }
@@ -113,7 +124,7 @@ pub(crate) fn shell(console: &Console) {
         .env("PATH", "/bin")
         .env("TERM", "linux")
         .spawn()
-        .and_then(wait);
+        .and_then(|child| wait(console, child, None));
     if let Err(error) = shell {
         console.error(&format!("no shell: {error}"));
     }

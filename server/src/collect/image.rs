@@ -70,6 +70,7 @@ impl Collected {
             cmdline = insert(&cmdline, NO_SWAP);
         }
         Ok(ServerHandover {
+            encryption: self.encryption,
             keys: self.keys.clone(),
             hostname: self.hostname.clone(),
             disk: self.identity.clone(),

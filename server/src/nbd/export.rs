@@ -28,6 +28,9 @@ pub struct ExportOptions {
     pub read_only: bool,
     /// Words for people, shown by `nbdinfo`.
     pub description: String,
+    /// One connection at a time: a new one ends the earlier ones before it is granted the export, so that nothing that is
+    /// still on its way through an old connection can be done after what the new one asks for.
+    pub single: bool,
     /// The smallest unit of access in bytes, a power of two up to 65536. By default a device's logical block size, and 1
     /// for a file.
     pub block_size: Option<u32>,
@@ -39,11 +42,13 @@ impl fmt::Debug for ExportOptions {
             name: _,
             read_only,
             description,
+            single,
             block_size,
         } = self;
         f.debug_struct("ExportOptions")
             .field("read_only", read_only)
             .field("description", description)
+            .field("single", single)
             .field("block_size", block_size)
             .finish_non_exhaustive()
     }
@@ -198,6 +203,12 @@ impl Export {
         &self.options.description
     }
 
+    /// Whether it is for one connection at a time.
+    #[must_use]
+    pub fn single(&self) -> bool {
+        self.options.single
+    }
+
     /// Whether nothing can be written.
     #[must_use]
     pub fn read_only(&self) -> bool {
@@ -295,7 +306,10 @@ impl Export {
 
 impl Offered for Arc<Export> {
     fn offer(&self) -> Offer {
-        let mut flags = FLAG_HAS_FLAGS | FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_CAN_MULTI_CONN | FLAG_SEND_CACHE;
+        let mut flags = FLAG_HAS_FLAGS | FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_SEND_CACHE;
+        if !self.options.single {
+            flags |= FLAG_CAN_MULTI_CONN;
+        }
         let (discards, rotational) = match self.medium {
             Medium::File => (true, false),
             Medium::Device {

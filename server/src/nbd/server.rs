@@ -23,6 +23,8 @@ use super::{Gate, Limits};
 const RECEIVE_BUFFER: usize = 32 << 10;
 /// How long running requests may still send their replies before the sockets are closed under them.
 const LAST_REPLIES: Duration = Duration::from_millis(500);
+/// How long a new connection to an export for one waits for the earlier one's requests; shorter than its client's patience.
+const RETIRE: Duration = Duration::from_secs(8);
 /// Silence after which the peer is asked whether it still lives, and the pause between two such questions.
 const PROBE: Duration = Duration::from_secs(30);
 
@@ -116,28 +118,7 @@ impl Server {
     /// See [`DropError`]; after an error nothing is known about what still reaches the disk.
     pub fn drop_connections(&self, deadline: Duration) -> Result<(), DropError> {
         let begun = Instant::now();
-        let doomed: Vec<(u64, Arc<Peer>)> = lock(&self.shared.peers)
-            .iter()
-            .map(|(id, peer)| (*id, Arc::clone(peer)))
-            .collect();
-        for (_, peer) in &doomed {
-            peer.closing.store(true, Ordering::Release);
-            // Fails only if the peer has closed already.
-            let _ = peer.stream.shutdown(Shutdown::Read);
-        }
-        let ids: Vec<u64> = doomed.iter().map(|(id, _)| *id).collect();
-        if self.shared.wait_for(&ids, begun + LAST_REPLIES.min(deadline)) > 0 {
-            for (_, peer) in &doomed {
-                let _ = peer.stream.shutdown(Shutdown::Both);
-            }
-            let connections = self.shared.wait_for(&ids, begun + deadline);
-            if connections > 0 {
-                return Err(DropError::StillRunning {
-                    connections,
-                    waited: deadline,
-                });
-            }
-        }
+        self.shared.retire(u64::MAX, begun, deadline)?;
         self.shared.flush_all(begun, deadline)
     }
 
@@ -172,6 +153,34 @@ impl Drop for Server {
 }
 
 impl Shared {
+    /// Ends the connections that came before `before`, and waits until none of their requests runs any more.
+    fn retire(&self, before: u64, begun: Instant, deadline: Duration) -> Result<(), DropError> {
+        let doomed: Vec<(u64, Arc<Peer>)> = lock(&self.peers)
+            .iter()
+            .filter(|(id, _)| **id < before)
+            .map(|(id, peer)| (*id, Arc::clone(peer)))
+            .collect();
+        for (_, peer) in &doomed {
+            peer.closing.store(true, Ordering::Release);
+            // Fails only if the peer has closed already.
+            let _ = peer.stream.shutdown(Shutdown::Read);
+        }
+        let ids: Vec<u64> = doomed.iter().map(|(id, _)| *id).collect();
+        if self.wait_for(&ids, begun + LAST_REPLIES.min(deadline)) > 0 {
+            for (_, peer) in &doomed {
+                let _ = peer.stream.shutdown(Shutdown::Both);
+            }
+            let connections = self.wait_for(&ids, begun + deadline);
+            if connections > 0 {
+                return Err(DropError::StillRunning {
+                    connections,
+                    waited: deadline,
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Waits for connections to end; returns how many are left at the deadline.
     fn wait_for(&self, ids: &[u64], deadline: Instant) -> usize {
         let mut peers = lock(&self.peers);
@@ -270,7 +279,7 @@ fn welcome(stream: TcpStream, address: SocketAddr, shared: &Arc<Shared>) {
     }
     let serve = move || {
         let guard = guard;
-        serve(&peer, address, &guard.shared);
+        serve(&peer, guard.id, address, &guard.shared);
     };
     // Without a thread the guard is dropped, which closes the connection.
     let _ = thread::Builder::new().name("nbd-connection".into()).spawn(serve);
@@ -310,6 +319,7 @@ impl Drop for Registered {
 struct View<'a> {
     shared: &'a Shared,
     peer: &'a Peer,
+    id: u64,
     address: SocketAddr,
 }
 
@@ -317,7 +327,10 @@ impl Catalogue for View<'_> {
     type Export = Arc<Export>;
 
     fn export(&self, name: &str) -> Option<Arc<Export>> {
-        self.shared.gate.export(name, self.address)
+        let export = self.shared.gate.export(name, self.address)?;
+        // Refused while an old request hangs on the disk: the client tries again.
+        let alone = !export.single() || self.shared.retire(self.id, Instant::now(), RETIRE).is_ok();
+        alone.then_some(export)
     }
 
     fn list(&self) -> Vec<Listed> {
@@ -330,14 +343,19 @@ impl Catalogue for View<'_> {
 }
 
 /// Negotiates with one client and serves it to the end.
-fn serve(peer: &Arc<Peer>, address: SocketAddr, shared: &Shared) {
+fn serve(peer: &Arc<Peer>, id: u64, address: SocketAddr, shared: &Shared) {
     let limits = &shared.limits;
     let wire = Wire {
         peer: Arc::clone(peer),
         deadline: Instant::now().checked_add(limits.negotiation),
     };
     let mut stream = Buffered(BufReader::with_capacity(RECEIVE_BUFFER, wire));
-    let view = View { shared, peer, address };
+    let view = View {
+        shared,
+        peer,
+        id,
+        address,
+    };
     // Which client broke which rule is no news to anybody: it sees its connection closed.
     let Ok(Some(agreed)) = negotiate::run(&mut stream, &view) else {
         return;

@@ -1,38 +1,51 @@
 //! Who owns the disk: opens it for one session at a time, and closes it in order before anything else may have it.
 //!
 //! The order at the end of a session is always the same: withdraw the export (nobody new gets in), drop the peer's
-//! connections, wait until no request runs any more, flush, close the device. Only then may another session begin or
-//! the laptop reboot.
+//! connections, wait until no request runs any more, flush, close the device, take the tunnel down. Only then may another
+//! session begin or the laptop reboot.
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use stiefel_shared::bundle::{ControlKey, DISK_PORT, DiskOffer, Goodbye, Manifest, Transport};
-use stiefel_shared::handover::ServerHandover;
+use anyhow::{Context, ensure};
+use stiefel_shared::bundle::{ControlKey, DISK_PORT, DiskOffer, Goodbye, Manifest, Transport, Tunnel};
+use stiefel_shared::handover::{After, Encryption, ServerHandover};
 use stiefel_shared::session::{MachineId, SessionName};
 use stiefel_sys::block::Disk;
 use stiefel_sys::console::Console;
 use tokio::sync::mpsc;
 
+use super::tunnel;
 use crate::http::{Begin, Bundle, FeedError, Refusal, SessionHost};
 use crate::nbd::{self, Export, ExportOptions, Gate, Listed};
 
 /// How long requests that run may take until the disk is closed. A disk that does not answer for this long is broken.
 const DRAIN: Duration = Duration::from_secs(60);
 
+/// What the host tells those who run it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum News {
+    /// A desktop has said goodbye, and knows that it was heard.
+    Parted(Goodbye),
+    /// The disk could not be closed in order: what became of its last writes is unknown.
+    Broken(String),
+}
+
 /// The NBD server's view: at most one export, for one peer.
 #[derive(Default)]
 pub(super) struct Door(Mutex<Option<Open>>);
 
 struct Open {
-    /// The desktop's link-local address. Its interface is not compared: after a re-plug it has another index, and who can
-    /// forge the address still lacks the export's name.
+    /// The desktop's address: in the tunnel, or link-local without one. An interface is not compared: after a re-plug it has
+    /// another index.
     peer: IpAddr,
     export: Arc<Export>,
+    /// The tunnel goes with the session.
+    tunnel: Option<tunnel::Up>,
 }
 
 impl Door {
@@ -47,10 +60,11 @@ impl Gate for Door {
     }
 
     fn export(&self, name: &str, peer: SocketAddr) -> Option<Arc<Export>> {
-        self.lock()
+        let door = self.lock();
+        let open = door
             .as_ref()
-            .filter(|open| open.peer == peer.ip() && open.export.name() == name)
-            .map(|open| Arc::clone(&open.export))
+            .filter(|open| open.peer == peer.ip() && open.export.name() == name)?;
+        Some(Arc::clone(&open.export))
     }
 
     fn list(&self, _peer: SocketAddr) -> Vec<Listed> {
@@ -72,23 +86,27 @@ struct Holder {
 #[derive(Default)]
 struct Seat {
     holder: Option<Holder>,
-    /// Why the disk could not be closed in order. What became of its last writes is unknown then, so nobody gets it again
-    /// before the laptop was restarted.
-    broken: Option<String>,
+    /// Why nobody gets the disk any more before the laptop was restarted.
+    closed: Option<String>,
 }
+
+/// Finds the disk by its identity, each time anew: names such as /dev/sda change their meaning when a disk is re-plugged.
+pub(super) type Locate = Box<dyn Fn() -> anyhow::Result<Disk> + Send + Sync>;
 
 /// The disk and its one session.
 pub(super) struct Host(Arc<Inner>);
 
-struct Inner {
+pub(super) struct Inner {
     console: &'static Console,
     handover: ServerHandover,
-    disk: Disk,
+    locate: Locate,
+    /// The folder below which the payload's parts lie.
+    root: PathBuf,
     door: Arc<Door>,
     server: nbd::Server,
     /// Held across a whole change, so that changes happen one after the other.
     seat: Mutex<Seat>,
-    parted: mpsc::UnboundedSender<Goodbye>,
+    news: mpsc::UnboundedSender<News>,
     /// The per cent on the screen.
     shown: AtomicU64,
 }
@@ -97,19 +115,21 @@ impl Host {
     pub(super) fn new(
         console: &'static Console,
         handover: ServerHandover,
-        disk: Disk,
+        locate: Locate,
+        root: &Path,
         door: Arc<Door>,
         server: nbd::Server,
-        parted: mpsc::UnboundedSender<Goodbye>,
+        news: mpsc::UnboundedSender<News>,
     ) -> Self {
         Self(Arc::new(Inner {
             console,
             handover,
-            disk,
+            locate,
+            root: root.to_owned(),
             door,
             server,
             seat: Mutex::default(),
-            parted,
+            news,
             shown: AtomicU64::default(),
         }))
     }
@@ -122,7 +142,7 @@ impl Host {
         let inner = Arc::clone(&self.0);
         tokio::task::spawn_blocking(move || change(&inner))
             .await
-            .unwrap_or_else(|_| refuse("the laptop made a mistake; look at its screen"))
+            .unwrap_or_else(|_| refuse("the laptop's service ends; try again in a minute"))
     }
 }
 
@@ -157,13 +177,13 @@ impl SessionHost for Host {
         }
     }
 
-    async fn goodbye(&self, session: SessionName, _goodbye: Goodbye) -> Result<(), Refusal> {
-        self.change(move |inner| inner.goodbye(session)).await
+    async fn goodbye(&self, session: SessionName, goodbye: Goodbye) -> Result<(), Refusal> {
+        self.change(move |inner| inner.goodbye(session, goodbye)).await
     }
 
     fn parted(&self, _session: SessionName, goodbye: Goodbye) {
         // Without a receiver the laptop's turn is over already.
-        let _ = self.0.parted.send(goodbye);
+        let _ = self.0.news.send(News::Parted(goodbye));
     }
 }
 
@@ -174,19 +194,17 @@ impl Inner {
 
     fn begin(&self, request: Begin) -> Result<Bundle, Refusal> {
         let mut seat = self.seat();
-        if let Some(broken) = &seat.broken {
-            return refuse(broken);
+        if let Some(closed) = &seat.closed {
+            return refuse(closed);
         }
         if let Some(present) = &seat.holder {
             if present.key != request.key || present.machine != request.machine {
+                let (peer, key, there) = (request.peer.ip(), &request.key, present.peer.ip());
                 self.console.warn(&format!(
-                    "refused the desktop at {} (key {}): the disk is in use by the one at {}",
-                    request.peer.ip(),
-                    request.key,
-                    present.peer.ip()
+                    "refused the desktop at {peer} (key {key}): the disk is in use by the one at {there}"
                 ));
                 return refuse(format!(
-                    "the disk is in use by another desktop (key {}); switch that one off first",
+                    "the disk is in use by another desktop (key {}); switch that one off, or restart the laptop",
                     present.key
                 ));
             }
@@ -194,14 +212,11 @@ impl Inner {
                 .info("the same desktop starts anew and takes over from itself");
             self.close(&mut seat)?;
         }
-        let made = self.open(&request);
-        match made {
+        match self.open(&request) {
             Ok((open, bundle)) => {
-                self.console.info(&format!(
-                    "the desktop at {} (key {}) begins a session",
-                    request.peer.ip(),
-                    request.key
-                ));
+                let (peer, key) = (request.peer.ip(), &request.key);
+                self.console
+                    .info(&format!("the desktop at {peer} (key {key}) begins a session"));
                 *self.door.lock() = Some(open);
                 seat.holder = Some(Holder {
                     session: request.session,
@@ -220,64 +235,82 @@ impl Inner {
 
     /// Opens the disk under a new secret name.
     fn open(&self, request: &Begin) -> anyhow::Result<(Open, Bundle)> {
+        let disk = (self.locate)()?;
         let export = SessionName::generate()?.to_string();
         let options = ExportOptions {
             name: export.clone(),
-            block_size: Some(self.disk.logical_block_size),
+            block_size: Some(disk.logical_block_size),
+            single: true,
             ..ExportOptions::default()
         };
-        let opened = Export::open(&self.disk.path, options)?;
-        let mut identity = self.handover.disk.clone();
-        identity.size = opened.size();
+        let opened = Export::open(&disk.path, options)?;
+        // Open and exclusive now: it is still the same one, or another has taken its name in between.
+        let again = (self.locate)().context("the disk went away while it was opened")?;
+        ensure!(
+            again.device == disk.device && opened.size() == self.handover.disk.size,
+            "the disk changed while it was opened; is its plug loose? Start the desktop again"
+        );
+        let (tunnel, peer) = match self.handover.encryption {
+            Encryption::None => (None, *request.peer.ip()),
+            Encryption::Wireguard => {
+                let (up, tunnel) = tunnel::set_up(request.peer).context("no tunnel to the desktop")?;
+                let peer = tunnel.address;
+                (Some((up, tunnel)), peer)
+            }
+        };
+        let (up, tunnel) = tunnel.unzip();
+        let bundle = self.bundle(request, &disk, export, tunnel)?;
+        Ok((
+            Open {
+                peer: IpAddr::V6(peer),
+                export: opened,
+                tunnel: up,
+            },
+            bundle,
+        ))
+    }
+
+    fn bundle(&self, request: &Begin, disk: &Disk, export: String, tunnel: Option<Tunnel>) -> anyhow::Result<Bundle> {
         let payload = self.handover.payload.clone();
         let parts = payload
             .parts
             .iter()
-            .map(|part| File::open(Path::new("/").join(part.part.path())))
-            .collect::<Result<_, _>>()?;
+            .map(|part| File::open(self.root.join(part.part.path())));
+        let parts = parts.collect::<Result<_, _>>().context("the payload is not there")?;
         let manifest = Manifest {
             hostname: self.handover.hostname.clone(),
             payload,
             disk: DiskOffer {
-                identity,
-                logical_block_size: self.disk.logical_block_size,
+                identity: self.handover.disk.clone(),
+                logical_block_size: disk.logical_block_size,
                 transport: Transport::Nbd {
                     port: DISK_PORT,
                     export,
                 },
             },
+            tunnel,
             control: ControlKey::generate()?,
             session: request.session.to_string(),
         };
-        Ok((
-            Open {
-                peer: IpAddr::V6(*request.peer.ip()),
-                export: opened,
-            },
-            Bundle { manifest, parts },
-        ))
+        Ok(Bundle { manifest, parts })
     }
 
     /// Ends the session that holds the disk, in order. After an error the disk may still be written to: nobody else gets it.
     fn close(&self, seat: &mut Seat) -> Result<(), Refusal> {
-        if let Some(broken) = &seat.broken {
-            return refuse(broken);
+        if let Some(closed) = &seat.closed {
+            return refuse(closed);
         }
         let open = self.door.lock().take();
-        let dropped = self
-            .server
-            .drop_connections(DRAIN)
-            .map_err(|error| format!("{:#}", anyhow::Error::new(error)));
-        let flushed = open.map_or(Ok(()), |open| {
-            open.export
-                .flush()
-                .map_err(|error| format!("the disk could not be flushed: {error}"))
-        });
-        if let Err(error) = dropped.and(flushed) {
-            self.console.error(&error);
-            seat.broken = Some(error.clone());
+        // Also flushes; what was never granted was never written.
+        if let Err(error) = self.server.drop_connections(DRAIN) {
+            let error = format!("{:#}", anyhow::Error::new(error));
+            seat.closed = Some(error.clone());
+            // Without a receiver the laptop's turn is over already.
+            let _ = self.news.send(News::Broken(error.clone()));
             return refuse(error);
         }
+        // The last hold of the disk: this closes it, and takes the tunnel down.
+        drop(open);
         seat.holder = None;
         Ok(())
     }
@@ -290,14 +323,47 @@ impl Inner {
         }
     }
 
-    fn goodbye(&self, session: SessionName) -> Result<(), Refusal> {
+    fn goodbye(&self, session: SessionName, goodbye: Goodbye) -> Result<(), Refusal> {
         let mut seat = self.seat();
         if seat.holder.as_ref().is_none_or(|holder| holder.session != session) {
             return refuse("this session is over");
         }
-        self.close(&mut seat)?;
+        self.close_after(&mut seat)?;
+        if goodbye == Goodbye::Poweroff && self.handover.after != After::Stay {
+            seat.closed = Some("the laptop is going home; wait until it is there, it can be woken then".to_owned());
+        }
         self.console
             .info("the desktop has said goodbye; the disk is flushed and closed");
         Ok(())
     }
+
+    /// As [`Inner::close`], but the tunnel stays until the answer to the goodbye has gone through it.
+    fn close_after(&self, seat: &mut Seat) -> Result<(), Refusal> {
+        let tunnel = self.door.lock().as_mut().and_then(|open| open.tunnel.take());
+        let closed = self.close(seat);
+        if let Some(tunnel) = tunnel {
+            self.linger(tunnel);
+        }
+        closed
+    }
+
+    /// Takes a tunnel down when nothing is said through it any more.
+    fn linger(&self, tunnel: tunnel::Up) {
+        let spawned = std::thread::Builder::new()
+            .name("tunnel-end".to_owned())
+            .spawn(move || {
+                std::thread::sleep(LINGER);
+                drop(tunnel);
+            });
+        if let Err(error) = spawned {
+            self.console
+                .warn(&format!("the tunnel ends before the desktop has its answer: {error}"));
+        }
+    }
 }
+
+/// How long the tunnel outlives the goodbye: the desktop asks again for 18 s if the answer gets lost.
+const LINGER: Duration = Duration::from_secs(20);
+
+#[cfg(test)]
+mod tests;

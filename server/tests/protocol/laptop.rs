@@ -107,6 +107,7 @@ impl FakeHost {
                     export: "x".into(),
                 },
             },
+            tunnel: None,
             control: self.control.clone(),
             session: session.to_string(),
         };

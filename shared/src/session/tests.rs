@@ -51,6 +51,7 @@ fn manifest(sizes: &[(Part, u64)]) -> Manifest {
                 export: "x".into(),
             },
         },
+        tunnel: None,
         control: control(),
         session: NAME.to_string(),
     }

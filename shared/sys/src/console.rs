@@ -1,14 +1,23 @@
 //! What stiefel says while there is no other screen: in the ramdisk, in the payload's initramfs, at the last shutdown step.
 //!
 //! Every line goes to the kernel log, so that it can be read later; and to the console, unless the kernel
-//! prints its log there anyway.
+//! prints its log there anyway. A console that is held (Ctrl-S, Scroll Lock) or slow loses lines; it never stops who speaks.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
 
 use crate::kmsg::{Kmsg, Level};
+
+/// How long a line may wait for a slow console before the rest of it is dropped.
+const PATIENCE: Duration = Duration::from_millis(300);
 
 /// Where the lines go.
 #[derive(Debug)]
@@ -38,7 +47,7 @@ impl Console {
         Self {
             inner: Mutex::new(Inner {
                 kmsg: Kmsg::open(&dev.join("kmsg")).ok(),
-                screen: File::options().write(true).open(dev.join("console")).ok(),
+                screen: screen(&dev.join("console")),
                 shown_by_kernel,
                 open_line: false,
             }),
@@ -92,10 +101,61 @@ impl Console {
 }
 
 impl Inner {
-    fn write(&mut self, bytes: &[u8]) {
-        if let Some(screen) = &mut self.screen {
-            // As above.
-            let _ = screen.write_all(bytes);
+    fn write(&mut self, mut bytes: &[u8]) {
+        let Some(screen) = &mut self.screen else { return };
+        let end = Instant::now() + PATIENCE;
+        while !bytes.is_empty() {
+            match screen.write(bytes) {
+                Ok(written) if written > 0 => bytes = bytes.get(written..).unwrap_or_default(),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < end => wait(screen, end),
+                // Held, gone, or too slow: the kernel log has the line.
+                _ => return,
+            }
         }
+    }
+}
+
+/// Opens the console without ever waiting for it.
+fn screen(path: &Path) -> Option<File> {
+    let flags = i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).ok()?;
+    File::options().write(true).custom_flags(flags).open(path).ok()
+}
+
+fn wait(screen: &File, end: Instant) {
+    let left = Timespec::try_from(end.saturating_duration_since(Instant::now())).ok();
+    // An error shows at the next write.
+    let _ = poll(
+        &mut [PollFd::from_borrowed_fd(screen.as_fd(), PollFlags::OUT)],
+        left.as_ref(),
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_console_that_takes_nothing_does_not_stop_the_speaker() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("console");
+        assert!(
+            std::process::Command::new("mkfifo")
+                .arg(&fifo)
+                .status()
+                .unwrap()
+                .success()
+        );
+        let mut reader = File::options().read(true).write(true).open(&fifo).unwrap();
+        let console = Console::open(dir.path(), dir.path());
+        console.info("first");
+        let begun = Instant::now();
+        // Far more than a pipe holds.
+        console.info(&"x".repeat(1 << 20));
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        let mut start = [0; 16];
+        reader.read_exact(&mut start).unwrap();
+        assert_eq!(&start, b"stiefel: first\r\n");
     }
 }

@@ -141,7 +141,11 @@ pub fn unload() -> Result<(), KexecError> {
             KEXEC_FILE_UNLOAD,
         )
     };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error().into()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error().into())
+    }
 }
 
 fn check_cmdline(cmdline: &str) -> Result<CString, KexecError> {

@@ -21,6 +21,7 @@ pub mod power;
 pub mod process;
 mod read;
 pub mod uevent;
+pub mod wipe;
 pub mod wired;
 pub mod wireguard;
 

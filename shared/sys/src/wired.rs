@@ -10,25 +10,28 @@ use stiefel_shared::discovery::LinkEvent;
 
 use crate::link::{self, Link, LinkError, LinkMonitor};
 
-/// Calls `tell` for each wired NIC that gets ready or is lost, until `tell` answers `false`. Blocks.
-///
-/// With `bring_up`, NICs that are down are set up: in the ramdisk nobody else does. In an installed system its network
-/// manager decides.
-///
-/// # Errors
-/// [`LinkError`], if the kernel cannot be listened to. A single NIC that cannot be set up is tried again when it changes.
-pub fn follow(bring_up: bool, mut tell: impl FnMut(LinkEvent) -> bool) -> Result<(), LinkError> {
-    let mut monitor = LinkMonitor::open()?;
+/// How long to wait after the kernel could not be asked.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Sets up all wired NICs as they appear (in the ramdisk nobody else does) and calls `tell` for each that gets ready or is
+/// lost, until `tell` answers `false`. Blocks; a failure is given to `failed` and tried again, for without links nothing goes.
+pub fn follow(mut tell: impl FnMut(LinkEvent) -> bool, failed: impl Fn(&LinkError)) {
     let mut ready = BTreeMap::new();
+    while let Err(error) = follow_once(&mut ready, &mut tell) {
+        failed(&error);
+        std::thread::sleep(AGAIN);
+    }
+}
+
+fn follow_once(ready: &mut BTreeMap<u32, String>, tell: &mut impl FnMut(LinkEvent) -> bool) -> Result<(), LinkError> {
+    let mut monitor = LinkMonitor::open()?;
     loop {
         let links = link::list()?;
-        if bring_up {
-            for link in links.iter().filter(|link| link.is_wired_physical() && !link.up) {
-                // It may be gone again by now; then its end is the next change.
-                let _ = link::set_up(link.index);
-            }
+        for link in links.iter().filter(|link| link.is_wired_physical() && !link.up) {
+            // It may be gone again by now; then its end is the next change.
+            let _ = link::set_up(link.index);
         }
-        for event in difference(&mut ready, &links) {
+        for event in difference(ready, &links) {
             if !tell(event) {
                 return Ok(());
             }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use stiefel_init::RoleEnd;
 use stiefel_server::role::End;
-use stiefel_shared::handover::{HANDOVER_PATH, Handover, MAX_DOCUMENT, SecretBytes};
+use stiefel_shared::handover::Handover;
 use stiefel_sys::console::Console;
 
 /// Runs the role; its exit status tells PID 1 what comes next.
@@ -23,12 +23,12 @@ pub(crate) fn run() -> ExitCode {
 }
 
 fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
-    let handover = read()?;
+    let handover = stiefel_init::read_handover()?.context("there is no handover")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start")?;
-    runtime.block_on(async {
+    let end = runtime.block_on(async {
         match handover {
             Handover::Client(client) => {
                 stiefel_client::role::run(console, &client).await?;
@@ -43,16 +43,8 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
                 }
             }),
         }
-    })
-}
-
-fn read() -> anyhow::Result<Handover> {
-    let path = Path::new("/").join(HANDOVER_PATH);
-    let size = std::fs::metadata(&path).context("there is no handover")?.len();
-    anyhow::ensure!(
-        size <= MAX_DOCUMENT,
-        "the handover is {size} bytes long; at most {MAX_DOCUMENT} are read"
-    );
-    let json = SecretBytes(std::fs::read(&path).context("cannot read the handover")?);
-    Ok(Handover::parse(&json.0)?)
+    });
+    // A thread that waits for a disk that hangs must not keep the laptop from going home.
+    runtime.shutdown_background();
+    end
 }

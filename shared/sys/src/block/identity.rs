@@ -19,48 +19,25 @@ pub fn identity(disk: &Disk) -> Result<DiskIdentity, BlockError> {
     })
 }
 
-/// Finds the wanted disk: by its partition table's GUID where both have one, else by its WWID, else by serial number and
-/// model. Where several have the same GUID (a copy of a disk), WWID, serial number and model decide between them.
+/// Finds the wanted disk. It is the one that has the same partition table's GUID, WWID or serial number, and of which nothing
+/// that is known on both sides differs: a copy of a disk has its GUID, too, but another serial number or size.
 ///
 /// # Errors
 /// [`BlockError::Ambiguous`] names two that cannot be told apart, [`BlockError::NotFound`] what there is instead.
 pub fn find<'a>(wanted: &DiskIdentity, disks: &'a [(Disk, DiskIdentity)]) -> Result<&'a Disk, BlockError> {
-    /// `None` where one of both does not know.
-    type Same = fn(&DiskIdentity, &DiskIdentity) -> Option<bool>;
-    let criteria: [(&'static str, Same); 3] = [
-        ("same GPT GUID", |a, b| same(a.gpt_guid.as_ref(), b.gpt_guid.as_ref())),
-        ("same WWID", |a, b| same(a.wwid.as_ref(), b.wwid.as_ref())),
-        ("same serial number and model", |a, b| {
-            let serial = same(a.serial.as_ref(), b.serial.as_ref())?;
-            Some(serial && a.model == b.model && a.size == b.size)
-        }),
-    ];
-    let mut left: Vec<&(Disk, DiskIdentity)> = disks.iter().collect();
-    let mut matched_by = None;
-    for (by, is_same) in criteria {
-        let matching: Vec<_> = left
-            .iter()
-            .copied()
-            .filter(|(_, seen)| is_same(wanted, seen) == Some(true))
-            .collect();
-        if let [(disk, _)] = matching[..] {
-            return Ok(disk);
-        }
-        if !matching.is_empty() {
-            left = matching;
-            matched_by = Some(by);
-        } else if matched_by.is_none() {
-            // What is known to differ is not the disk, whatever else is the same.
-            left.retain(|(_, seen)| is_same(wanted, seen).is_none());
-        }
-    }
-    match (matched_by, &left[..]) {
-        (Some(by), [(first, _), (second, _), ..]) => Err(BlockError::Ambiguous {
+    let matching: Vec<&Disk> = disks
+        .iter()
+        .filter(|(_, seen)| is_same(wanted, seen))
+        .map(|(disk, _)| disk)
+        .collect();
+    match matching[..] {
+        [disk] => Ok(disk),
+        [first, second, ..] => Err(BlockError::Ambiguous {
             first: first.path.clone(),
             second: second.path.clone(),
-            by,
+            by: "same identity",
         }),
-        _ => {
+        [] => {
             let seen: Vec<_> = disks
                 .iter()
                 .map(|(disk, seen)| format!("{} ({seen})", disk.path.display()))
@@ -78,9 +55,19 @@ pub fn find<'a>(wanted: &DiskIdentity, disks: &'a [(Disk, DiskIdentity)]) -> Res
     }
 }
 
-/// `None` if one is unknown: two unknowns are not the same.
-fn same(a: Option<&String>, b: Option<&String>) -> Option<bool> {
-    Some(a?.eq_ignore_ascii_case(b?))
+fn is_same(wanted: &DiskIdentity, seen: &DiskIdentity) -> bool {
+    // What one side does not know says nothing.
+    let same = |a: &Option<String>, b: &Option<String>| Some(a.as_ref()?.eq_ignore_ascii_case(b.as_ref()?));
+    let known: Vec<bool> = [
+        same(&wanted.gpt_guid, &seen.gpt_guid),
+        same(&wanted.wwid, &seen.wwid),
+        same(&wanted.serial, &seen.serial),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    let model = same(&wanted.model, &seen.model) != Some(false);
+    wanted.size == seen.size && model && !known.is_empty() && known.iter().all(|same| *same)
 }
 
 #[cfg(test)]
@@ -115,23 +102,35 @@ mod tests {
     }
 
     #[test]
-    fn the_guid_counts_before_wwid_and_serial() {
-        let disks = [disk("sda", "g1", "w2", "s2"), disk("sdb", "g2", "w1", "s1")];
+    fn a_copy_of_the_disk_is_not_taken_for_it() {
+        // As after `dd`: same table, another disk.
+        let copy = disk("sda", "g1", "w2", "s2");
         let (_, wanted) = disk("old", "G1", "w1", "s1");
-        assert_eq!(find(&wanted, &disks).unwrap().name, "sda");
+        assert!(matches!(
+            find(&wanted, std::slice::from_ref(&copy)),
+            Err(BlockError::NotFound { .. })
+        ));
+        assert_eq!(
+            find(&wanted, &[copy, disk("sdb", "g1", "w1", "s1")]).unwrap().name,
+            "sdb"
+        );
+        let mut larger = disk("sdc", "g1", "", "");
+        larger.1.size = 1024;
+        assert!(matches!(find(&wanted, &[larger]), Err(BlockError::NotFound { .. })));
     }
 
     #[test]
-    fn without_guid_the_wwid_then_serial_and_model_count() {
+    fn one_known_part_is_enough_if_nothing_differs() {
         let disks = [
             disk("sda", "g1", "w1", "s1"),
             disk("sdb", "", "w2", "s2"),
             disk("sdc", "", "", "s3"),
         ];
-        assert_eq!(find(&disk("old", "", "w2", "s1").1, &disks).unwrap().name, "sdb");
+        assert_eq!(find(&disk("old", "g1", "", "").1, &disks).unwrap().name, "sda");
+        assert_eq!(find(&disk("old", "", "w2", "s2").1, &disks).unwrap().name, "sdb");
         assert_eq!(find(&disk("old", "", "", "s3").1, &disks).unwrap().name, "sdc");
         let other_model = DiskIdentity {
-            model: None,
+            model: Some("N".to_owned()),
             ..disk("old", "", "", "s3").1
         };
         assert!(matches!(find(&other_model, &disks), Err(BlockError::NotFound { .. })));

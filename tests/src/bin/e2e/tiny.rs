@@ -4,7 +4,7 @@ use std::path::Path;
 
 use stiefel_shared::cpio;
 use stiefel_shared::handover::{
-    After, ClientHandover, DiskIdentity, Handover, Part, PartSize, Payload, ServerHandover, ramdisk_cmdline,
+    After, ClientHandover, DiskIdentity, Encryption, Handover, Part, PartSize, Payload, ServerHandover, ramdisk_cmdline,
 };
 use stiefel_shared::key::StickKey;
 use stiefel_tests::kit::CONSOLE;
@@ -65,6 +65,7 @@ pub(crate) fn server_with_disk(
                 .collect(),
         },
         after: After::Return,
+        encryption: Encryption::None,
     }));
     let mut archive = cpio::Writer::new(handover.to_cpio()?.0.clone());
     archive.dir("stiefel/payload", 0o700)?;

@@ -1,0 +1,170 @@
+//! The desktop's end of the link: the NIC that leads to the laptop, and the tunnel through it.
+//!
+//! Counterpart: `server::role::tunnel`. With a tunnel, the NIC and WireGuard's socket live in a network namespace of their
+//! own, where no network manager, firewall or user sees them, and only the tunnel's interface in the root namespace. Without
+//! one (or where the kernel has no namespaces) the NIC stays in the root namespace, and the [guards](crate::guards) keep
+//! network managers off.
+
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use stiefel_shared::bundle::{AttachSession, Transport, Tunnel};
+use stiefel_sys::link::{self, Link};
+use stiefel_sys::netns::Namespace;
+use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, PrivateKey, PublicKey};
+
+/// The name of the NIC that leads to the laptop.
+pub(crate) const NIC: &str = "stiefellink";
+/// The tunnel's interface.
+pub(crate) const TUNNEL: &str = "stiefel0";
+/// Seconds between two signs of life.
+const KEEPALIVE: u16 = 5;
+
+/// Whether this is the NIC through which the stick found the laptop.
+pub(crate) fn is_sessions(link: &Link, session: &AttachSession) -> bool {
+    link.mac == session.link_mac || link.permanent_mac == Some(session.link_mac)
+}
+
+/// Where the NIC lives.
+#[derive(Debug)]
+pub(crate) struct Place {
+    /// Its own namespace; `None` is the root one.
+    pub(crate) namespace: Option<Namespace>,
+    /// Where proc is mounted.
+    proc: PathBuf,
+}
+
+impl Place {
+    /// A place for this session's NIC.
+    pub(crate) fn new(session: &AttachSession, proc: &Path) -> (Self, Option<String>) {
+        // Without a tunnel the disk's own socket must reach the NIC.
+        let made = session.tunnel.as_ref().map(|_| Namespace::new());
+        let (namespace, error) = match made.transpose() {
+            Ok(namespace) => (namespace, None),
+            Err(error) => (
+                None,
+                Some(format!("the link stays in sight of network managers: {error}")),
+            ),
+        };
+        (Self::with(namespace, proc), error)
+    }
+
+    /// A place that exists already.
+    pub(crate) fn with(namespace: Option<Namespace>, proc: &Path) -> Self {
+        Self {
+            namespace,
+            proc: proc.to_owned(),
+        }
+    }
+
+    fn inside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+        match &self.namespace {
+            Some(namespace) => namespace.run(work)?,
+            None => work(),
+        }
+    }
+
+    /// The session's NIC, if it is there.
+    fn find(&self, session: &AttachSession) -> anyhow::Result<Option<Link>> {
+        self.inside(|| Ok(link::list()?.into_iter().find(|link| is_sessions(link, session))))
+    }
+
+    /// Takes the NIC that appeared in the root namespace, brings it up and waits for its address; its index here.
+    pub(crate) fn adopt(&self, nic: &Link, session: &AttachSession, patience: Duration) -> anyhow::Result<u32> {
+        if let Some(namespace) = &self.namespace {
+            use std::os::fd::AsFd;
+            if nic.up {
+                link::set_down(nic.index)?;
+            }
+            link::set_namespace(nic.index, namespace.as_fd()).context("cannot move the NIC out of sight")?;
+        }
+        let here = self.find(session)?.context("the NIC has vanished")?;
+        self.inside(|| {
+            if !here.up {
+                // Renaming works only while it is down; the name is for people, so a refusal does no harm.
+                let named = here.name == NIC || link::rename(here.index, NIC).is_ok();
+                link::disable_dad(&self.proc, if named { NIC } else { &here.name })?;
+                link::set_up(here.index)?;
+            }
+            link::wait_link_local(here.index, patience)
+                .context("the link to the laptop does not come up; is the cable in at both ends?")?;
+            Ok(here.index)
+        })
+    }
+
+    /// Makes the tunnel through the NIC `nic_index`, its interface in the root namespace.
+    pub(crate) fn make_tunnel(&self, session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> anyhow::Result<()> {
+        use std::os::fd::AsFd;
+        let root = Namespace::current()?;
+        let made = self.inside(|| {
+            // Its socket stays where it was made.
+            let index = wireguard::create(TUNNEL)?;
+            if self.namespace.is_some() {
+                link::set_namespace(index, root.as_fd())?;
+            }
+            Ok(())
+        });
+        made.context("cannot make the tunnel to the laptop")?;
+        let private_key = PrivateKey::from_bytes(tunnel.private_key);
+        wireguard::configure(&Device {
+            interface: Interface::Name(TUNNEL),
+            private_key: &private_key,
+            listen_port: Some(tunnel.port),
+            peer: Peer {
+                public_key: PublicKey::from_bytes(tunnel.laptop_key),
+                preshared_key: &PresharedKey::from_bytes(tunnel.preshared_key),
+                endpoint: Some(endpoint(session, tunnel, nic_index)),
+                allowed_ips: &[(IpAddr::V6(tunnel.laptop), 128)],
+                persistent_keepalive: Some(KEEPALIVE),
+            },
+            replace_peers: true,
+        })?;
+        let index = link::index_of(TUNNEL)?.context("the tunnel has vanished")?;
+        link::set_mtu(index, tunnel.mtu)?;
+        repair(tunnel)
+    }
+
+    /// Points the tunnel at the laptop through another NIC, or the same one under another index.
+    pub(crate) fn redirect(&self, session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> anyhow::Result<()> {
+        let peer = PublicKey::from_bytes(tunnel.laptop_key);
+        Ok(wireguard::set_endpoint(
+            TUNNEL,
+            &peer,
+            endpoint(session, tunnel, nic_index),
+        )?)
+    }
+}
+
+fn endpoint(session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> SocketAddrV6 {
+    SocketAddrV6::new(session.laptop, tunnel.port, 0, nic_index)
+}
+
+/// Gives the tunnel what it needs, also after a network manager has taken it away.
+pub(crate) fn repair(tunnel: &Tunnel) -> anyhow::Result<()> {
+    let index = link::index_of(TUNNEL)?.context("the tunnel is gone")?;
+    let address = IpAddr::V6(tunnel.address);
+    // Only what is missing is added: what is replaced would be news again, for ever.
+    if !link::addresses(index)?.iter().any(|have| have.addr == address) {
+        link::add_address(index, address, 127)?;
+    }
+    if !link::list()?.iter().any(|link| link.index == index && link.up) {
+        link::set_up(index)?;
+    }
+    Ok(())
+}
+
+/// Where the laptop listens on TCP port `port`: in the tunnel, or through the NIC with this index.
+pub(crate) fn laptop(session: &AttachSession, port: u16, nic_index: u32) -> SocketAddr {
+    SocketAddr::V6(match &session.tunnel {
+        Some(tunnel) => SocketAddrV6::new(tunnel.laptop, port, 0, 0),
+        None => SocketAddrV6::new(session.laptop, port, 0, nic_index),
+    })
+}
+
+/// Where the laptop's disk is.
+pub(crate) fn disk(session: &AttachSession, nic_index: u32) -> SocketAddr {
+    let Transport::Nbd { port, .. } = session.disk.transport;
+    laptop(session, port, nic_index)
+}

@@ -1,0 +1,207 @@
+use super::*;
+
+use std::io::{Read, Write};
+use std::net::{Ipv6Addr, TcpListener, TcpStream};
+
+use stiefel_shared::handover::{DiskIdentity, Part, PartSize, Payload};
+use stiefel_shared::nbd::{
+    GoAnswer, INFO_BLOCK_SIZE, InfoRequest, OPT_GO, OptionReplyHeader, encode_client_flags, encode_option,
+    parse_greeting,
+};
+
+const SIZE: u64 = 1 << 20;
+
+/// A host with a file for a disk, on loopback, without a tunnel.
+struct Fixture {
+    host: Host,
+    news: mpsc::UnboundedReceiver<News>,
+    address: SocketAddr,
+    disk: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn new(after: After) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk");
+        File::create(&disk).unwrap().set_len(SIZE).unwrap();
+        std::fs::create_dir_all(dir.path().join("stiefel/payload")).unwrap();
+        std::fs::write(dir.path().join(Part::Kernel.path()), b"kernel").unwrap();
+        let handover = ServerHandover {
+            keys: Vec::new(),
+            hostname: "laptop".to_owned(),
+            disk: DiskIdentity {
+                size: SIZE,
+                ..DiskIdentity::default()
+            },
+            payload: Payload {
+                version: "6.1".to_owned(),
+                cmdline: String::new(),
+                parts: vec![PartSize {
+                    part: Part::Kernel,
+                    size: 6,
+                }],
+            },
+            after,
+            encryption: Encryption::None,
+        };
+        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let door = Arc::new(Door::default());
+        let server = nbd::Server::start(listener, door.clone(), nbd::Limits::default()).unwrap();
+        let console = Box::leak(Box::new(Console::open(dir.path(), dir.path())));
+        let (tell, news) = mpsc::unbounded_channel();
+        let path = disk.clone();
+        let locate = Box::new(move || Ok(a_disk(&path)));
+        let host = Host::new(console, handover, locate, dir.path(), door, server, tell);
+        Self {
+            host,
+            news,
+            address,
+            disk,
+            _dir: dir,
+        }
+    }
+
+    fn begin(&self, key: &str, machine: char) -> Result<Bundle, Refusal> {
+        self.host.0.begin(Begin {
+            peer: SocketAddrV6::new(Ipv6Addr::LOCALHOST, 9, 0, 0),
+            key: key.to_owned(),
+            machine: machine.to_string().repeat(32).parse().unwrap(),
+            session: SessionName::generate().unwrap(),
+        })
+    }
+
+    fn goodbye(&self, bundle: &Bundle, goodbye: Goodbye) -> Result<(), Refusal> {
+        self.host.0.goodbye(bundle.manifest.session.parse().unwrap(), goodbye)
+    }
+
+    /// Whether the disk is granted under this bundle's name; the connection.
+    fn connect(&self, bundle: &Bundle) -> Option<TcpStream> {
+        let Transport::Nbd { export, .. } = &bundle.manifest.disk.transport;
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        let mut greeting = [0; 18];
+        // A gate that is closed closes the connection without a byte.
+        stream.read_exact(&mut greeting).ok()?;
+        stream
+            .write_all(&encode_client_flags(parse_greeting(&greeting).unwrap()))
+            .unwrap();
+        let request = InfoRequest {
+            name: export.clone(),
+            wanted: vec![INFO_BLOCK_SIZE],
+        };
+        stream
+            .write_all(&encode_option(OPT_GO, &request.encode().unwrap()).unwrap())
+            .unwrap();
+        let mut answer = GoAnswer::default();
+        loop {
+            let mut header = [0; 20];
+            stream.read_exact(&mut header).ok()?;
+            let header = OptionReplyHeader::parse(&header).unwrap();
+            let mut data = vec![0; header.len as usize];
+            stream.read_exact(&mut data).ok()?;
+            if answer.absorb(OPT_GO, header, &data).ok()? {
+                return Some(stream);
+            }
+        }
+    }
+}
+
+fn a_disk(path: &Path) -> Disk {
+    Disk {
+        name: "disk".to_owned(),
+        path: path.to_owned(),
+        device: (8, 0),
+        size: SIZE,
+        logical_block_size: 512,
+        physical_block_size: 512,
+        model: None,
+        serial: None,
+        wwid: None,
+        removable: false,
+        read_only: false,
+        rotational: false,
+    }
+}
+
+fn is_closed(mut stream: TcpStream) -> bool {
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    !matches!(stream.read(&mut [0; 1]), Ok(1..))
+}
+
+#[test]
+fn another_desktop_is_refused_and_told_who_has_the_disk() {
+    let fixture = Fixture::new(After::Return);
+    let first = fixture.begin("blue", 'a').unwrap();
+    for (key, machine) in [("blue", 'b'), ("red", 'a')] {
+        assert!(fixture.begin(key, machine).unwrap_err().reason.contains("key blue"));
+    }
+    assert!(
+        fixture.connect(&first).is_some(),
+        "the refusals must not harm the session"
+    );
+}
+
+#[test]
+fn the_same_desktop_takes_over_and_its_old_name_and_connection_are_dead() {
+    let fixture = Fixture::new(After::Return);
+    let first = fixture.begin("blue", 'a').unwrap();
+    let old = fixture.connect(&first).unwrap();
+    let second = fixture.begin("blue", 'a').unwrap();
+    assert!(is_closed(old));
+    assert!(fixture.connect(&first).is_none(), "the old name opens the disk");
+    assert!(fixture.connect(&second).is_some());
+    assert!(
+        fixture.goodbye(&first, Goodbye::Poweroff).is_err(),
+        "the old session can still say goodbye"
+    );
+}
+
+#[test]
+fn after_the_goodbye_nobody_gets_the_disk_unless_it_stays() {
+    for (after, goodbye, again) in [
+        (After::Return, Goodbye::Poweroff, false),
+        (After::Stay, Goodbye::Poweroff, true),
+        (After::Return, Goodbye::Reboot, true),
+    ] {
+        let fixture = Fixture::new(after);
+        let bundle = fixture.begin("blue", 'a').unwrap();
+        let stream = fixture.connect(&bundle).unwrap();
+        fixture.goodbye(&bundle, goodbye).unwrap();
+        assert!(is_closed(stream));
+        assert!(fixture.connect(&bundle).is_none());
+        assert_eq!(fixture.begin("red", 'b').is_ok(), again, "{after:?} {goodbye:?}");
+    }
+}
+
+#[test]
+fn a_desktop_that_went_away_in_mid_fetch_leaves_the_disk_free() {
+    let fixture = Fixture::new(After::Return);
+    let bundle = fixture.begin("blue", 'a').unwrap();
+    fixture.host.0.give_up(bundle.manifest.session.parse().unwrap());
+    assert!(fixture.connect(&bundle).is_none());
+    let other = fixture.begin("red", 'b').unwrap();
+    // Too late: that session is over.
+    fixture.host.0.give_up(bundle.manifest.session.parse().unwrap());
+    assert!(fixture.connect(&other).is_some());
+}
+
+#[test]
+fn a_disk_of_another_size_is_not_served() {
+    let mut fixture = Fixture::new(After::Return);
+    File::options()
+        .write(true)
+        .open(&fixture.disk)
+        .unwrap()
+        .set_len(SIZE * 2)
+        .unwrap();
+    assert!(fixture.begin("blue", 'a').unwrap_err().reason.contains("changed"));
+    File::options()
+        .write(true)
+        .open(&fixture.disk)
+        .unwrap()
+        .set_len(SIZE)
+        .unwrap();
+    assert!(fixture.begin("blue", 'a').is_ok());
+    assert!(fixture.news.try_recv().is_err());
+}

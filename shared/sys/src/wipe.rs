@@ -1,0 +1,49 @@
+//! Secrets in files of a ramdisk: overwritten, then removed.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+/// Overwrites a file with zeroes and removes it; one that is not there is fine. Only for file systems in memory: on a disk
+/// the old bytes may stay.
+///
+/// # Errors
+/// What the kernel says.
+pub fn file(path: &Path) -> io::Result<()> {
+    let mut file = match File::options().write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    let mut left = file.metadata()?.len();
+    let zeroes = [0; 4096];
+    while left > 0 {
+        let chunk = left.min(zeroes.len() as u64);
+        file.write_all(
+            zeroes
+                .get(..usize::try_from(chunk).unwrap_or_default())
+                .unwrap_or_default(),
+        )?;
+        left -= chunk;
+    }
+    std::fs::remove_file(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn the_bytes_are_zero_for_who_still_has_the_file_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("secret");
+        std::fs::write(&path, vec![7; 10_000]).unwrap();
+        let mut open = File::open(&path).unwrap();
+        super::file(&path).unwrap();
+        assert!(!path.exists());
+        let mut left = Vec::new();
+        open.read_to_end(&mut left).unwrap();
+        assert_eq!(left, vec![0; 10_000]);
+        super::file(&path).unwrap();
+    }
+}
