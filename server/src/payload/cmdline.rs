@@ -7,8 +7,23 @@ use super::PayloadError;
 
 /// Parameters that belong to the boot loader or to this machine's last boot; compared with `-` as `_`, as the kernel does.
 const DROPPED: [&str; 5] = ["BOOT_IMAGE", "initrd", "resume", "resume_offset", "rdinit"];
-/// Parameters whose value starts with a block device.
-const DEVICES: [&str; 5] = ["root", "real_root", "mount.usr", "cryptdevice", "crypt_root"];
+/// Parameters whose value starts with a block device, and may start with its UUID.
+const DEVICES: [&str; 6] = [
+    "root",
+    "real_root",
+    "mount.usr",
+    "cryptdevice",
+    "cryptkey",
+    "crypt_root",
+];
+/// Parameters that say where the root file system is.
+const ROOTS: [&str; 3] = ["root", "real_root", "zfs"];
+/// systemd then takes the disk that the boot loader came from: on the desktop that is the stick.
+const BY_LOADER: &str = "gpt-auto";
+/// Programs that, as the first process, are no system.
+const SHELLS: [&str; 8] = ["sh", "bash", "dash", "ash", "zsh", "ksh", "busybox", "sulogin"];
+/// Parameters that stop an initrd half-way (initramfs-tools, mkinitcpio, dracut, systemd).
+const BREAKS: [&str; 4] = ["break", "rd.break", "rd.systemd.break", "systemd.break"];
 /// Words that ask for a maintenance shell instead of the system (systemd, initramfs-tools, Ubuntu's friendly-recovery).
 const RESCUE: [&str; 9] = ["single", "s", "S", "1", "-s", "-b", "rescue", "emergency", "recovery"];
 
@@ -46,7 +61,7 @@ fn parameter(word: &str) -> (String, Option<&str>) {
 ///
 /// # Errors
 /// [`PayloadError::Rescue`] if it asks for a maintenance shell, [`PayloadError::DeviceName`] for a disk that is named by a
-/// place in this machine and whose UUID is not known.
+/// place in this machine and whose UUID is not known or does not help there, [`PayloadError::RootByLoader`].
 pub fn clean(text: &str, append: &[String], uuid_of: &dyn Fn(&str) -> Option<String>) -> Result<String, PayloadError> {
     let words = split(text);
     // What follows `--` is for init and not for the kernel.
@@ -62,23 +77,47 @@ pub fn clean(text: &str, append: &[String], uuid_of: &dyn Fn(&str) -> Option<Str
         let (name, value) = parameter(word);
         match value {
             Some(_) if DROPPED.contains(&name.as_str()) => {}
-            Some(value) if DEVICES.contains(&name.as_str()) && is_place(value) => {
-                cleaned.push(translate(word, value, uuid_of)?);
+            Some(value) if DEVICES.contains(&name.as_str()) => {
+                if value == BY_LOADER {
+                    return Err(PayloadError::RootByLoader {
+                        word: (*word).to_owned(),
+                    });
+                }
+                // dracut also writes `root=block:/dev/…`.
+                let device = value.strip_prefix("block:").unwrap_or(value);
+                cleaned.push(match is_place(device) {
+                    true => translate(word, device, uuid_of)?,
+                    false => (*word).to_owned(),
+                });
             }
             _ => cleaned.push((*word).to_owned()),
         }
     }
     cleaned.extend(append.iter().cloned());
+    if let Some(word) = cleaned.iter().find(|word| holds_place(word)) {
+        return Err(PayloadError::DeviceName { word: word.clone() });
+    }
     cleaned.extend(init.iter().map(|word| (*word).to_owned()));
     Ok(cleaned.join(" "))
+}
+
+/// Whether a cleaned command line says where the root file system is. Otherwise the initrd decides, by what it finds.
+pub fn names_root(text: &str) -> bool {
+    split(text)
+        .into_iter()
+        .take_while(|word| *word != "--")
+        .map(parameter)
+        .any(|(name, value)| ROOTS.contains(&name.as_str()) && value.is_some_and(|value| !value.is_empty()))
 }
 
 fn is_rescue(word: &str) -> bool {
     let (name, value) = parameter(word);
     match (name.as_str(), value) {
-        ("systemd.unit", Some(unit)) => {
+        ("systemd.unit" | "rd.systemd.unit", Some(unit)) => {
             matches!(unit, "rescue.target" | "emergency.target" | "rescue" | "emergency")
         }
+        ("init", Some(program)) => SHELLS.contains(&program.rsplit('/').next().unwrap_or_default()),
+        (name, _) if BREAKS.contains(&name) => true,
         (_, None) => RESCUE.contains(&word),
         _ => false,
     }
@@ -91,8 +130,25 @@ fn is_place(value: &str) -> bool {
         return !value.is_empty() && value.bytes().all(|b| b.is_ascii_hexdigit() || b == b':');
     };
     let name = name.split(':').next().unwrap_or(name);
+    if ["disk/by-path/", "disk/by-diskseq/", "block/"]
+        .iter()
+        .any(|folder| name.starts_with(folder))
+    {
+        return true;
+    }
     let numbered = ["sd", "hd", "vd", "xvd", "nvme", "mmcblk", "dm-", "nbd", "sr", "loop"];
-    name.starts_with("disk/by-path/") || (!name.contains('/') && numbered.iter().any(|prefix| name.starts_with(prefix)))
+    !name.contains('/') && numbered.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Whether the value of a word names a disk by its place, at its beginning or further in (`rootflags=device=/dev/sdb2`).
+fn holds_place(word: &str) -> bool {
+    let (_, value) = parameter(word);
+    value.is_some_and(|value| {
+        value
+            .match_indices("/dev/")
+            .filter_map(|(at, _)| value.get(at..)?.split([',', ';', ' ']).next())
+            .any(is_place)
+    })
 }
 
 /// The same word with the device's UUID instead of its place; what follows the device (`:name`) stays.
@@ -146,6 +202,10 @@ mod tests {
             assert_eq!(cleaned(&format!("root={place} ro")), "root=UUID=11-22 ro");
         }
         assert_eq!(
+            cleaned("root=block:/dev/sda2 cryptkey=/dev/sda2:ext4:/key"),
+            "root=block:UUID=11-22 cryptkey=UUID=11-22:ext4:/key"
+        );
+        assert_eq!(
             cleaned("cryptdevice=/dev/nvme0n1p3:cryptroot:allow-discards root=/dev/mapper/cryptroot"),
             "cryptdevice=UUID=33-44:cryptroot:allow-discards root=/dev/mapper/cryptroot"
         );
@@ -163,7 +223,6 @@ mod tests {
             "/dev/md127",
             "ZFS=rpool/root",
             "zfs:AUTO",
-            "gpt-auto",
             "/dev/disk/by-id/nvme-x",
         ] {
             assert_eq!(cleaned(&format!("root={root}")), format!("root={root}"));
@@ -172,15 +231,79 @@ mod tests {
 
     #[test]
     fn a_root_by_place_without_uuid_is_refused_with_its_word() {
-        for root in ["/dev/sdb1", "/dev/vda", "/dev/nbd0p1", "8:17", "fe01"] {
+        for root in [
+            "/dev/sdb1",
+            "/dev/vda",
+            "/dev/nbd0p1",
+            "8:17",
+            "fe01",
+            "block:/dev/sdb2",
+            "/dev/block/259:2",
+        ] {
             let error = clean(&format!("quiet root={root}"), &[], &uuids).unwrap_err();
             assert!(error.to_string().contains(&format!("root={root}")), "{error}");
         }
     }
 
     #[test]
+    fn places_anywhere_in_a_value_are_refused() {
+        for word in [
+            "cryptkey=/dev/sdb1:ext4:/key",
+            "cryptdevice=/dev/sdb2:name:discard",
+            "rootflags=subvol=@,device=/dev/sda2,ssd",
+            "rd.luks.key=/keyfile:/dev/sdb1",
+            "x=\"a /dev/disk/by-path/pci-1\"",
+        ] {
+            for (text, append) in [
+                (format!("root=UUID=1 {word}"), vec![]),
+                ("root=UUID=1".into(), vec![word.into()]),
+            ] {
+                let error = clean(&text, &append, &|device| {
+                    uuids(device).filter(|_| word.starts_with("rootflags"))
+                });
+                assert!(
+                    matches!(&error, Err(PayloadError::DeviceName { word: named }) if named == word),
+                    "{word}: {error:?}"
+                );
+            }
+        }
+        for word in [
+            "x=/dev/mapper/a,b",
+            "console=/dev/tty1",
+            "rd.luks.options=x",
+            "note=sda2",
+        ] {
+            assert_eq!(cleaned(word), word);
+        }
+    }
+
+    #[test]
+    fn a_root_found_by_the_boot_loader_s_disk_is_refused() {
+        let error = clean("quiet root=gpt-auto", &[], &uuids).unwrap_err();
+        assert!(matches!(&error, PayloadError::RootByLoader { .. }), "{error}");
+        assert!(error.to_string().contains("boot.load.cmdline"));
+    }
+
+    #[test]
+    fn a_command_line_that_names_no_root_is_known() {
+        for text in ["root=UUID=1 ro", "ro zfs=pool/root", "real_root=LABEL=x"] {
+            assert!(names_root(text), "{text}");
+        }
+        for text in ["", "ro quiet", "root=", "xroot=1", "ro -- root=UUID=1", "rootflags=x"] {
+            assert!(!names_root(text), "{text}");
+        }
+    }
+
+    #[test]
     fn maintenance_boots_are_refused() {
         for text in [
+            "init=/bin/sh",
+            "init=\"/usr/bin/bash\"",
+            "rd.break",
+            "rd.break=pre-mount",
+            "break=premount",
+            "break",
+            "rd.systemd.unit=emergency.target",
             "ro single",
             "S",
             "1",
@@ -193,7 +316,8 @@ mod tests {
                 "{text}"
             );
         }
-        assert_eq!(cleaned("nosingle x=1 rescue_me=0"), "nosingle x=1 rescue_me=0");
+        let fine = "nosingle x=1 rescue_me=0 init=/usr/lib/systemd/systemd";
+        assert_eq!(cleaned(fine), fine);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Used by `collect` and shown by `stiefel payload`. Order: the configuration; GRUB's default entry; the running kernel.
 //! Specification: design.md, "The way of a boot" 2; facts.md, "Finding the payload".
-//! Refused: a maintenance boot, a root file system named by its place in this machine, a kernel without its modules.
+//! Refused: a maintenance boot, a root file system that is not named or named by its place in this machine, a kernel without
+//! its modules.
 
 pub mod cmdline;
 pub mod grub;
@@ -66,6 +67,24 @@ pub enum PayloadError {
     DeviceName {
         /// The whole word of the command line.
         word: String,
+    },
+    /// The root file system would be looked for on the boot loader's disk.
+    #[error(
+        "{word} looks for the root file system on the disk that was booted from, which is the stick on the desktop\n  \
+         next: find its UUID with `findmnt -no UUID /` and set boot.load.cmdline in config.yaml with root=UUID=..."
+    )]
+    RootByLoader {
+        /// The whole word of the command line.
+        word: String,
+    },
+    /// Nothing names the root file system.
+    #[error(
+        "the command line ({cmdline:?}) has no root=, so the initrd would choose by what it finds, on the desktop perhaps another disk\n  \
+         next: find the UUID with `findmnt -no UUID /` and set boot.load.append to [\"root=UUID=...\"] in config.yaml"
+    )]
+    NoRoot {
+        /// The cleaned command line.
+        cmdline: String,
     },
     /// A file that is to be booted is not there, or cannot be read.
     #[error("the {what} {path} cannot be read\n  next: correct {option} in config.yaml, or install it again")]
@@ -200,6 +219,9 @@ fn complete(tree: &Tree, candidate: Candidate, append: &[String]) -> Result<Foun
         .map(|path| readable(path, "initrd", "boot.load.initrd"))
         .collect::<Result<_, _>>()?;
     let cmdline = cmdline::clean(&cmdline, append, &|device| tree.uuid_of(device))?;
+    if !cmdline::names_root(&cmdline) {
+        return Err(PayloadError::NoRoot { cmdline });
+    }
     let version = kernel::release(&image)
         .map_err(|source| PayloadError::File {
             what: "kernel",
