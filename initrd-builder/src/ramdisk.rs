@@ -13,12 +13,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use stiefel_shared::kernel::release_in_header;
 use tempfile::NamedTempFile;
 
 use crate::archive::Archive;
 use crate::modules::{DEBUG, ModuleSet, ModuleTree, ModulesError};
 pub use manifest::{KERNEL, MANIFEST, Manifest, ManifestError, Part, RAMDISK};
-pub use program::{ProgramError, kernel_version};
+pub use program::ProgramError;
 
 /// Level 19 saves a tenth against 15, for three times the work.
 const LEVEL: i32 = 15;
@@ -214,7 +215,7 @@ fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, Ramdisk
 
     let kernel = read(&options.kernel)?;
     let machine = program::kernel_machine(&kernel).map_err(unusable(&options.kernel))?;
-    if let Some(version) = kernel_version(&kernel).filter(|version| version != tree.version()) {
+    if let Some(version) = release_in_header(&kernel).filter(|version| version != tree.version()) {
         let modules = tree.version().to_owned();
         return Err(RamdiskError::VersionMismatch {
             path: options.kernel.clone(),

@@ -7,6 +7,7 @@ pub mod config;
 pub mod cpio;
 pub mod discovery;
 pub mod handover;
+pub mod kernel;
 pub mod key;
 pub mod kmod;
 pub mod nbd;

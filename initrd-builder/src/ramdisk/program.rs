@@ -1,17 +1,12 @@
-//! What a kernel and a program say of themselves: machine, version, whether anything else is needed to run them.
+//! What a kernel and a program say of themselves: machine, whether anything else is needed to run them.
 //!
 //! Specification: Linux, Documentation/arch/x86/boot.rst; ELF.
 
 use object::elf::{EM_AARCH64, EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PT_INTERP};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::read::pe::{ImageNtHeaders, PeFile64};
+use stiefel_shared::kernel::is_bzimage;
 
-/// Where a bzImage has its magic number `HdrS`.
-const SETUP_MAGIC_AT: usize = 0x202;
-/// Where it says at which offset its version string is (minus 0x200).
-const SETUP_VERSION_AT: usize = 0x20e;
-/// Longest version string taken, in bytes.
-const VERSION_MAX: usize = 256;
 /// PE machine numbers.
 const PE_AMD64: u16 = 0x8664;
 const PE_ARM64: u16 = 0xaa64;
@@ -52,33 +47,11 @@ pub(super) fn kernel_machine(kernel: &[u8]) -> Result<Machine, ProgramError> {
             _ => Err(ProgramError::NotAKernel),
         };
     }
-    if has_setup_header(kernel) {
+    if is_bzimage(kernel) {
         Ok(Machine::X86_64)
     } else {
         Err(ProgramError::NotAKernel)
     }
-}
-
-fn has_setup_header(kernel: &[u8]) -> bool {
-    kernel
-        .get(SETUP_MAGIC_AT..)
-        .is_some_and(|rest| rest.starts_with(b"HdrS"))
-}
-
-/// The version a bzImage says it is, as `uname -r` would print it; `None` for other formats.
-#[must_use]
-pub fn kernel_version(kernel: &[u8]) -> Option<String> {
-    if !has_setup_header(kernel) {
-        return None;
-    }
-    let pointer: [u8; 2] = kernel.get(SETUP_VERSION_AT..SETUP_VERSION_AT + 2)?.try_into().ok()?;
-    let start = usize::from(u16::from_le_bytes(pointer)) + 0x200;
-    let text = kernel.get(start..)?.split(|byte| matches!(byte, 0 | b' ')).next()?;
-    let text = text.get(..VERSION_MAX).unwrap_or(text);
-    std::str::from_utf8(text)
-        .ok()
-        .filter(|text| !text.is_empty())
-        .map(str::to_owned)
 }
 
 /// Checks that a program runs on `machine` without anything else.
@@ -143,12 +116,8 @@ mod tests {
     }
 
     #[test]
-    fn kernel_says_its_version() {
-        assert_eq!(
-            kernel_version(&kernel("6.1.0-13-amd64")).as_deref(),
-            Some("6.1.0-13-amd64")
-        );
-        assert_eq!(kernel_version(b"\x7fELF"), None);
+    fn kernel_says_its_machine() {
+        assert_eq!(kernel_machine(&kernel("6.1.0-13-amd64")), Ok(Machine::X86_64));
         assert_eq!(kernel_machine(b"\x7fELF"), Err(ProgramError::NotAKernel));
     }
 
@@ -160,7 +129,7 @@ mod tests {
                 let at = at.index(bytes.len());
                 bytes[at] = value;
                 bytes.truncate(len.index(bytes.len() + 1));
-                let _ = (kernel_machine(&bytes), kernel_version(&bytes), check_static(&bytes, Machine::X86_64));
+                let _ = (kernel_machine(&bytes), check_static(&bytes, Machine::X86_64));
             }
         }
     }

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use stiefel_initrd_builder::modules::{DEBUG, FIRMWARE_DIRS};
 use stiefel_initrd_builder::ramdisk::{self, BuildReport, RamdiskError, RamdiskOptions, Stage};
 use stiefel_shared::config::Config;
+use stiefel_shared::kernel::release_in_header;
 
 use super::{config_or_default, mebibytes};
 use crate::cli::BuildArgs;
@@ -68,7 +69,7 @@ fn kernel(config: &Config, given: Option<(&PathBuf, &PathBuf)>) -> anyhow::Resul
         return Ok(ramdisk::default_kernel()?);
     };
     let image = std::fs::read(kernel).with_context(|| format!("cannot read the kernel {}", kernel.display()))?;
-    let version = ramdisk::kernel_version(&image).with_context(|| {
+    let version = release_in_header(&image).with_context(|| {
         format!(
             "{} is no kernel; correct initrd.kernel in the configuration",
             kernel.display()
