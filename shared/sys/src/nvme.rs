@@ -340,8 +340,8 @@ fn parse_state(text: &str) -> State {
     }
 }
 
-/// Takes a controller and its block devices away; what still waits fails. Returns when it is gone, which may take long
-/// while the server does not answer: bound the wait.
+/// Takes a controller and its block devices away; what still waits fails. Returns when it is gone, which takes more
+/// than a minute (nvme-core's `admin_timeout`, 60 s) while the server does not answer: bound the wait.
 ///
 /// # Errors
 /// [`NvmeError::Refused`].

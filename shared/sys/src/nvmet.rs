@@ -169,8 +169,8 @@ impl Target {
 }
 
 impl Published {
-    /// The attributes that this kernel does not have, or did not take, such as `attr_model` before Linux 5.7 and an
-    /// `attr_serial` of letters before 5.14: the host sees others.
+    /// The attributes that this kernel does not have, or did not take, such as `attr_model`, or an `attr_serial`
+    /// that is no hexadecimal number, on old ones: the host sees others.
     #[must_use]
     pub fn missing(&self) -> &[&'static str] {
         &self.missing

@@ -231,6 +231,7 @@ pub fn configure(device: &Device<'_>) -> Result<(), WireGuardError> {
 }
 
 /// Says where a known peer is now. Nothing else changes; an unknown peer is not added, and that is no error.
+/// A handshake under way to the old place is tried again only after 5 s.
 ///
 /// # Errors
 /// [`WireGuardError::NoWireGuard`], [`WireGuardError::Refused`].
