@@ -35,6 +35,7 @@ pub mod qmp;
 pub mod scenario;
 pub mod serial;
 pub mod shell;
+pub mod stop;
 pub mod tiny;
 pub mod tools;
 pub mod vm;

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{OnceLock, mpsc};
 
+use crate::stop;
+
 /// Where administration programs live, which are not on an ordinary user's `PATH`.
 const SYSTEM_DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
@@ -65,10 +67,17 @@ pub(crate) fn command(program: &str) -> Result<Command, CommandError> {
     Ok(command)
 }
 
-/// Runs a program to its end, whatever it reports.
+/// Runs a program to its end, whatever it reports. A signal to this process ends it (see `stop`).
 pub(crate) fn output(command: &mut Command) -> Result<Output, CommandError> {
-    let program = name_of(command);
-    command.output().map_err(|source| CommandError::Run { program, source })
+    let run = |command: &mut Command| {
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let _registered = stop::register(&child);
+        child.wait_with_output()
+    };
+    run(command).map_err(|source| CommandError::Run {
+        program: name_of(command),
+        source,
+    })
 }
 
 /// Runs a program to its end and demands success.

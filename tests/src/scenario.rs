@@ -8,6 +8,7 @@ use crate::disk::LaptopDisk;
 use crate::kit::{CONSOLE, DEDICATED_MAC, DESKTOP_MAC, Kit};
 use crate::net::{Netdev, Wire};
 use crate::serial::{Pattern, re};
+use crate::stop;
 use crate::vm::{Boot, NicModel, Vm, VmBuilder};
 
 /// How long each step may take, as under KVM.
@@ -93,7 +94,7 @@ pub fn laptop_at_home(disk: &LaptopDisk, nic: Option<&Netdev>, live: bool) -> Re
 /// When it does not serve.
 pub fn plug_and_serve(laptop: &Vm, cable: &Netdev) -> Result<Duration, Failure> {
     // No condition can be waited for: what counts is that the service saw nothing for so long.
-    std::thread::sleep(ABSENT);
+    stop::pause(ABSENT)?;
     let plugged = Instant::now();
     laptop.plug_usb_nic("cable", cable, DEDICATED_MAC)?;
     wait_until_serving(laptop)?;

@@ -20,6 +20,7 @@ use crate::net::Netdev;
 use crate::process::CommandError;
 use crate::qmp::{Qmp, QmpError};
 use crate::serial::{Serial, SerialError};
+use crate::stop::{self, Registered};
 
 mod builder;
 mod command;
@@ -128,9 +129,18 @@ pub struct Vm {
 struct Process {
     child: Child,
     status: Option<ExitStatus>,
+    _registered: Registered,
 }
 
 impl Process {
+    fn new(child: Child) -> Self {
+        Self {
+            _registered: stop::register(&child),
+            child,
+            status: None,
+        }
+    }
+
     fn poll(&mut self) -> io::Result<Option<ExitStatus>> {
         if self.status.is_none() {
             self.status = self.child.try_wait()?;
@@ -345,6 +355,12 @@ impl Vm {
             Err(source) => return Err(self.qmp_error(source)),
         }
         self.wait_exit(ANSWER).map(drop)
+    }
+
+    /// Ends QEMU at once; whoever waits for the machine gets an error.
+    pub fn kill(&self) {
+        // It may have ended by itself.
+        let _ = self.process().child.kill();
     }
 
     fn qmp_error(&self, source: QmpError) -> VmError {

@@ -2,15 +2,16 @@
 //!
 //! `cargo test -p stiefel-tests --test machines -- --ignored --test-threads 1`
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use stiefel_tests::disk::{BaseOptions, BaseSystem};
 use stiefel_tests::tiny::tiny;
-use stiefel_tests::{Boot, Content, NicModel, VmBuilder, Wire};
+use stiefel_tests::{Boot, Content, NicModel, VmBuilder, Wire, stop};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -112,6 +113,56 @@ fn a_machine_ends_with_its_value_also_by_a_panic() -> Result<()> {
     ensure!(panicked.join().is_err());
     ensure!(!Path::new(&format!("/proc/{pid}")).exists());
     ensure!(!dir.exists());
+    Ok(())
+}
+
+/// Where the process below makes its folders.
+const PLACE: &str = "STIEFEL_TEST_MACHINE_PLACE";
+
+/// Not a test of its own: the process that the next one sends a signal to. Its machine never says anything.
+#[test]
+#[ignore = "started by the next test"]
+fn process_that_waits_for_a_machine() -> Result<()> {
+    if std::env::var_os(PLACE).is_none() {
+        return Ok(());
+    }
+    stop::on_signals()?;
+    let wire = Wire::direct()?;
+    let vm = VmBuilder::new("silent").memory_mib(64).start()?;
+    println!("QEMU is {}", vm.pid());
+    let error = vm.serial().expect("what never comes", Duration::from_secs(1000));
+    ensure!(error.is_err() && stop::check().is_err());
+    ensure!(vm.plug_usb_nic("late", &wire.a(), "52:54:00:00:00:08").is_err());
+    Ok(())
+}
+
+#[test]
+#[ignore = "runs QEMU"]
+fn a_signal_ends_machines_and_removes_their_folders() -> Result<()> {
+    let place = tempfile::tempdir()?;
+    let mut child = Command::new(std::env::current_exe()?)
+        .args([
+            "--ignored",
+            "--exact",
+            "--nocapture",
+            "process_that_waits_for_a_machine",
+        ])
+        .env(PLACE, "")
+        .env("TMPDIR", place.path())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut lines = BufReader::new(child.stdout.take().context("no pipe")?).lines();
+    let pid = lines
+        .by_ref()
+        .map_while(Result::ok)
+        .find_map(|line| Some(line.split_once("QEMU is ")?.1.to_owned()))
+        .context("the machine did not start")?;
+    ensure!(std::fs::read_dir(&place)?.count() == 2, "a cable and a machine");
+    kill_process(Pid::from_child(&child), Signal::TERM)?;
+    let rest: Vec<_> = lines.map_while(Result::ok).collect();
+    ensure!(child.wait()?.success(), "{rest:?}");
+    ensure!(!Path::new(&format!("/proc/{pid}")).exists());
+    ensure!(std::fs::read_dir(&place)?.count() == 0);
     Ok(())
 }
 

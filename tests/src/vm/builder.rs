@@ -267,7 +267,7 @@ impl VmBuilder {
         let command = command::build(&self, accel, dir.path())?;
         let child =
             process::spawn_lasting(command).map_err(|source| file_error("start", Path::new(super::QEMU), source))?;
-        let mut process = Process { child, status: None };
+        let mut process = Process::new(child);
 
         let console = connect(&self.name, &mut process, dir.path(), command::SERIAL)?;
         let monitor = connect(&self.name, &mut process, dir.path(), command::QMP)?;

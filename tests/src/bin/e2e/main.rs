@@ -1,7 +1,8 @@
 //! The end-to-end tests: stiefel in virtual machines, as its users run it.
 //!
 //! `e2e --program FILE [--list] [NAME …]` runs the tests whose names contain one of the given words, or all. Each prints
-//! one line; the last line counts them. Exit status 1 if one failed. Serial logs stay in the harness's log folder.
+//! one line; the last line counts them. Exit status 1 if one failed, 2 if none could be run or a signal came. Serial logs
+//! stay in the harness's log folder.
 
 mod faults;
 mod image;
@@ -15,7 +16,7 @@ use std::time::Instant;
 use stiefel_tests::kit::Kit;
 use stiefel_tests::scenario::Failure;
 use stiefel_tests::tools::{self, Job};
-use stiefel_tests::{Accel, cache};
+use stiefel_tests::{Accel, cache, stop};
 
 /// What every test gets.
 struct Bench {
@@ -98,7 +99,12 @@ fn arguments() -> Result<Arguments, Failure> {
 }
 
 fn main() -> ExitCode {
-    match run() {
+    let done = run();
+    if let Err(stopped) = stop::check() {
+        eprintln!("Error: {stopped}");
+        return ExitCode::from(2);
+    }
+    match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(failure) => {
@@ -134,6 +140,7 @@ fn run() -> Result<bool, Failure> {
         )
         .into());
     }
+    stop::on_signals()?;
     println!(
         "accelerator: {:?}; logs: {}",
         Accel::detect(),
@@ -152,6 +159,7 @@ fn run() -> Result<bool, Failure> {
     for test in &chosen {
         let begun = Instant::now();
         let result = (test.run)(&bench);
+        stop::check()?;
         let seconds = begun.elapsed().as_secs_f64();
         match result {
             Ok(()) => println!("ok      {} ({seconds:.0} s)", test.name),
