@@ -38,6 +38,14 @@ pub enum Refusal {
         /// Its reason.
         why: String,
     },
+    /// Who asks is not known.
+    #[error(
+        "cannot ask logind whether a program must not be interrupted: {why}\n  next: see `systemctl status dbus systemd-logind` and try `systemd-inhibit --list`; busctl is part of systemd"
+    )]
+    LogindSilent {
+        /// What happened.
+        why: String,
+    },
     /// Software is being installed.
     #[error("{program} is installing software ({lock} is locked)\n  next: wait for it to end")]
     PackageManager {

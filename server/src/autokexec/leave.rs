@@ -1,4 +1,4 @@
-//! Leaves the laptop's OS: guards, collection, countdown, kexec, an orderly shutdown into the ramdisk.
+//! Leaves the laptop's OS: guards, countdown, collection, guards again, kexec, an orderly shutdown into the ramdisk.
 //!
 //! Specification: design.md, "The way of a boot" 2–4. The kernel is loaded last, so that what is refused or cancelled
 //! leaves nothing behind: Debian's kexec-tools would start a loaded kernel at any reboot.
@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 
 use stiefel_shared::config::Config;
 use stiefel_shared::handover::ramdisk_cmdline;
@@ -75,6 +75,13 @@ pub enum Mode {
 /// [`LeaveError`]; the OS goes on as if nothing had been.
 pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(), LeaveError> {
     guard(config)?;
+    if mode == Mode::Real {
+        if !config.trigger.countdown.0.is_zero() {
+            // What cannot work is told before the wait; what counts is collected after it.
+            collect::collect(Path::new("/"), config)?;
+        }
+        count_down(config, cancel)?;
+    }
     let collected = collect::collect(Path::new("/"), config)?;
     log::info(format_args!(
         "serving {} ({}), keys: {}",
@@ -97,11 +104,13 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(
         ));
         return Ok(());
     }
-    count_down(config, cancel)?;
     let kernel = File::open(&collected.kernel).map_err(|source| LeaveError::Kernel {
         path: collected.kernel.clone(),
         source,
     })?;
+    // Collecting took its time: an upgrade may have begun, or the NIC be gone.
+    not_cancelled(cancel)?;
+    guard(config)?;
     kexec::load(kernel.as_fd(), Some(image.initrd.as_fd()), &cmdline)?;
     // The kernel has its own copy: free ours, the shutdown needs memory too.
     drop(image);
@@ -111,7 +120,9 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(
         && let Err(error) = kexec::unload()
     {
         // It holds the keys, and Debian's kexec-tools would start it at the next reboot.
-        log::error(format_args!("the ramdisk stays loaded ({error}); `kexec --unload` takes it out"));
+        log::error(format_args!(
+            "the ramdisk stays loaded ({error}); `kexec --unload` takes it out"
+        ));
     }
     begun
 }
@@ -144,16 +155,24 @@ fn count_down(config: &Config, cancel: &Receiver<String>) -> Result<(), LeaveErr
         log::notice(format_args!("leaving in {} s", countdown.as_secs()));
     }
     match cancel.recv_timeout(countdown) {
-        Ok(why) => return Err(LeaveError::Cancelled { why }),
-        Err(RecvTimeoutError::Timeout) => {}
-        Err(RecvTimeoutError::Disconnected) => {
-            return Err(LeaveError::Cancelled {
-                why: "the service ends".to_owned(),
-            });
-        }
+        Ok(why) => Err(LeaveError::Cancelled { why }),
+        Err(RecvTimeoutError::Timeout) => Ok(()),
+        Err(RecvTimeoutError::Disconnected) => Err(service_ends()),
     }
-    // Meanwhile an upgrade may have begun.
-    if countdown.is_zero() { Ok(()) } else { guard(config) }
+}
+
+fn not_cancelled(cancel: &Receiver<String>) -> Result<(), LeaveError> {
+    match cancel.try_recv() {
+        Ok(why) => Err(LeaveError::Cancelled { why }),
+        Err(TryRecvError::Empty) => Ok(()),
+        Err(TryRecvError::Disconnected) => Err(service_ends()),
+    }
+}
+
+fn service_ends() -> LeaveError {
+    LeaveError::Cancelled {
+        why: "the service ends".to_owned(),
+    }
 }
 
 /// With a kernel loaded, `systemctl kexec` takes that one, ends all units in order, and unmounts.
@@ -198,6 +217,17 @@ mod tests {
         let (sender, receiver) = mpsc::channel::<String>();
         drop(sender);
         assert!(count_down(&counting(3600), &receiver).is_err());
+    }
+
+    #[test]
+    fn what_was_cancelled_while_collecting_is_not_loaded() {
+        let (sender, receiver) = mpsc::channel();
+        not_cancelled(&receiver).unwrap();
+        sender.send("the NIC was unplugged".to_owned()).unwrap();
+        let error = not_cancelled(&receiver).unwrap_err();
+        assert_eq!(error.to_string(), "cancelled: the NIC was unplugged");
+        drop(sender);
+        assert!(not_cancelled(&receiver).is_err());
     }
 
     #[test]

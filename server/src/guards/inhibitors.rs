@@ -4,12 +4,16 @@
 //! (org.freedesktop.login1(5)); `systemd-inhibit --list` prints tables for people only. `systemctl kexec` started by a
 //! service heeds no inhibitor, so we must. Delays are left to logind.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
 use super::Refusal;
 use crate::tree::Tree;
+
+/// The system bus (D-Bus specification, "Well-known Message Bus Instances").
+const BUS: &str = "/run/dbus/system_bus_socket";
 
 /// One inhibitor, as logind lists it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,8 +38,19 @@ impl Inhibitor {
 
 pub(super) fn check(tree: &Tree) -> Vec<Refusal> {
     // Only the running system has programs to ask.
-    let inhibitors = if tree.is_live() { list() } else { Vec::new() };
-    refusals(inhibitors)
+    if !tree.is_live() {
+        return Vec::new();
+    }
+    ask(Path::new(BUS), Command::new("busctl"))
+}
+
+/// What logind says; what cannot be understood is a refusal: a package upgrade that is cut off can leave a system that does
+/// not start.
+fn ask(bus: &Path, busctl: Command) -> Vec<Refusal> {
+    match list(bus, busctl) {
+        Ok(inhibitors) => refusals(inhibitors),
+        Err(why) => vec![Refusal::LogindSilent { why }],
+    }
 }
 
 fn refusals(inhibitors: Vec<Inhibitor>) -> Vec<Refusal> {
@@ -49,9 +64,12 @@ fn refusals(inhibitors: Vec<Inhibitor>) -> Vec<Refusal> {
         .collect()
 }
 
-/// None where there is no logind: then nothing can have asked it.
-fn list() -> Vec<Inhibitor> {
-    let output = Command::new("busctl")
+/// None where there is no system bus: then nothing can have asked logind.
+fn list(bus: &Path, mut busctl: Command) -> Result<Vec<Inhibitor>, String> {
+    if !bus.exists() {
+        return Ok(Vec::new());
+    }
+    let output = busctl
         .args([
             "--json=short",
             "--timeout=5",
@@ -61,13 +79,13 @@ fn list() -> Vec<Inhibitor> {
         ])
         .args(["org.freedesktop.login1.Manager", "ListInhibitors"])
         .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output();
-    output
-        .ok()
-        .filter(|output| output.status.success())
-        .and_then(|output| parse(&output.stdout))
-        .unwrap_or_default()
+        .output()
+        .map_err(|error| format!("`busctl` cannot be started: {error}"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("`busctl` failed ({}): {}", output.status, said.trim()));
+    }
+    parse(&output.stdout).ok_or_else(|| "its answer is not understood".to_owned())
 }
 
 /// Reads busctl's JSON of an answer with the signature `a(ssssuu)`.
@@ -96,6 +114,41 @@ mod tests {
             why: "Upgrading".into(),
         };
         assert_eq!(refusals(parse(ANSWER.as_bytes()).unwrap()), [expected]);
+    }
+
+    /// What is said with a `busctl` that runs this script.
+    fn asked(script: &str) -> Vec<Refusal> {
+        let mut busctl = Command::new("sh");
+        busctl.args(["-c", script, "busctl"]);
+        ask(Path::new("/"), busctl)
+    }
+
+    #[test]
+    fn a_bus_that_does_not_answer_is_a_reason_to_stay() {
+        for script in ["echo no such service >&2; exit 1", "echo garbage", "kill $$", "exit 0"] {
+            let refusals = asked(script);
+            assert!(
+                matches!(&refusals[..], [Refusal::LogindSilent { .. }]),
+                "{script}: {refusals:?}"
+            );
+        }
+        assert!(
+            asked("echo no such service >&2; exit 1")[0]
+                .to_string()
+                .contains("no such service")
+        );
+        let missing = ask(Path::new("/"), Command::new("/nonexistent/busctl"));
+        assert!(matches!(&missing[..], [Refusal::LogindSilent { .. }]), "{missing:?}");
+        assert!(missing[0].to_string().contains("next: "));
+        assert_eq!(asked(r#"echo '{"type":"a(ssssuu)","data":[[]]}'"#), []);
+    }
+
+    #[test]
+    fn without_a_system_bus_nobody_can_have_asked() {
+        assert_eq!(
+            ask(Path::new("/nonexistent/bus"), Command::new("/nonexistent/busctl")),
+            []
+        );
     }
 
     #[test]

@@ -316,6 +316,17 @@ mod tests {
     }
 
     #[test]
+    fn the_unit_is_not_restarted_for_a_wrong_configuration_nor_for_ever() {
+        for line in [
+            "RestartPreventExitStatus=2",
+            "StartLimitBurst=5",
+            "StartLimitIntervalSec=2min",
+        ] {
+            assert!(UNIT_TEXT.lines().any(|found| found == line), "{line}");
+        }
+    }
+
+    #[test]
     fn the_unit_starts_the_program_where_it_is_put() {
         assert!(UNIT_TEXT.contains(&format!("ExecStart={PROGRAM} autokexec\n")));
         // This would hide /lib/modules, which the overlay is made from.
