@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
@@ -11,9 +12,12 @@ use stiefel_tests::disk::{ExtraFile, LaptopDisk};
 use stiefel_tests::kit::{CONSOLE, DEDICATED_MAC, DESKTOP_MAC, Kit};
 use stiefel_tests::scenario::{self, Failure, Machines, Milestones};
 use stiefel_tests::tools::{self, Job};
-use stiefel_tests::{Boot, Content, Netdev, NicModel, VmBuilder, Wire, kernel_cmdline};
+use stiefel_tests::{Boot, Content, Netdev, NicModel, Vm, VmBuilder, Wire, kernel_cmdline, stop};
 
 use super::build::BUSYBOX;
+
+/// How long the laptop's service is let see that there is no NIC; it demands 10 s.
+const ABSENT: Duration = Duration::from_secs(15);
 
 /// Its options.
 #[derive(Args)]
@@ -23,54 +27,98 @@ pub(crate) struct TestQemuArgs {
     /// Install missing programs without asking.
     #[arg(long, short, global = true)]
     yes: bool,
-    /// Show the machines' screens in windows.
-    #[arg(long, global = true)]
-    graphical: bool,
-    /// Words for the kernel's command line.
-    #[arg(long, global = true, value_name = "WORDS", default_value = "")]
-    cmdline: String,
-    /// Another kernel; needs --initrd.
-    #[arg(long, global = true, value_name = "FILE", requires = "initrd")]
-    kernel: Option<PathBuf>,
-    /// Another initrd; needs --kernel.
-    #[arg(long, global = true, value_name = "FILE", requires = "kernel")]
-    initrd: Option<PathBuf>,
-    /// Give the machine a USB device of this computer.
-    #[arg(long, global = true, value_name = "VENDOR:PRODUCT")]
-    forward_usb: Vec<stiefel_shared::config::UsbId>,
-    /// Attach the NIC to this bridge of the host, instead of the other machine.
-    #[arg(long, global = true, value_name = "BRIDGE")]
-    use_existing_bridge: Option<String>,
-    /// Put this file or folder on the laptop's disk, below /root.
-    #[arg(long, global = true, value_name = "PATH")]
-    extra_files: Vec<PathBuf>,
 }
 
-#[derive(Subcommand, Clone, Copy)]
+#[derive(Subcommand)]
 enum What {
     /// Both machines: the cable is plugged into the running laptop, and the desktop boots from it.
     Demo,
     /// The laptop: a Debian with stiefel installed; its NIC is plugged in by itself.
-    Server,
+    Server(ServerArgs),
     /// The desktop, started from the stick; run `server` in another terminal.
-    Client,
+    Client(ClientArgs),
     /// The ramdisk alone, with a shell.
-    Ramdisk,
+    Ramdisk(RamdiskArgs),
+}
+
+#[derive(Args)]
+struct ServerArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    kernel: KernelArgs,
+    #[command(flatten)]
+    cable: CableArgs,
+    /// Put this file or folder on the laptop's disk, below /root.
+    #[arg(long, value_name = "PATH")]
+    extra_files: Vec<PathBuf>,
+}
+
+#[derive(Args)]
+struct ClientArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    cable: CableArgs,
+}
+
+#[derive(Args)]
+struct RamdiskArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    kernel: KernelArgs,
+}
+
+/// What every machine has.
+#[derive(Args)]
+struct MachineArgs {
+    /// Show the machine's screen in a window.
+    #[arg(long)]
+    graphical: bool,
+    /// Give the machine a USB device of this computer.
+    #[arg(long, value_name = "VENDOR:PRODUCT")]
+    forward_usb: Vec<stiefel_shared::config::UsbId>,
+}
+
+/// What a machine has that QEMU starts by itself, without a bootloader.
+#[derive(Args)]
+struct KernelArgs {
+    /// Words for the kernel's command line.
+    #[arg(long, value_name = "WORDS", default_value = "")]
+    cmdline: String,
+    /// Another kernel; needs --initrd.
+    #[arg(long, value_name = "FILE", requires = "initrd")]
+    kernel: Option<PathBuf>,
+    /// Another initrd; needs --kernel.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+}
+
+/// What a machine has whose cable leads somewhere.
+#[derive(Args)]
+struct CableArgs {
+    /// Attach the NIC to this bridge of the host, instead of the other machine.
+    #[arg(long, value_name = "BRIDGE")]
+    use_existing_bridge: Option<String>,
 }
 
 /// Runs it.
 pub(crate) fn run(args: TestQemuArgs) -> anyhow::Result<()> {
     let jobs: &[Job] = match args.what {
-        What::Ramdisk => &[Job::Boot, Job::LaptopDisk],
+        What::Ramdisk(_) => &[Job::Boot, Job::LaptopDisk],
         _ => &[Job::Boot, Job::Uefi, Job::LaptopDisk],
     };
     tools::install(&tools::missing(jobs), args.yes)?;
-    let done = match args.what {
+    stop::on_signals().context("cannot listen to signals")?;
+    let done = match &args.what {
         What::Demo => demo(),
-        What::Server => server(&args),
-        What::Client => client(&args),
-        What::Ramdisk => ramdisk(&args),
+        What::Server(args) => server(args),
+        What::Client(args) => client(args),
+        What::Ramdisk(args) => ramdisk(args),
     };
+    // What else went wrong then is only a consequence.
+    stop::check()?;
     done.map_err(|failure| anyhow!(failure))
 }
 
@@ -125,7 +173,7 @@ fn cable(dir: &Path, this: &str, other: &str) -> Netdev {
     }
 }
 
-fn server(args: &TestQemuArgs) -> Result<(), Failure> {
+fn server(args: &ServerArgs) -> Result<(), Failure> {
     let kit = prepare(None)?;
     let place = meeting_place()?;
     let disk = kit.laptop_disk(
@@ -135,38 +183,49 @@ fn server(args: &TestQemuArgs) -> Result<(), Failure> {
     )?;
     // The client's process writes its stick with this key.
     std::fs::copy(kit.key("stick"), place.join("stick.key"))?;
-    let laptop = extras(
-        args,
-        VmBuilder::new("laptop")
-            .boot(laptop_boot(args, &disk))
-            .disk(disk.drive()),
-    )?
-    .start()?;
+    let builder = VmBuilder::new("laptop")
+        .boot(laptop_boot(&args.kernel, &disk))
+        .disk(disk.drive());
+    let laptop = args.machine.add_to(builder).start()?;
     eprintln!(
         "root's password is `{}`; leave with Ctrl-]",
         stiefel_tests::disk::PASSWORD
     );
-    let end = netdev(args, || cable(&place, "laptop", "desktop"));
+    let end = args.cable.end(|| cable(&place, "laptop", "desktop"));
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let plugged = laptop
-                .serial()
-                .expect("laptop login:", scenario::patience::LOGIN)
-                .map_err(Failure::from)
-                .and_then(|_| {
-                    std::thread::sleep(Duration::from_secs(15));
-                    Ok(laptop.plug_usb_nic("cable", &end, DEDICATED_MAC)?)
-                });
-            if let Err(error) = plugged {
-                eprintln!("\r\nthe NIC could not be plugged in: {error}\r");
-            }
+        let (stays, left) = mpsc::channel();
+        let laptop = &laptop;
+        scope.spawn(move || match plug_when_up(laptop, &end, &left) {
+            Err(error) if !has_left(&left) => eprintln!("\r\nthe NIC could not be plugged in: {error}\r"),
+            _ => {}
         });
-        laptop.interact()
+        let done = laptop.interact();
+        // Whoever waits for the machine, or for its time, goes on.
+        drop(stays);
+        laptop.kill();
+        done
     })?;
     Ok(())
 }
 
-fn client(args: &TestQemuArgs) -> Result<(), Failure> {
+/// What is never sent: while the sender is there, so is the user.
+enum Never {}
+
+fn has_left(left: &Receiver<Never>) -> bool {
+    matches!(left.try_recv(), Err(TryRecvError::Disconnected))
+}
+
+/// Plugs the NIC in once the laptop's system is up and its service has seen that there is none, unless the user leaves.
+fn plug_when_up(laptop: &Vm, end: &Netdev, left: &Receiver<Never>) -> Result<(), Failure> {
+    laptop.serial().expect("laptop login:", scenario::patience::LOGIN)?;
+    match left.recv_timeout(ABSENT) {
+        Err(RecvTimeoutError::Timeout) => Ok(laptop.plug_usb_nic("cable", end, DEDICATED_MAC)?),
+        Err(RecvTimeoutError::Disconnected) => Ok(()),
+        Ok(never) => match never {},
+    }
+}
+
+fn client(args: &ClientArgs) -> Result<(), Failure> {
     let place = meeting_place()?;
     let key = place.join("stick.key");
     if !key.exists() {
@@ -176,39 +235,39 @@ fn client(args: &TestQemuArgs) -> Result<(), Failure> {
     std::fs::copy(&key, kit.key("stick"))?;
     let stick = kit.dir().join("stick.img");
     kit.stick(&stick, "stick")?;
-    let end = netdev(args, || cable(&place, "desktop", "laptop"));
+    let end = args.cable.end(|| cable(&place, "desktop", "laptop"));
     let builder = VmBuilder::new("desktop")
         .memory_mib(1536)
         .boot(Boot::Uefi)
         .stick(&stick)
         .nic("cable", NicModel::E1000e, &end, DESKTOP_MAC);
-    let desktop = extras(args, builder)?.start()?;
+    let desktop = args.machine.add_to(builder).start()?;
     eprintln!("leave with Ctrl-]");
     Ok(desktop.interact()?)
 }
 
-fn ramdisk(args: &TestQemuArgs) -> Result<(), Failure> {
+fn ramdisk(args: &RamdiskArgs) -> Result<(), Failure> {
     if !Path::new(BUSYBOX).exists() {
         return Err(format!("there is no {BUSYBOX}; install a static one (Debian: busybox-static)").into());
     }
     let kit = prepare(Some(Path::new(BUSYBOX)))?;
     let folder = kit.ramdisk();
-    let words: Vec<&str> = CONSOLE.into_iter().chain(args.cmdline.split_whitespace()).collect();
+    let (given, words) = (&args.kernel, args.kernel.words());
     let boot = Boot::Kernel {
-        kernel: args.kernel.clone().unwrap_or_else(|| folder.join("kernel")),
+        kernel: given.kernel.clone().unwrap_or_else(|| folder.join("kernel")),
         initrd: vec![Content::File(
-            args.initrd.clone().unwrap_or_else(|| folder.join("ramdisk.cpio.zst")),
+            given.initrd.clone().unwrap_or_else(|| folder.join("ramdisk.cpio.zst")),
         )],
         cmdline: kernel_cmdline(&words),
     };
-    let vm = extras(args, VmBuilder::new("ramdisk").memory_mib(512).boot(boot))?.start()?;
+    let builder = VmBuilder::new("ramdisk").memory_mib(512).boot(boot);
+    let vm = args.machine.add_to(builder).start()?;
     eprintln!("leave with Ctrl-]");
     Ok(vm.interact()?)
 }
 
-fn laptop_boot(args: &TestQemuArgs, disk: &LaptopDisk) -> Boot {
-    let words: Vec<&str> = CONSOLE.into_iter().chain(args.cmdline.split_whitespace()).collect();
-    match (disk.boot(&words), &args.kernel, &args.initrd) {
+fn laptop_boot(args: &KernelArgs, disk: &LaptopDisk) -> Boot {
+    match (disk.boot(&args.words()), &args.kernel, &args.initrd) {
         (Boot::Kernel { cmdline, .. }, Some(kernel), Some(initrd)) => Boot::Kernel {
             kernel: kernel.clone(),
             initrd: vec![Content::File(initrd.clone())],
@@ -218,18 +277,29 @@ fn laptop_boot(args: &TestQemuArgs, disk: &LaptopDisk) -> Boot {
     }
 }
 
-fn netdev(args: &TestQemuArgs, direct: impl FnOnce() -> Netdev) -> Netdev {
-    match &args.use_existing_bridge {
-        Some(name) => Netdev::Bridge { name: name.clone() },
-        None => direct(),
+impl KernelArgs {
+    /// Words for the command line.
+    fn words(&self) -> Vec<&str> {
+        CONSOLE.into_iter().chain(self.cmdline.split_whitespace()).collect()
     }
 }
 
-fn extras(args: &TestQemuArgs, mut builder: VmBuilder) -> Result<VmBuilder, Failure> {
-    for usb in &args.forward_usb {
-        builder = builder.usb_host(usb.vendor, usb.product);
+impl CableArgs {
+    fn end(&self, direct: impl FnOnce() -> Netdev) -> Netdev {
+        match &self.use_existing_bridge {
+            Some(name) => Netdev::Bridge { name: name.clone() },
+            None => direct(),
+        }
     }
-    Ok(builder.graphical(args.graphical))
+}
+
+impl MachineArgs {
+    fn add_to(&self, mut builder: VmBuilder) -> VmBuilder {
+        for usb in &self.forward_usb {
+            builder = builder.usb_host(usb.vendor, usb.product);
+        }
+        builder.graphical(self.graphical)
+    }
 }
 
 /// The files the user names, each as /root/NAME; folders with all that is in them.
@@ -259,4 +329,60 @@ fn extra_files(paths: &[PathBuf]) -> anyhow::Result<Vec<ExtraFile>> {
         }
     }
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: TestQemuArgs,
+    }
+
+    fn accepts(words: &str) -> bool {
+        Cli::try_parse_from(["test-qemu"].into_iter().chain(words.split(' '))).is_ok()
+    }
+
+    #[test]
+    fn options_are_accepted_where_they_do_something_and_refused_elsewhere() {
+        for (option, users) in [
+            ("--yes", &["demo", "server", "client", "ramdisk"][..]),
+            ("--graphical", &["server", "client", "ramdisk"]),
+            ("--forward-usb 1d6b:0002", &["server", "client", "ramdisk"]),
+            ("--cmdline quiet", &["server", "ramdisk"]),
+            ("--kernel k --initrd i", &["server", "ramdisk"]),
+            ("--use-existing-bridge br0", &["server", "client"]),
+            ("--extra-files f", &["server"]),
+        ] {
+            for what in ["demo", "server", "client", "ramdisk"] {
+                assert_eq!(
+                    accepts(&format!("{what} {option}")),
+                    users.contains(&what),
+                    "{what} {option}"
+                );
+            }
+        }
+        assert!(!accepts("server --kernel k"), "a kernel without its initrd");
+    }
+
+    #[test]
+    fn an_option_changes_what_is_started() {
+        let words = ["test-qemu", "ramdisk", "--cmdline", "quiet debug", "--graphical"];
+        let What::Ramdisk(args) = Cli::try_parse_from(words).map(|cli| cli.args.what).ok().unwrap() else {
+            panic!("another subcommand")
+        };
+        assert!(args.kernel.words().ends_with(&["quiet", "debug"]));
+        assert!(args.machine.graphical);
+    }
+
+    #[test]
+    fn leaving_is_seen_without_a_message() {
+        let (stays, left) = mpsc::channel();
+        assert!(!has_left(&left));
+        drop(stays);
+        assert!(has_left(&left));
+    }
 }
