@@ -30,7 +30,7 @@ This is stiefel. This computer is lending its disk to another computer over the 
 been unscrewed and moved: the other one boots from it.
 
 There is nothing to see or to set here. The computer that boots needs a stick (a USB drive) made by this computer's
-owner; without its key nothing is handed out. All that is sent is encrypted.
+owner; without its key nothing is handed out.
 
 When the other computer is switched off, this one goes back to its own work.
 ";
