@@ -3,6 +3,7 @@
 //! Counterpart: `init` in the ramdisk. Specification: design.md, "The way of a boot" 1–4. It never polls: uevents, datagrams and
 //! the wall clock's jumps wake it. Each decision is one line in the journal. A trigger while one is followed is ignored.
 
+mod keys;
 mod leave;
 mod log;
 mod nics;
@@ -20,7 +21,8 @@ use stiefel_shared::discovery::{State, Woken};
 use stiefel_sys::link;
 use stiefel_sys::uevent::{Monitor, Uevent, UeventError};
 
-use crate::guards;
+use crate::collect::KEYS_DIR;
+use crate::{guards, install};
 pub use leave::{LeaveError, Mode};
 use nics::{Interface, Known, NetEvent, Nics};
 use plug::Moment;
@@ -36,6 +38,8 @@ enum Event {
     /// The wall clock jumped; perhaps the machine was asleep.
     Clock,
     Woken(Woken),
+    /// The folder of the keys has changed.
+    Keys,
     /// Leaving has ended.
     Left(Result<(), LeaveError>),
 }
@@ -70,9 +74,17 @@ pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
     };
     if known.is_empty() && wake.is_none() {
         log::warning(format_args!(
-            "there is nothing to wait for: set trigger.macs or trigger.usb in config.yaml, or let trigger.wake be wired and make a key"
+            "there is nothing to wait for: set trigger.macs or trigger.usb in config.yaml, or let trigger.wake be wired"
         ));
         return Ok(());
+    }
+    for guard in install::missing_guards(Path::new("/"), &config.trigger) {
+        log::warning(format_args!(
+            "{guard} is not there, or not as config.yaml wants it, so a network manager may use the dedicated NIC; run `stiefel install` again"
+        ));
+    }
+    if wake.is_some() {
+        watch_keys(sender.clone())?;
     }
     watch_uevents(monitor, sender.clone())?;
     watch_clock(sender.clone())?;
@@ -134,6 +146,21 @@ fn watch_uevents(mut monitor: Monitor, sender: Sender<Event>) -> anyhow::Result<
     Ok(())
 }
 
+fn watch_keys(sender: Sender<Event>) -> anyhow::Result<()> {
+    let watch = move || {
+        if let Err(error) = keys::watch(Path::new(KEYS_DIR), || sender.send(Event::Keys).is_ok()) {
+            log::warning(format_args!(
+                "changes of {KEYS_DIR} are not seen ({error}); restart the service after making a key"
+            ));
+        }
+    };
+    thread::Builder::new()
+        .name("keys".to_owned())
+        .spawn(watch)
+        .context("cannot start a thread")?;
+    Ok(())
+}
+
 fn watch_clock(sender: Sender<Event>) -> anyhow::Result<()> {
     let clock = resume::ClockWatch::new().context("cannot watch the clock for resumes")?;
     let watch = move || {
@@ -174,8 +201,16 @@ impl Service {
                 }
                 Event::Deaf(error) => return Err(error.into()),
                 Event::Clock => self.nics.clock(Moment::now()),
-                Event::Woken(woken) => {
-                    self.trigger(&format!("a wake from {} with the key {}", woken.peer, woken.key), false);
+                Event::Woken(woken) => self.woken(&woken),
+                Event::Keys => {
+                    if let Some(wake) = &mut self.wake
+                        && wake.reload()
+                    {
+                        log::notice(format_args!(
+                            "the keys have changed: {} may wake the laptop",
+                            wake.count()
+                        ));
+                    }
                 }
                 Event::Left(result) => self.left(&result),
             }
@@ -183,11 +218,34 @@ impl Service {
         Ok(())
     }
 
+    fn woken(&mut self, woken: &Woken) {
+        if !self.wake.as_mut().is_some_and(|wake| wake.may_wake(&woken.key)) {
+            log::warning(format_args!(
+                "a wake from {} is ignored: its key {} was revoked or replaced",
+                woken.peer, woken.key
+            ));
+            // The answer has said that the laptop is on its way.
+            if self.leaving.is_none() {
+                self.say(State::Asleep);
+            }
+            return;
+        }
+        self.trigger(&format!("a wake from {} with the key {}", woken.peer, woken.key), false);
+    }
+
     fn uevent(&mut self, event: &Uevent) {
         let now = Moment::now();
         match nics::net_event(event) {
             Some(NetEvent::Added(index)) => {
-                let links = link::list().unwrap_or_default();
+                let links = match link::list() {
+                    Ok(links) => links,
+                    Err(error) => {
+                        log::error(format_args!(
+                            "interface {index} has appeared, but cannot be looked at: {error}; unplug it and plug it in again"
+                        ));
+                        return;
+                    }
+                };
                 // One that is gone again tells of that by its next event.
                 let Some(link) = links.iter().find(|link| link.index == index) else {
                     return;
@@ -285,6 +343,7 @@ mod tests {
         let long_ago = Moment {
             awake: Duration::ZERO,
             boot: Duration::ZERO,
+            login: None,
         };
         let service = Service {
             config: Config::default(),

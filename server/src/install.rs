@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use stiefel_initrd_builder::ramdisk::ManifestError;
-use stiefel_shared::config::{CONFIG_PATH, ConfigError};
+use stiefel_shared::config::{CONFIG_PATH, ConfigError, Trigger};
 use stiefel_shared::key::KeyError;
 
 use crate::collect::STATE_DIR;
@@ -234,6 +234,12 @@ pub fn install(options: &InstallOptions) -> Result<(), InstallError> {
         activate();
     }
     Ok(())
+}
+
+/// Files that keep network managers from the dedicated NICs of `trigger`, and are not there below `root`, or differ.
+#[must_use]
+pub fn missing_guards(root: &Path, trigger: &Trigger) -> Vec<String> {
+    wanted::missing_guards(&Tree::new(root), trigger)
 }
 
 /// A mistyped folder would be made, and the user would look for what was installed.

@@ -182,7 +182,7 @@ impl Nics {
 /// What a uevent says about interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NetEvent {
-    /// One with this number has appeared.
+    /// One with this number has appeared, or has another name now.
     Added(u32),
     /// One is gone.
     Removed(u32),
@@ -196,7 +196,8 @@ pub fn net_event(event: &Uevent) -> Option<NetEvent> {
     }
     let index = event.get("IFINDEX")?.parse().ok()?;
     match event.action.as_str() {
-        "add" => Some(NetEvent::Added(index)),
+        // Renamed by udev, perhaps while its first event was looked at: then it could not be found under its old name.
+        "add" | "move" => Some(NetEvent::Added(index)),
         "remove" => Some(NetEvent::Removed(index)),
         _ => None,
     }
@@ -213,6 +214,7 @@ mod tests {
         Moment {
             awake: Duration::from_secs(seconds),
             boot: Duration::from_secs(seconds),
+            login: None,
         }
     }
 
@@ -278,6 +280,18 @@ mod tests {
     }
 
     #[test]
+    fn a_nic_that_is_only_known_under_its_new_name_is_plugged_in_once() {
+        let mut nics = Nics::new(trigger(&[], &["0bda:8153"]), &[], at(0));
+        let unknown = Interface {
+            usb: None,
+            ..adapter(3)
+        };
+        assert_eq!(nics.appeared(&unknown, at(20)), None, "renamed while it was looked at");
+        assert!(nics.appeared(&adapter(3), at(20)).is_some());
+        assert_eq!(nics.appeared(&adapter(3), at(50)), None, "renamed again");
+    }
+
+    #[test]
     fn what_came_while_events_were_lost_is_no_plug() {
         let mut nics = Nics::new(trigger(&["00:e0:4c:68:01:02"], &[]), &[], at(0));
         nics.resynchronise(&[adapter(3)], at(100));
@@ -296,7 +310,8 @@ mod tests {
         };
         assert_eq!(net_event(&event("add", "net")), Some(NetEvent::Added(7)));
         assert_eq!(net_event(&event("remove", "net")), Some(NetEvent::Removed(7)));
-        assert_eq!(net_event(&event("move", "net")), None);
+        assert_eq!(net_event(&event("move", "net")), Some(NetEvent::Added(7)), "renamed");
+        assert_eq!(net_event(&event("change", "net")), None);
         assert_eq!(net_event(&event("add", "usb")), None);
     }
 }

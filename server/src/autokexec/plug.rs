@@ -3,17 +3,26 @@
 //! Pure: told what happens and when. Rules (design.md, "The way of a boot" 1): a plug counts only after the interface was seen
 //! absent for [`ABSENCE`]; never at the service's start, never right after a resume (USB devices come anew then), never for
 //! an interface that flaps. One that was there at the start counts only once it was unplugged, else a laptop that returned
-//! home with the cable in would leave again for ever.
+//! home with the cable in would leave again for ever. One that went away around a sleep comes back with the dock, however
+//! long that takes: its return does not count. Nor does the first appearance right after a graphical login: docks are let in
+//! then.
 
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
+/// Where systemd-logind describes sessions: sd-login(3); `MONOTONIC` is what sd_session_get_start_time(3) is made from.
+const SESSIONS: &str = "/run/systemd/sessions";
 /// How long an interface must have been absent.
 pub const ABSENCE: Duration = Duration::from_secs(10);
 /// For how long after a resume nothing counts.
 pub const AFTER_RESUME: Duration = Duration::from_secs(15);
+/// An interface that went away this long before a sleep, or after it, went away by the sleep.
+pub const AROUND_SLEEP: Duration = AFTER_RESUME;
+/// For how long after a graphical login an interface that was not seen before does not count.
+pub const AFTER_LOGIN: Duration = Duration::from_secs(30);
 /// The two clocks are read one after the other; a sleep is longer than what that makes of difference.
 const CLOCK_SLACK: Duration = Duration::from_secs(1);
 
@@ -24,6 +33,8 @@ pub struct Moment {
     pub awake: Duration,
     /// CLOCK_BOOTTIME.
     pub boot: Duration,
+    /// When somebody last logged in to a graphical session, by CLOCK_MONOTONIC; `None` if nobody has.
+    pub login: Option<Duration>,
 }
 
 impl Moment {
@@ -40,6 +51,7 @@ impl Moment {
         Self {
             awake: read(ClockId::Monotonic),
             boot: read(ClockId::Boottime),
+            login: last_login(Path::new(SESSIONS)),
         }
     }
 
@@ -47,6 +59,19 @@ impl Moment {
     fn slept(self) -> Duration {
         self.boot.saturating_sub(self.awake)
     }
+}
+
+/// The latest graphical login of a user (not of the login screen itself), by CLOCK_MONOTONIC.
+fn last_login(sessions: &Path) -> Option<Duration> {
+    let names = std::fs::read_dir(sessions).into_iter().flatten().flatten();
+    let logins = names.filter_map(|entry| {
+        let text = std::fs::read_to_string(entry.path()).ok()?;
+        let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        let graphical = matches!(value("TYPE")?, "x11" | "wayland" | "mir") && value("CLASS")? == "user";
+        let at = value("MONOTONIC")?.parse().ok()?;
+        graphical.then(|| Duration::from_micros(at))
+    });
+    logins.max()
 }
 
 /// What an appearance means.
@@ -63,6 +88,13 @@ pub enum Verdict {
     },
     /// The machine has just woken up.
     Resumed {
+        /// How long ago.
+        ago: Duration,
+    },
+    /// It went away when the machine went to sleep or woke up.
+    BackFromSleep,
+    /// Somebody has just logged in.
+    LoggedIn {
         /// How long ago.
         ago: Duration,
     },
@@ -86,6 +118,14 @@ impl fmt::Display for Verdict {
                     ago.as_secs_f32()
                 )
             }
+            Self::BackFromSleep => {
+                f.write_str("is back after it went away with the machine's sleep, which is no plug; unplug it once")
+            }
+            Self::LoggedIn { ago } => write!(
+                f,
+                "appeared for the first time, {:.1} s after a login, perhaps with a dock; unplug it once",
+                ago.as_secs_f32()
+            ),
         }
     }
 }
@@ -95,6 +135,10 @@ impl fmt::Display for Verdict {
 pub struct Plug {
     /// Since when it is absent; `None` while it is there.
     absent_since: Option<Duration>,
+    /// Whether it was ever there since the service's start.
+    seen: bool,
+    /// It went away around a sleep.
+    lost_by_sleep: bool,
     slept: Duration,
     resumed: Option<Duration>,
 }
@@ -105,6 +149,8 @@ impl Plug {
     pub fn new(present: bool, now: Moment) -> Self {
         Self {
             absent_since: (!present).then_some(now.awake),
+            seen: present,
+            lost_by_sleep: false,
             slept: now.slept(),
             resumed: None,
         }
@@ -114,6 +160,11 @@ impl Plug {
     pub fn clock(&mut self, now: Moment) {
         if now.slept() > self.slept + CLOCK_SLACK {
             self.resumed = Some(now.awake);
+            // The clock that stops in a sleep has not moved since it began.
+            self.lost_by_sleep |= self.seen
+                && self
+                    .absent_since
+                    .is_some_and(|since| now.awake.saturating_sub(since) < AROUND_SLEEP);
         }
         self.slept = now.slept();
     }
@@ -125,8 +176,13 @@ impl Plug {
             return Verdict::AlreadyThere;
         };
         let absent = now.awake.saturating_sub(since);
-        match self.resumed.map(|at| now.awake.saturating_sub(at)) {
-            Some(ago) if ago < AFTER_RESUME => Verdict::Resumed { ago },
+        let first = !std::mem::replace(&mut self.seen, true);
+        let lost_by_sleep = std::mem::take(&mut self.lost_by_sleep);
+        let ago = |at: Option<Duration>| at.and_then(|at| now.awake.checked_sub(at));
+        match (ago(self.resumed), ago(now.login)) {
+            (Some(ago), _) if ago < AFTER_RESUME => Verdict::Resumed { ago },
+            _ if lost_by_sleep => Verdict::BackFromSleep,
+            (_, Some(ago)) if first && ago < AFTER_LOGIN => Verdict::LoggedIn { ago },
             _ if absent < ABSENCE => Verdict::Flapped { absent },
             _ => Verdict::Plugged,
         }
@@ -135,7 +191,11 @@ impl Plug {
     /// The interface is gone.
     pub fn disappeared(&mut self, now: Moment) {
         self.clock(now);
-        self.absent_since.get_or_insert(now.awake);
+        if self.absent_since.is_none() {
+            self.absent_since = Some(now.awake);
+            let since_resume = self.resumed.map(|at| now.awake.saturating_sub(at));
+            self.lost_by_sleep = since_resume.is_some_and(|ago| ago < AROUND_SLEEP);
+        }
     }
 }
 
@@ -149,6 +209,7 @@ mod tests {
         Moment {
             awake: Duration::from_secs(awake),
             boot: Duration::from_secs(awake + slept),
+            login: None,
         }
     }
 
@@ -201,6 +262,63 @@ mod tests {
     }
 
     #[test]
+    fn what_went_away_around_a_sleep_does_not_count_when_it_comes_back_late() {
+        for gone in [190, 200, 214] {
+            let mut plug = Plug::new(true, at(100, 0));
+            if gone < 200 {
+                plug.disappeared(at(gone, 0));
+                plug.clock(at(200, 3600));
+            } else {
+                plug.clock(at(200, 3600));
+                plug.disappeared(at(gone, 3600));
+            }
+            assert_eq!(plug.appeared(at(900, 3600)), Verdict::BackFromSleep, "{gone}");
+            plug.disappeared(at(1000, 3600));
+            assert_eq!(plug.appeared(at(1010, 3600)), Verdict::Plugged, "once it was unplugged");
+        }
+    }
+
+    #[test]
+    fn what_was_unplugged_long_before_a_sleep_was_unplugged_by_hand() {
+        let mut plug = Plug::new(true, at(100, 0));
+        plug.disappeared(at(150, 0));
+        plug.clock(at(200, 3600));
+        assert_eq!(plug.appeared(at(300, 3600)), Verdict::Plugged);
+    }
+
+    #[test]
+    fn a_first_appearance_right_after_a_login_may_be_a_dock() {
+        let login = |awake, login| Moment {
+            login: Some(Duration::from_secs(login)),
+            ..at(awake, 0)
+        };
+        let mut plug = Plug::new(false, at(10, 0));
+        assert!(matches!(plug.appeared(login(65, 60)), Verdict::LoggedIn { .. }));
+        plug.disappeared(login(70, 60));
+        assert_eq!(plug.appeared(login(85, 60)), Verdict::Plugged, "unplugged once");
+        let mut plug = Plug::new(false, at(10, 0));
+        assert_eq!(plug.appeared(login(90, 60)), Verdict::Plugged, "long after it");
+        let mut plug = Plug::new(true, at(10, 0));
+        plug.disappeared(at(40, 0));
+        assert_eq!(plug.appeared(login(65, 60)), Verdict::Plugged, "seen before");
+    }
+
+    #[test]
+    fn only_graphical_sessions_of_users_are_logins() {
+        let dir = tempfile::tempdir().unwrap();
+        let session = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        assert_eq!(last_login(dir.path()), None);
+        session("1", "UID=0\nTYPE=tty\nCLASS=user\nMONOTONIC=9000000\n");
+        session("c1", "TYPE=wayland\nCLASS=greeter\nMONOTONIC=8000000\n");
+        session("2.ref", "");
+        assert_eq!(last_login(dir.path()), None);
+        session("3", "TYPE=x11\nCLASS=user\nREALTIME=1\nMONOTONIC=5000000\n");
+        session("4", "TYPE=wayland\nCLASS=user\nMONOTONIC=7000000\n");
+        assert_eq!(last_login(dir.path()), Some(Duration::from_secs(7)));
+        assert_eq!(last_login(Path::new("/nonexistent")), None);
+    }
+
+    #[test]
     fn a_resume_is_seen_by_the_clock_even_if_nobody_told() {
         let mut plug = Plug::new(false, at(100, 0));
         assert!(matches!(plug.appeared(at(200, 3600)), Verdict::Resumed { .. }));
@@ -236,23 +354,27 @@ mod tests {
             let mut plug = Plug::new(present, at(awake, slept));
             let mut absent_since = (!present).then_some(awake);
             let mut asleep_at = None;
+            let (mut seen, mut by_sleep) = (present, false);
             for (pause, sleep, event) in events {
                 awake += pause;
                 slept += sleep * 2;
                 if sleep > 0 {
                     asleep_at = Some(awake);
+                    by_sleep |= seen && absent_since.is_some_and(|since| awake - since < 15);
                 }
                 match event {
                     0 => plug.clock(at(awake, slept)),
                     1 => {
                         plug.disappeared(at(awake, slept));
+                        by_sleep |= absent_since.is_none() && asleep_at.is_some_and(|at| awake - at < 15);
                         absent_since = absent_since.or(Some(awake));
                     }
                     _ => {
                         let verdict = plug.appeared(at(awake, slept));
                         let absent = absent_since.take().is_some_and(|since| awake - since >= 10);
                         let quiet = asleep_at.is_none_or(|at| awake - at >= 15);
-                        prop_assert_eq!(verdict == Verdict::Plugged, absent && quiet);
+                        prop_assert_eq!(verdict == Verdict::Plugged, absent && quiet && !by_sleep);
+                        (seen, by_sleep) = (true, false);
                     }
                 }
             }

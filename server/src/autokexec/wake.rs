@@ -3,38 +3,93 @@
 //! Counterpart: `client::discovery`. Rules: docs/protocol.md, "Discovery". The dedicated NIC is no network manager's (the
 //! guards that `install` writes), so it is brought up here.
 
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Instant;
 
 use stiefel_shared::discovery::{About, LinkEvent, PORT, Responder, State, Woken};
+use stiefel_shared::key::StickKey;
 use stiefel_sys::link::{self, ChangeKind, Link, LinkError, LinkMonitor};
 use tokio::sync::mpsc as channel;
 
 use super::log;
 use super::nics::{Interface, Known, is_dedicated};
-use crate::collect::{self, KEYS_DIR};
+use crate::collect::{self, CollectError, KEYS_DIR};
 use crate::discovery;
 use crate::tree::Tree;
 
 /// How many changes may wait; then the thread that sends them waits.
 const QUEUE: usize = 64;
 
-/// Says what the laptop is doing to who asks.
-#[derive(Clone)]
+/// Says what the laptop is doing to who asks, and holds the keys that may wake it.
 pub struct Wake {
+    folder: PathBuf,
+    about: About,
+    keys: Vec<StickKey>,
     responder: Arc<Mutex<Responder>>,
 }
 
 impl Wake {
+    /// With the keys that are in `folder` now; there may be none yet.
+    fn new(folder: &Path, about: About) -> Self {
+        let responder = Responder::new(&[], about.clone(), State::Asleep, Instant::now());
+        let mut wake = Self {
+            folder: folder.to_owned(),
+            about,
+            keys: Vec::new(),
+            responder: Arc::new(Mutex::new(responder)),
+        };
+        wake.reload();
+        wake
+    }
+
     /// Back to sleep, after a wake that was not followed; or on the way, after a plug.
     pub fn set_state(&self, state: State) {
-        self.responder
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .set_state(state);
+        self.responder().set_state(state);
     }
+
+    /// How many keys may wake.
+    pub fn count(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Reads the keys again; `true` if they are others than before. Keys that cannot be used wake nobody.
+    pub fn reload(&mut self) -> bool {
+        let keys = match collect::read_keys(&self.folder) {
+            Ok(keys) => keys,
+            Err(CollectError::NoKeys { .. }) => Vec::new(),
+            Err(error) => {
+                log::warning(format_args!("no key may wake the laptop: {error}"));
+                Vec::new()
+            }
+        };
+        let same = keys.len() == self.keys.len() && keys.iter().zip(&self.keys).all(|(a, b)| is_same(a, b));
+        if !same {
+            let mut responder = self.responder();
+            // Challenges that were issued to a stick whose key is gone go with it.
+            *responder = Responder::new(&keys, self.about.clone(), responder.state(), Instant::now());
+            drop(responder);
+            self.keys = keys;
+        }
+        !same
+    }
+
+    /// Whether a wake with the key of this name counts: not if the key was revoked or replaced since it was heard.
+    pub fn may_wake(&mut self, name: &str) -> bool {
+        let find = |keys: &[StickKey]| keys.iter().find(|key| key.name == name).cloned();
+        let before = find(&self.keys);
+        self.reload();
+        matches!((before, find(&self.keys)), (Some(before), Some(now)) if is_same(&before, &now))
+    }
+
+    fn responder(&self) -> MutexGuard<'_, Responder> {
+        self.responder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_same(a: &StickKey, b: &StickKey) -> bool {
+    a.name == b.name && a.to_file() == b.to_file()
 }
 
 /// Begins to listen; `woken` gets each wake.
@@ -42,17 +97,12 @@ impl Wake {
 /// # Errors
 /// What is missing for it.
 pub fn listen(dedicated: Vec<Known>, woken: mpsc::Sender<Woken>) -> anyhow::Result<Wake> {
-    let keys = collect::read_keys(Path::new(KEYS_DIR))?;
-    let hostname = collect::hostname(&Tree::new(Path::new("/")));
     let about = About {
-        hostname,
+        hostname: collect::hostname(&Tree::new(Path::new("/"))),
         http_port: PORT,
         ready_in: 0,
     };
-    let responder = Responder::new(&keys, about, State::Asleep, Instant::now());
-    let wake = Wake {
-        responder: Arc::new(Mutex::new(responder)),
-    };
+    let wake = Wake::new(Path::new(KEYS_DIR), about);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let socket = {
         let _inside = runtime.enter();
@@ -83,7 +133,7 @@ pub fn listen(dedicated: Vec<Known>, woken: mpsc::Sender<Woken>) -> anyhow::Resu
     })?;
     log::info(format_args!(
         "listening for a wake on wired NICs, UDP port {PORT}, {} key(s)",
-        keys.len()
+        wake.count()
     ));
     Ok(wake)
 }
@@ -153,6 +203,71 @@ fn changes(before: &[(u32, String)], now: &[(u32, String)]) -> Vec<LinkEvent> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    struct Keys {
+        dir: tempfile::TempDir,
+        wake: Wake,
+    }
+
+    impl Keys {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let about = About {
+                hostname: "laptop".into(),
+                http_port: PORT,
+                ready_in: 0,
+            };
+            let wake = Wake::new(&dir.path().join("keys"), about);
+            Self { dir, wake }
+        }
+
+        fn make(&self, name: &str) {
+            use std::os::unix::fs::PermissionsExt;
+            let path = self.dir.path().join("keys").join(format!("{name}.key"));
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, StickKey::generate(name).unwrap().to_file().as_bytes()).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        }
+
+        fn revoke(&self, name: &str) {
+            std::fs::remove_file(self.dir.path().join("keys").join(format!("{name}.key"))).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_key_that_is_made_later_may_wake() {
+        let mut keys = Keys::new();
+        assert_eq!(keys.wake.count(), 0);
+        keys.make("blue");
+        assert!(keys.wake.reload());
+        assert!(keys.wake.may_wake("blue"));
+        assert!(!keys.wake.reload(), "nothing new");
+    }
+
+    #[test]
+    fn a_key_that_was_revoked_or_replaced_since_its_wake_does_not_wake() {
+        let mut keys = Keys::new();
+        keys.make("blue");
+        keys.make("red");
+        keys.wake.reload();
+        keys.revoke("blue");
+        assert!(!keys.wake.may_wake("blue"));
+        assert!(keys.wake.may_wake("red"));
+        keys.revoke("red");
+        keys.make("red");
+        assert!(!keys.wake.may_wake("red"), "another key of the same name");
+        assert!(keys.wake.may_wake("red"), "the next wake is of the new one");
+        assert!(!keys.wake.may_wake("blue"));
+    }
+
+    #[test]
+    fn reading_keys_again_does_not_change_what_the_laptop_is_doing() {
+        let mut keys = Keys::new();
+        keys.wake.set_state(State::Waking);
+        keys.make("blue");
+        keys.wake.reload();
+        assert_eq!(keys.wake.responder().state(), State::Waking);
+    }
 
     #[test]
     fn interfaces_that_come_and_go_are_told_once() {

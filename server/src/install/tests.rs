@@ -499,3 +499,19 @@ fn a_root_that_is_not_there_is_refused_and_not_made() {
     assert!(matches!(install(&options), Err(InstallError::NoRoot { .. })));
     assert!(!root.exists());
 }
+
+#[test]
+fn guards_that_install_did_not_write_for_this_configuration_are_missed() {
+    let laptop = Laptop::new();
+    laptop.install().unwrap();
+    let config = "trigger: {macs: ['00:e0:4c:68:01:02'], usb: ['0bda:8153']}\n";
+    let trigger = stiefel_shared::config::Config::parse(config).unwrap().trigger;
+    let root = laptop.path("root");
+    assert_eq!(missing_guards(&root, &Trigger::default()), Vec::<String>::new());
+    let missing = missing_guards(&root, &trigger);
+    assert_eq!(missing.len(), 4, "{missing:?}");
+    assert!(missing.contains(&"/etc/NetworkManager/conf.d/90-stiefel.conf".to_owned()));
+    laptop.write("root/etc/stiefel/config.yaml", config);
+    laptop.install().unwrap();
+    assert_eq!(missing_guards(&root, &trigger), Vec::<String>::new());
+}

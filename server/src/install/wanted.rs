@@ -202,6 +202,20 @@ fn ramdisk(folder: &Path) -> Result<[Wanted; 3], InstallError> {
     ])
 }
 
+/// The files that keep network managers from the dedicated NICs and are not there, or not as the configuration wants them.
+pub fn missing_guards(tree: &Tree, trigger: &Trigger) -> Vec<String> {
+    network_guards(trigger)
+        .into_iter()
+        .filter(|guard| match &guard.content {
+            Content::Bytes(bytes) => !tree
+                .text(&guard.path)
+                .is_ok_and(|text| text.as_bytes() == bytes.as_slice()),
+            Content::File(_) | Content::Link(_) | Content::Folder => false,
+        })
+        .map(|guard| guard.path)
+        .collect()
+}
+
 /// Files that keep network managers from the dedicated NICs.
 fn network_guards(trigger: &Trigger) -> Vec<Wanted> {
     let mut guards = Vec::new();

@@ -86,7 +86,7 @@ fn revoke(args: &KeyArgs) -> anyhow::Result<()> {
         )
     })?;
     eprintln!(
-        "{} is deleted; sticks written with it are refused from the next serve on",
+        "{} is deleted; sticks written with it can wake the laptop no more, and are refused from the next serve on",
         path.display()
     );
     Ok(())
