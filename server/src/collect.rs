@@ -28,6 +28,9 @@ pub const STATE_DIR: &str = "/var/lib/stiefel";
 /// Where the keys lie.
 pub const KEYS_DIR: &str = "/etc/stiefel/keys";
 
+/// Memory that the ramdisk's kernel and programs need for themselves, in bytes.
+const RESERVE: u64 = 128 << 20;
+
 /// Why the laptop cannot serve.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
@@ -73,6 +76,17 @@ pub enum CollectError {
     /// The disk is not known.
     #[error("the disk to serve was not found")]
     Disk(#[from] BlockError),
+    /// The ramdisk would not find the disk, or another one.
+    #[error(
+        "the ramdisk could not tell {disk} from the laptop's other disks\n  next: unplug the others; a disk needs a GUID partition table, a world-wide name or a serial number of its own"
+    )]
+    NotKnownAgain {
+        /// Its name.
+        disk: String,
+        /// What the search says, if it does not find another disk.
+        #[source]
+        source: Option<BlockError>,
+    },
     /// One disk is served, and there are more.
     #[error(
         "{what} is on several disks ({disks}); one is served, and the system would not start without the others\n  next: put the system on one disk; if one of them is enough, set boot.disk in config.yaml"
@@ -94,6 +108,23 @@ pub enum CollectError {
     /// There is no ramdisk, or a half-written one.
     #[error("the ramdisk cannot be used\n  next: run `stiefel build`, then `stiefel install`")]
     Ramdisk(#[from] ManifestError),
+    /// The ramdisk would drive nothing.
+    #[error(
+        "the list `modules` in config.yaml is empty: such a ramdisk drives no disk and no NIC\n  next: set it to [default], then run `stiefel build` and `stiefel install`"
+    )]
+    NoModules,
+    /// The ramdisk would not fit.
+    #[error(
+        "the ramdisk with the payload needs {needed} MiB of memory, and {limit} MiB are there for it ({total} MiB in all)\n  next: make a smaller initrd (e.g. MODULES=dep), or a smaller ramdisk with fewer classes in `modules`"
+    )]
+    Memory {
+        /// What it needs.
+        needed: u64,
+        /// What it may have.
+        limit: u64,
+        /// What the laptop has.
+        total: u64,
+    },
     /// There is no overlay.
     #[error("the modules that the desktop needs cannot be collected")]
     Overlay(#[from] OverlayError),
@@ -154,6 +185,8 @@ pub struct Collected {
     firmware: Vec<PathBuf>,
     /// Whether the payload's kernel unpacks zstd.
     zstd: bool,
+    /// The laptop's memory in bytes, as far as the kernel tells.
+    memory: Option<u64>,
 }
 
 /// Collects from the system below `root` (`/` for the running one).
@@ -161,6 +194,9 @@ pub struct Collected {
 /// # Errors
 /// [`CollectError`], which says what to do next.
 pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> {
+    if config.modules.0.is_empty() {
+        return Err(CollectError::NoModules);
+    }
     let tree = Tree::new(root);
     let state = tree.path(STATE_DIR);
     let manifest = Manifest::load(&state)?;
@@ -175,8 +211,9 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         manifest,
         keys,
         hostname: hostname(&tree),
-        identity: identity(&disk)?,
+        identity: identity(&tree, &disk)?,
         disk: disk.path,
+        memory: memory(&tree),
         zstd: unpacks_zstd(&tree, &payload.version),
         payload,
         session: config.session.clone(),
@@ -268,8 +305,59 @@ fn btrfs_disks(tree: &Tree) -> BTreeSet<String> {
         .collect()
 }
 
-fn identity(disk: &Disk) -> Result<DiskIdentity, CollectError> {
-    Ok(block::identity(disk)?)
+/// What the ramdisk knows the disk by, once it is proved that it finds this one by it and no other.
+fn identity(tree: &Tree, disk: &Disk) -> Result<DiskIdentity, CollectError> {
+    let wanted = block::identity(disk)?;
+    // As the ramdisk looks: a disk that cannot be read is none to choose from.
+    let seen: Vec<(Disk, DiskIdentity)> = block::disks(&tree.path("/sys"))?
+        .into_iter()
+        .filter_map(|disk| {
+            let identity = block::identity(&disk).ok()?;
+            Some((disk, identity))
+        })
+        .collect();
+    known_again(disk, wanted, &seen)
+}
+
+fn known_again(disk: &Disk, wanted: DiskIdentity, seen: &[(Disk, DiskIdentity)]) -> Result<DiskIdentity, CollectError> {
+    let source = match block::find(&wanted, seen) {
+        Ok(found) if found.name == disk.name => return Ok(wanted),
+        Ok(_) => None,
+        Err(error) => Some(error),
+    };
+    Err(CollectError::NotKnownAgain {
+        disk: disk.name.clone(),
+        source,
+    })
+}
+
+/// `MemTotal` of /proc/meminfo (proc_meminfo(5)), in bytes.
+fn memory(tree: &Tree) -> Option<u64> {
+    let text = tree.text("/proc/meminfo").ok()?;
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = total.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// Whether an initrd of `packed` bytes that becomes `unpacked` fits into `total` bytes of memory, with room to work in.
+fn fits(packed: u64, unpacked: u64, total: u64) -> Result<(), CollectError> {
+    // The root file system of a ramdisk is a tmpfs, which takes half of the memory at most; while it is unpacked, the kernel
+    // still has the initrd as it was.
+    let limits = [
+        (unpacked, total / 2),
+        (packed.saturating_add(unpacked), total.saturating_sub(RESERVE)),
+    ];
+    for (needed, limit) in limits {
+        if needed > limit {
+            let mib = |bytes: u64| bytes >> 20;
+            return Err(CollectError::Memory {
+                needed: mib(needed),
+                limit: mib(limit),
+                total: mib(total),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// A part that a desktop takes.
@@ -354,6 +442,59 @@ mod tests {
             disk(&tree, &Auto::Auto),
             Err(CollectError::SeveralDisks { .. })
         ));
+    }
+
+    fn an_identity(serial: Option<&str>) -> DiskIdentity {
+        DiskIdentity {
+            gpt_guid: None,
+            wwid: None,
+            serial: serial.map(str::to_owned),
+            model: None,
+            size: 1 << 30,
+        }
+    }
+
+    #[test]
+    fn a_disk_that_the_ramdisk_could_mistake_or_miss_is_refused() {
+        let seen = |disks: &[(&str, Option<&str>)]| -> Vec<_> {
+            disks
+                .iter()
+                .map(|(name, serial)| (a_disk(name), an_identity(*serial)))
+                .collect()
+        };
+        let known = |serial, disks: &[_]| known_again(&a_disk("sda"), an_identity(serial), &seen(disks));
+        known(Some("1"), &[("sda", Some("1")), ("sdb", Some("2"))]).unwrap();
+        for (serial, disks) in [
+            (Some("1"), &[("sda", Some("1")), ("sdb", Some("1"))][..]),
+            (None, &[("sda", None)]),
+            (Some("1"), &[("sdb", Some("1"))]),
+            (Some("1"), &[]),
+        ] {
+            let error = known(serial, disks).unwrap_err();
+            assert!(matches!(&error, CollectError::NotKnownAgain { .. }), "{disks:?}");
+            assert!(error.to_string().contains("sda"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_ramdisk_that_does_not_fit_is_refused_with_numbers() {
+        let (_dir, tree) = tree(&[("/proc/meminfo", "MemTotal:        1048576 kB\nMemFree: 1 kB\n")]);
+        let total = memory(&tree).unwrap();
+        assert_eq!(total, 1 << 30);
+        fits(100 << 20, 300 << 20, total).unwrap();
+        let text = fits(100 << 20, 600 << 20, total).unwrap_err().to_string();
+        assert!(text.contains("600 MiB") && text.contains("512 MiB"), "{text}");
+        let text = fits(500 << 20, 500 << 20, total).unwrap_err().to_string();
+        assert!(text.contains("1000 MiB") && text.contains("896 MiB"), "{text}");
+        assert!(fits(1, 1, 0).is_err());
+        assert!(fits(u64::MAX, u64::MAX, u64::MAX).is_err());
+    }
+
+    #[test]
+    fn a_ramdisk_without_drivers_is_refused() {
+        let config = Config::parse("modules: []\n").unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(collect(dir.path(), &config), Err(CollectError::NoModules)));
     }
 
     #[test]

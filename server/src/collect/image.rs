@@ -11,7 +11,7 @@ use stiefel_shared::cpio;
 use stiefel_shared::handover::{Handover, Part, PartSize, Payload, SecretBytes, ServerHandover};
 use stiefel_sys::kexec;
 
-use super::{CollectError, Collected, checked};
+use super::{CollectError, Collected, checked, fits};
 
 /// Stops the OS from using the disk's swap space: systemd.swap= in kernel-command-line(7).
 const NO_SWAP: &str = "systemd.swap=0";
@@ -43,6 +43,10 @@ impl Collected {
         let ramdisk = Source::open(std::slice::from_ref(&self.ramdisk))?;
         let parts: u64 = handover.payload.parts.iter().map(|part| part.size).sum();
         let expected = ramdisk.len + document.0.len() as u64 + parts;
+        if let Some(memory) = self.memory {
+            let unpacked = self.manifest.unpacked_bytes.saturating_add(expected - ramdisk.len);
+            fits(expected, unpacked, memory)?;
+        }
         let mut size = 0;
         // Not buffered: the archive has few entries, and a buffer would keep a copy of the keys.
         let file = kexec::memfd("stiefel-initrd", |file| {
