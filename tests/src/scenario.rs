@@ -198,3 +198,17 @@ impl Machines {
         })
     }
 }
+
+/// How many blocks of 1 MiB `payload-init` writes.
+pub const LOAD_BLOCKS: u64 = 40;
+
+/// What it writes into block `number`: the same 64 bytes over and over.
+#[must_use]
+pub fn pattern(number: u64) -> Vec<u8> {
+    format!(
+        "{:<63}\n",
+        format!("stiefel writes block {number} of the laptop's disk")
+    )
+    .repeat(1 << 14)
+    .into_bytes()
+}

@@ -8,7 +8,7 @@ use stiefel_tests::scenario::{Failure, patience};
 use stiefel_tests::{Wire, re};
 
 use crate::Bench;
-use crate::tiny::{client, key, server, server_with_disk};
+use crate::tiny::{Server, client, key, server};
 
 /// TCP port of the laptop's HTTP server.
 const HTTP: u16 = stiefel_shared::discovery::PORT;
@@ -84,7 +84,12 @@ pub(crate) fn server_killed(bench: &Bench) -> Result<(), Failure> {
 pub(crate) fn absent_disk(bench: &Bench) -> Result<(), Failure> {
     let dir = tempfile::tempdir_in(bench.kit.dir())?;
     let wire = Wire::direct()?;
-    let laptop = server_with_disk(bench, &key(bench, "stick")?, &wire.a(), dir.path(), "another-disk")?.start()?;
+    let laptop = Server {
+        serial: "another-disk",
+        ..Server::new(&key(bench, "stick")?)
+    }
+    .machine(bench, &wire.a(), dir.path())?
+    .start()?;
     laptop.serial().expect("waiting for the disk", patience::SERVING)?;
     laptop.serial().expect(
         re("the disk to serve is not there.*another-disk"),

@@ -7,6 +7,7 @@
 mod faults;
 mod image;
 mod journey;
+mod link;
 mod tiny;
 
 use std::path::PathBuf;
@@ -30,7 +31,7 @@ struct Test {
     run: fn(&Bench) -> Result<(), Failure>,
 }
 
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 13] = [
     Test {
         name: "ramdisk_of_debians_kernel_is_small_and_has_all_drivers",
         run: image::ramdisk,
@@ -58,6 +59,22 @@ const TESTS: [Test; 9] = [
     Test {
         name: "server_killed_during_the_fetch_is_said_and_searched_again",
         run: faults::server_killed,
+    },
+    Test {
+        name: "cable_out_under_load_loses_nothing",
+        run: link::cable_out,
+    },
+    Test {
+        name: "adapter_of_the_desktop_replugged_under_load_loses_nothing",
+        run: link::desktop_replug,
+    },
+    Test {
+        name: "adapter_of_the_laptop_replugged_under_load_loses_nothing",
+        run: link::laptop_replug,
+    },
+    Test {
+        name: "recorded_traffic_shows_nothing_of_the_disk_inside_the_tunnel",
+        run: link::recorded,
     },
     Test {
         name: "absent_disk_is_said_and_the_laptop_goes_home",

@@ -14,8 +14,8 @@ use stiefel_tests::{Content, Drive, Netdev, NicModel, VmBuilder, tiny::tiny};
 use crate::Bench;
 
 /// Hardware addresses of the two machines.
-const LAPTOP_MAC: &str = "52:54:00:57:1e:11";
-const DESKTOP_MAC: &str = "52:54:00:57:1e:12";
+pub(crate) const LAPTOP_MAC: &str = "52:54:00:57:1e:11";
+pub(crate) const DESKTOP_MAC: &str = "52:54:00:57:1e:12";
 /// The serial number of the disk, and its size in bytes.
 const SERIAL: &str = "tiny-disk";
 const DISK_SIZE: u64 = 64 << 20;
@@ -31,65 +31,92 @@ pub(crate) fn key(bench: &Bench, name: &str) -> Result<StickKey, Failure> {
     Ok(StickKey::parse(name, &std::fs::read(path)?)?)
 }
 
-/// The laptop's ramdisk, with a disk with the serial number `serial` instead of the one it looks for.
-pub(crate) fn server_with_disk(
-    bench: &Bench,
-    key: &StickKey,
-    cable: &Netdev,
-    dir: &Path,
-    serial: &str,
-) -> Result<VmBuilder, Failure> {
-    let disk = dir.join("disk.img");
-    std::fs::File::create(&disk)?.set_len(DISK_SIZE)?;
-    let parts = [
-        (Part::Kernel, std::fs::read(&bench.kit.installed().kernel)?),
-        (Part::Initrd, noise(INITRD_SIZE)),
-    ];
-    let handover = Handover::Server(Box::new(ServerHandover {
-        keys: vec![key.clone()],
-        hostname: "tiny".to_owned(),
-        disk: DiskIdentity {
-            serial: Some(SERIAL.to_owned()),
-            size: DISK_SIZE,
-            ..DiskIdentity::default()
-        },
-        payload: Payload {
-            version: bench.kit.installed().version.clone(),
-            cmdline: CONSOLE.join(" "),
-            parts: parts
-                .iter()
-                .map(|(part, bytes)| PartSize {
-                    part: *part,
-                    size: bytes.len() as u64,
-                })
-                .collect(),
-        },
-        after: After::Return,
-        encryption: Encryption::None,
-    }));
-    let mut archive = cpio::Writer::new(handover.to_cpio()?.0.clone());
-    archive.dir("stiefel/payload", 0o700)?;
-    for (part, bytes) in &parts {
-        archive.file(part.path(), 0o600, bytes)?;
-    }
-    Ok(machine(bench, "laptop", &archive.finish()?)
-        .disk(Drive {
-            path: disk,
-            serial: serial.to_owned(),
-            snapshot: false,
-        })
-        .nic("cable", NicModel::VirtioPlain, cable, LAPTOP_MAC))
+/// The laptop's ramdisk, with a disk.
+pub(crate) struct Server {
+    /// The key it knows.
+    pub(crate) key: StickKey,
+    /// The serial number of its disk; it looks for the one with [`SERIAL`].
+    pub(crate) serial: &'static str,
+    /// How the disk travels.
+    pub(crate) encryption: Encryption,
+    /// The payload; by default something that does not boot.
+    pub(crate) parts: Vec<(Part, Vec<u8>)>,
+    /// Its NIC.
+    pub(crate) nic: NicModel,
 }
 
-/// The laptop's ramdisk.
+impl Server {
+    pub(crate) fn new(key: &StickKey) -> Self {
+        Self {
+            key: key.clone(),
+            serial: SERIAL,
+            encryption: Encryption::None,
+            parts: Vec::new(),
+            nic: NicModel::VirtioPlain,
+        }
+    }
+
+    /// The machine, with its disk's image in `dir`.
+    pub(crate) fn machine(self, bench: &Bench, cable: &Netdev, dir: &Path) -> Result<VmBuilder, Failure> {
+        let disk = dir.join("disk.img");
+        std::fs::File::create(&disk)?.set_len(DISK_SIZE)?;
+        let parts = if self.parts.is_empty() {
+            vec![
+                (Part::Kernel, std::fs::read(&bench.kit.installed().kernel)?),
+                (Part::Initrd, noise(INITRD_SIZE)),
+            ]
+        } else {
+            self.parts
+        };
+        let sizes = parts.iter().map(|(part, bytes)| PartSize {
+            part: *part,
+            size: bytes.len() as u64,
+        });
+        let handover = Handover::Server(Box::new(ServerHandover {
+            keys: vec![self.key],
+            hostname: "tiny".to_owned(),
+            disk: DiskIdentity {
+                serial: Some(SERIAL.to_owned()),
+                size: DISK_SIZE,
+                ..DiskIdentity::default()
+            },
+            payload: Payload {
+                version: bench.kit.installed().version.clone(),
+                cmdline: CONSOLE.join(" "),
+                parts: sizes.collect(),
+            },
+            after: After::Return,
+            encryption: self.encryption,
+        }));
+        let mut archive = cpio::Writer::new(handover.to_cpio()?.0.clone());
+        archive.dir("stiefel/payload", 0o700)?;
+        for (part, bytes) in &parts {
+            archive.file(part.path(), 0o600, bytes)?;
+        }
+        Ok(machine(bench, "laptop", &archive.finish()?)
+            .disk(Drive {
+                path: disk,
+                serial: self.serial.to_owned(),
+                snapshot: false,
+            })
+            .nic("cable", self.nic, cable, LAPTOP_MAC))
+    }
+}
+
+/// The laptop's ramdisk as most tests want it.
 pub(crate) fn server(bench: &Bench, key: &StickKey, cable: &Netdev, dir: &Path) -> Result<VmBuilder, Failure> {
-    server_with_disk(bench, key, cable, dir, SERIAL)
+    Server::new(key).machine(bench, cable, dir)
 }
 
 /// The desktop's ramdisk.
 pub(crate) fn client(bench: &Bench, key: &StickKey, cable: &Netdev) -> Result<VmBuilder, Failure> {
+    Ok(client_without_nic(bench, key)?.nic("cable", NicModel::VirtioPlain, cable, DESKTOP_MAC))
+}
+
+/// The desktop's ramdisk, still without a NIC.
+pub(crate) fn client_without_nic(bench: &Bench, key: &StickKey) -> Result<VmBuilder, Failure> {
     let handover = Handover::Client(ClientHandover { key: key.clone() }).to_cpio()?;
-    Ok(machine(bench, "desktop", &handover.0).nic("cable", NicModel::VirtioPlain, cable, DESKTOP_MAC))
+    Ok(machine(bench, "desktop", &handover.0))
 }
 
 fn machine(bench: &Bench, name: &str, handover: &[u8]) -> VmBuilder {

@@ -1,0 +1,158 @@
+//! The link under load: what is written while it fails is written once, in order, and nobody gets an error.
+//!
+//! The payload is `payload-init`: a program that writes block by block and flushes each.
+
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use stiefel_initrd_builder::overlay;
+use stiefel_shared::cpio;
+use stiefel_shared::handover::{Encryption, Part};
+use stiefel_tests::scenario::{Failure, LOAD_BLOCKS, patience, pattern};
+use stiefel_tests::{NicModel, Vm, Wire, re};
+
+use crate::Bench;
+use crate::tiny::{DESKTOP_MAC, LAPTOP_MAC, Server, client_without_nic, key};
+
+/// The most of the traffic that is recorded, in bytes: more than there is.
+const RECORD: u64 = 400 << 20;
+
+/// Two machines, and the cable between them.
+struct Pair {
+    laptop: Vm,
+    desktop: Vm,
+    wire: Wire,
+    dir: tempfile::TempDir,
+}
+
+impl Pair {
+    /// Boots both up to where the desktop has begun to write.
+    fn writing(bench: &Bench, encryption: Encryption) -> Result<Self, Failure> {
+        let dir = tempfile::tempdir_in(bench.kit.dir())?;
+        let wire = Wire::relayed(RECORD)?;
+        let key = key(bench, "stick")?;
+        let parts = payload(bench)?;
+        let laptop = Server {
+            encryption,
+            parts,
+            nic: NicModel::Usb,
+            ..Server::new(&key)
+        }
+        .machine(bench, &wire.a(), dir.path())?
+        .start()?;
+        let desktop = client_without_nic(bench, &key)?
+            .nic("cable", NicModel::Usb, &wire.b(), DESKTOP_MAC)
+            .start()?;
+        laptop
+            .serial()
+            .expect("stiefel: ready; waiting for the desktop", patience::SERVING)?;
+        desktop
+            .serial()
+            .expect("load: wrote 4", patience::STICK + patience::BUNDLE + patience::ATTACH)?;
+        Ok(Self {
+            laptop,
+            desktop,
+            wire,
+            dir,
+        })
+    }
+
+    /// Waits until all is written, and checks it: on the desktop, in its kernel's log, and on the laptop's disk.
+    fn all_is_written(self) -> Result<(), Failure> {
+        self.desktop.serial().expect("load: done", Duration::from_secs(60))?;
+        for bad in ["load: ERROR", "I/O error", "Buffer I/O"] {
+            if self.desktop.serial().said(bad)? {
+                return Err(format!(
+                    "the desktop says {bad:?}; its console: {}",
+                    self.desktop.serial().log().display()
+                )
+                .into());
+            }
+        }
+        drop(self.desktop);
+        drop(self.laptop);
+        check_disk(&self.dir.path().join("disk.img"))
+    }
+}
+
+fn check_disk(image: &Path) -> Result<(), Failure> {
+    let disk = std::fs::read(image)?;
+    for (number, block) in (0..LOAD_BLOCKS).zip(disk.chunks(1 << 20)) {
+        if block != pattern(number) {
+            return Err(format!("block {number} on the laptop's disk is not what the desktop wrote").into());
+        }
+    }
+    Ok(())
+}
+
+/// A payload that writes: Debian's kernel, our program as `/init`, and the overlay of its modules.
+fn payload(bench: &Bench) -> Result<Vec<(Part, Vec<u8>)>, Failure> {
+    let installed = bench.kit.installed();
+    let program = std::env::current_exe()?.with_file_name("payload-init");
+    let mut initrd = cpio::Writer::new(Vec::new());
+    initrd.dir("dev", 0o755)?;
+    initrd.node("dev/console", 0o600, 5, 1)?;
+    initrd.file("init", 0o755, &std::fs::read(program)?)?;
+    let overlay = overlay::overlay(&installed.modules, &[], &[], true)?;
+    Ok(vec![
+        (Part::Kernel, std::fs::read(&installed.kernel)?),
+        (Part::Initrd, initrd.finish()?),
+        (Part::Overlay, overlay.bytes),
+    ])
+}
+
+/// The cable is out for 20 s, with and without the tunnel; and for longer than the kernel waits for an answer.
+pub(crate) fn cable_out(bench: &Bench) -> Result<(), Failure> {
+    for (encryption, seconds) in [
+        (Encryption::Wireguard, 20),
+        (Encryption::None, 20),
+        (Encryption::Wireguard, 100),
+    ] {
+        let pair = Pair::writing(bench, encryption)?;
+        pair.wire.set_cut(true)?;
+        sleep(Duration::from_secs(seconds));
+        pair.wire.set_cut(false)?;
+        pair.all_is_written()?;
+    }
+    Ok(())
+}
+
+/// The desktop's adapter is pulled out and plugged in again: it has another interface index then.
+pub(crate) fn desktop_replug(bench: &Bench) -> Result<(), Failure> {
+    for encryption in [Encryption::Wireguard, Encryption::None] {
+        let pair = Pair::writing(bench, encryption)?;
+        pair.desktop.unplug_usb_nic("cable")?;
+        sleep(Duration::from_secs(5));
+        pair.desktop.plug_usb_nic("cable", &pair.wire.b(), DESKTOP_MAC)?;
+        pair.all_is_written()?;
+    }
+    Ok(())
+}
+
+/// The laptop's adapter is.
+pub(crate) fn laptop_replug(bench: &Bench) -> Result<(), Failure> {
+    for encryption in [Encryption::Wireguard, Encryption::None] {
+        let pair = Pair::writing(bench, encryption)?;
+        pair.laptop.unplug_usb_nic("cable")?;
+        sleep(Duration::from_secs(5));
+        pair.laptop.plug_usb_nic("cable", &pair.wire.a(), LAPTOP_MAC)?;
+        pair.all_is_written()?;
+    }
+    Ok(())
+}
+
+/// Who records the traffic finds nothing of the disk in it with the tunnel; without, the same search finds it.
+pub(crate) fn recorded(bench: &Bench) -> Result<(), Failure> {
+    for (encryption, found) in [(Encryption::Wireguard, false), (Encryption::None, true)] {
+        let pair = Pair::writing(bench, encryption)?;
+        pair.desktop
+            .serial()
+            .expect(re("load: wrote 8"), Duration::from_secs(60))?;
+        if pair.wire.carried(&pattern(6)[..64])? != found {
+            let what = if found { "is not" } else { "is" };
+            return Err(format!("what was written to the disk {what} in the recorded traffic ({encryption:?})").into());
+        }
+    }
+    Ok(())
+}

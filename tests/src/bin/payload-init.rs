@@ -1,0 +1,51 @@
+//! A payload for tests of the link: instead of a distribution's `/init`, it writes to the disk, block by block, each flushed,
+//! says so on the console, reads all back, and waits.
+//!
+//! Block n (of 1 MiB) of /dev/nbd0 gets [`pattern`] n; the end-to-end tests check the laptop's disk image for the same.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use rustix::mount::{MountFlags, mount};
+use stiefel_tests::scenario::{LOAD_BLOCKS, pattern};
+
+fn main() {
+    if let Err(error) = run() {
+        say(&format!("load: ERROR {error}"));
+    }
+    loop {
+        // The kernel panics when it ends.
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+fn run() -> std::io::Result<()> {
+    for (fstype, target) in [("proc", "/proc"), ("devtmpfs", "/dev"), ("tmpfs", "/run")] {
+        std::fs::create_dir_all(target)?;
+        mount(fstype, target, fstype, MountFlags::empty(), None)?;
+    }
+    let disk = File::options().read(true).write(true).open("/dev/nbd0")?;
+    say("load: begin");
+    for number in 0..LOAD_BLOCKS {
+        disk.write_all_at(&pattern(number), number << 20)?;
+        disk.sync_all()?;
+        say(&format!("load: wrote {number}"));
+    }
+    let mut read = vec![0; 1 << 20];
+    for number in 0..LOAD_BLOCKS {
+        disk.read_exact_at(&mut read, number << 20)?;
+        if read != pattern(number) {
+            say(&format!("load: ERROR block {number} is not what was written"));
+        }
+    }
+    say("load: done");
+    Ok(())
+}
+
+fn say(text: &str) {
+    let console = File::options().write(true).open("/dev/console");
+    // Nobody else could be told.
+    let _ = console.and_then(|mut console| writeln!(console, "{text}"));
+}
