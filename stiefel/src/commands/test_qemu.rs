@@ -196,7 +196,9 @@ fn server(args: &ServerArgs) -> Result<(), Failure> {
         let (stays, left) = mpsc::channel();
         let laptop = &laptop;
         scope.spawn(move || match plug_when_up(laptop, &end, &left) {
-            Err(error) if !has_left(&left) => eprintln!("\r\nthe NIC could not be plugged in: {error}\r"),
+            Err(error) if !has_left(&left) && stop::check().is_ok() => {
+                eprintln!("\r\nthe NIC could not be plugged in: {error}\r")
+            }
             _ => {}
         });
         let done = laptop.interact();
