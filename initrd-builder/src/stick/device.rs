@@ -8,6 +8,8 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use stiefel_sys::block;
+
 /// sysfs counts sizes in these, whatever the disk's sectors are.
 const SYSFS_SECTOR: u64 = 512;
 
@@ -233,8 +235,8 @@ impl Default for Roots {
 
 impl Roots {
     fn describe(&self, path: &Path, device: u64) -> Result<DeviceInfo, DeviceError> {
-        let number = format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
-        let link = self.sys.join("dev/block").join(&number);
+        let number = (rustix::fs::major(device), rustix::fs::minor(device));
+        let link = self.sys.join(format!("dev/block/{}:{}", number.0, number.1));
         let dir = link
             .canonicalize()
             .map_err(|source| DeviceError::Look { path: link, source })?;
@@ -249,7 +251,17 @@ impl Roots {
                 what,
             });
         }
-        let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let disk = block::whole_disks_of_device(&self.sys, number)
+            .map_err(|error| DeviceError::Look {
+                path: path.to_owned(),
+                source: io::Error::other(error),
+            })?
+            .into_iter()
+            .find(|disk| disk.device == number)
+            .ok_or_else(|| DeviceError::NotAWholeDisk {
+                path: path.to_owned(),
+                what: "something on top of other disks",
+            })?;
         let mut parts: Vec<PathBuf> = fs::read_dir(&dir)
             .map_err(|source| DeviceError::Look {
                 path: dir.clone(),
@@ -279,15 +291,15 @@ impl Roots {
         Ok(DeviceInfo {
             path: path.to_owned(),
             model: words.join(" "),
-            bytes: number_in(&dir.join("size")).saturating_mul(SYSFS_SECTOR),
-            sector_bytes: number_in(&dir.join("queue/logical_block_size")),
-            removable: number_in(&dir.join("removable")) == 1 || on_usb || sd_card,
-            read_only: number_in(&dir.join("ro")) == 1,
+            bytes: disk.size,
+            sector_bytes: disk.logical_block_size.into(),
+            removable: disk.removable || on_usb || sd_card,
+            read_only: disk.read_only,
             uses: self.uses(std::iter::once(&dir).chain(&parts))?,
-            serial: serial_of(&dir),
+            serial: disk.serial.unwrap_or_else(|| usb_serial(&dir)),
             diskseq: number_in(&dir.join("diskseq")),
             partitions,
-            name,
+            name: disk.name,
             device,
         })
     }
@@ -344,12 +356,8 @@ fn base_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// A disk's own serial number, else that of the USB device it belongs to; empty if there is none.
-fn serial_of(dir: &Path) -> String {
-    let own = text_in(&dir.join("device/serial"));
-    if !own.is_empty() {
-        return own;
-    }
+/// The serial number of the USB device that a disk belongs to; empty if there is none.
+fn usb_serial(dir: &Path) -> String {
     // Only USB devices have both files.
     dir.ancestors()
         .find(|folder| folder.join("idVendor").exists())
@@ -560,5 +568,21 @@ mod tests {
             .check_same_in(&roots, rustix::fs::makedev(8, 400), true)
             .unwrap_err();
         assert!(matches!(error, DeviceError::InUse { .. }), "{error}");
+    }
+
+    #[test]
+    fn what_lies_on_other_disks_is_no_whole_disk() {
+        let (root, roots) = machine();
+        let slaves = root.path().join("sys/devices/pci0/virtio0/block/vdz/slaves");
+        fs::create_dir_all(&slaves).unwrap();
+        symlink(
+            root.path().join("sys/devices/pci0/usb1/1-1/block/sdz"),
+            slaves.join("sdz"),
+        )
+        .unwrap();
+        let error = roots
+            .describe(Path::new("/dev/vdz"), rustix::fs::makedev(254, 32))
+            .unwrap_err();
+        assert!(matches!(error, DeviceError::NotAWholeDisk { .. }), "{error}");
     }
 }
