@@ -156,6 +156,7 @@ fn write(
 mod tests {
     use super::*;
     use std::path::PathBuf;
+    use stiefel_shared::handover::{DiskIdentity, Encryption};
 
     fn files(contents: &[&[u8]]) -> (tempfile::TempDir, Vec<PathBuf>) {
         let dir = tempfile::tempdir().unwrap();
@@ -217,5 +218,50 @@ mod tests {
         assert_eq!(insert("ro quiet", "x=1"), "ro quiet x=1");
         assert_eq!(insert("ro -- foo", "x=1"), "ro x=1 -- foo");
         assert_eq!(insert("", "x=1"), "x=1");
+    }
+
+    #[test]
+    fn a_module_that_the_configuration_names_is_in_the_overlay() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str, bytes: &[u8]| {
+            let path = dir.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+            path
+        };
+        put("modules/6.1.0-test/modules.dep", b"kernel/nbd.ko:\nextra/special.ko:\n");
+        put("modules/6.1.0-test/kernel/nbd.ko", b"\x7fELF");
+        put("modules/6.1.0-test/extra/special.ko", b"\x7fELF");
+        let part = serde_json::json!({"bytes": 0, "sha256": ""});
+        let manifest = serde_json::json!({
+            "stiefel_version": "0", "kernel_version": "6.1", "kernel": part, "ramdisk": part, "unpacked_bytes": 0,
+            "modules": 0, "firmware": 0, "missing_firmware": 0, "classes": [],
+        });
+        let mut collected = Collected {
+            kernel: put("kernel", b"kernel"),
+            ramdisk: put("ramdisk", b"ramdisk"),
+            manifest: serde_json::from_value(manifest).unwrap(),
+            keys: Vec::new(),
+            hostname: "laptop".to_owned(),
+            disk: "/dev/sda".into(),
+            identity: DiskIdentity::default(),
+            payload: crate::payload::FoundPayload {
+                kernel: put("kernel", b"kernel"),
+                initrds: vec![put("initrd", b"initrd")],
+                cmdline: String::new(),
+                version: "6.1.0-test".to_owned(),
+                modules: dir.path().join("modules/6.1.0-test"),
+                reason: String::new(),
+            },
+            session: stiefel_shared::config::Session::default(),
+            encryption: Encryption::None,
+            modules: vec!["default".to_owned()],
+            firmware: Vec::new(),
+            zstd: false,
+            memory: None,
+        };
+        assert_eq!(collected.image().unwrap().modules, 1);
+        collected.modules.push("special".to_owned());
+        assert_eq!(collected.image().unwrap().modules, 2);
     }
 }
