@@ -498,6 +498,17 @@ mod tests {
     }
 
     #[test]
+    fn the_example_of_the_configuration_names_every_class_of_modules() {
+        let text = stiefel_shared::config::EXAMPLE;
+        let (_, after) = text.split_once("Classes:").unwrap();
+        let (classes, _) = after.split_once("console.").unwrap();
+        let named: BTreeSet<&str> = classes.split(|c: char| !c.is_ascii_alphanumeric()).collect();
+        for class in stiefel_initrd_builder::modules::CLASSES {
+            assert!(named.contains(class.name), "{}", class.name);
+        }
+    }
+
+    #[test]
     fn without_a_ramdisk_the_next_step_is_to_build_one() {
         let dir = tempfile::tempdir().unwrap();
         let error = collect(dir.path(), &Config::default()).unwrap_err();

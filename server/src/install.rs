@@ -209,7 +209,7 @@ pub fn install(options: &InstallOptions) -> Result<(), InstallError> {
         println!("keep     {CONFIG_PATH} (it is there already; the one you gave is not used)");
     }
     if changes.is_empty() && obsolete.is_empty() {
-        println!("everything is in place already");
+        println!("everything is in place already; after a change of {CONFIG_PATH}: systemctl restart {UNIT}");
         return Ok(());
     }
     changes.iter().for_each(|change| println!("{change}"));

@@ -77,9 +77,27 @@ pub struct Load {
 }
 
 /// `modules`: what goes into the ramdisk.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(transparent)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Modules(pub Vec<String>);
+
+impl<'de> Deserialize<'de> for Modules {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct ModulesVisitor;
+        impl<'de> Visitor<'de> for ModulesVisitor {
+            type Value = Modules;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list such as [default, debug]")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Modules, E> {
+                Err(E::invalid_type(de::Unexpected::Str(text), &self))
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, seq: A) -> Result<Modules, A::Error> {
+                Vec::deserialize(de::value::SeqAccessDeserializer::new(seq)).map(Modules)
+            }
+        }
+        from.deserialize_any(ModulesVisitor)
+    }
+}
 
 impl Default for Modules {
     fn default() -> Self {
@@ -584,7 +602,8 @@ mod tests {
             ("link: {encryption: rot13}", "wireguard"),
             ("session: {after: sleep}", "poweroff"),
             ("session: {swap: maybe}", "bool"),
-            ("modules: 5", "seq"),
+            ("modules: 5", "a list such as [default, debug]"),
+            ("modules: debug", "a list such as [default, debug]"),
         ] {
             let text = error(yaml);
             assert!(text.contains(accepted), "{yaml}: {text}");
