@@ -102,13 +102,16 @@ fn payload(bench: &Bench) -> Result<Vec<(Part, Vec<u8>)>, Failure> {
     ])
 }
 
+/// The short run, or with `--full` all of them.
+fn chosen<T: Copy>(bench: &Bench, all: &[T]) -> Vec<T> {
+    let count = if bench.full { all.len() } else { 1 };
+    all.iter().copied().take(count).collect()
+}
+
 /// The cable is out for 20 s, with and without the tunnel; and for longer than the kernel waits for an answer.
 pub(crate) fn cable_out(bench: &Bench) -> Result<(), Failure> {
-    for (encryption, seconds) in [
-        (Encryption::Wireguard, 20),
-        (Encryption::None, 20),
-        (Encryption::Wireguard, 100),
-    ] {
+    let all = [(Encryption::Wireguard, 20), (Encryption::Wireguard, 100), (Encryption::None, 20), (Encryption::None, 100)];
+    for (encryption, seconds) in chosen(bench, &all) {
         let pair = Pair::writing(bench, encryption)?;
         pair.wire.set_cut(true)?;
         sleep(Duration::from_secs(seconds));
@@ -120,7 +123,7 @@ pub(crate) fn cable_out(bench: &Bench) -> Result<(), Failure> {
 
 /// The desktop's adapter is pulled out and plugged in again: it has another interface index then.
 pub(crate) fn desktop_replug(bench: &Bench) -> Result<(), Failure> {
-    for encryption in [Encryption::Wireguard, Encryption::None] {
+    for encryption in chosen(bench, &[Encryption::Wireguard, Encryption::None]) {
         let pair = Pair::writing(bench, encryption)?;
         pair.desktop.unplug_usb_nic("cable")?;
         sleep(Duration::from_secs(5));
@@ -132,7 +135,7 @@ pub(crate) fn desktop_replug(bench: &Bench) -> Result<(), Failure> {
 
 /// The laptop's adapter is.
 pub(crate) fn laptop_replug(bench: &Bench) -> Result<(), Failure> {
-    for encryption in [Encryption::Wireguard, Encryption::None] {
+    for encryption in chosen(bench, &[Encryption::None, Encryption::Wireguard]) {
         let pair = Pair::writing(bench, encryption)?;
         pair.laptop.unplug_usb_nic("cable")?;
         sleep(Duration::from_secs(5));

@@ -1,6 +1,6 @@
 //! The end-to-end tests: stiefel in virtual machines, as its users run it.
 //!
-//! `e2e --program FILE [--list] [NAME …]` runs the tests whose names contain one of the given words, or all. Each prints
+//! `e2e --program FILE [--full] [--list] [NAME …]` runs the tests whose names contain one of the given words, or all. Each prints
 //! one line; the last line counts them. Exit status 1 if one failed, 2 if none could be run or a signal came. Serial logs
 //! stay in the harness's log folder.
 
@@ -24,6 +24,8 @@ struct Bench {
     kit: Kit,
     /// The program under test.
     program: PathBuf,
+    /// Whether the long matrices run, too.
+    full: bool,
 }
 
 struct Test {
@@ -90,6 +92,7 @@ struct Arguments {
     program: PathBuf,
     words: Vec<String>,
     list: bool,
+    full: bool,
 }
 
 fn arguments() -> Result<Arguments, Failure> {
@@ -97,14 +100,16 @@ fn arguments() -> Result<Arguments, Failure> {
         program: PathBuf::new(),
         words: Vec::new(),
         list: false,
+        full: false,
     };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--program" => parsed.program = args.next().ok_or("--program wants a file")?.into(),
             "--list" => parsed.list = true,
+            "--full" => parsed.full = true,
             word if !word.starts_with('-') => parsed.words.push(word.to_owned()),
-            other => return Err(format!("{other} is not known; accepted: --program FILE, --list, names").into()),
+            other => return Err(format!("{other} is not known; accepted: --program FILE, --full, --list, names").into()),
         }
     }
     if !parsed.list && !parsed.program.is_file() {
@@ -165,6 +170,7 @@ fn run() -> Result<bool, Failure> {
     );
     let begun = Instant::now();
     let bench = Bench {
+        full: arguments.full,
         kit: Kit::prepare(&arguments.program, None)?,
         program: arguments.program,
     };
