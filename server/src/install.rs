@@ -325,12 +325,18 @@ fn change(tree: &Tree, record: &Record, wanted: Wanted) -> Result<Option<Change>
         Action::Permit
     } else if recorded.is_some_and(|entry| entry.made(&digest_found)) || wanted.path.starts_with(STATE_DIR) {
         Action::Update(digest_found)
-    } else if recorded.is_some_and(|entry| entry.before.is_none()) {
+    } else if recorded.is_some_and(|entry| !is_kept(tree, entry, &digest_found)) {
         Action::Overrule(free_name(tree, EDITED, &wanted.path, &digest_found)?)
     } else {
         Action::Replace(free_name(tree, BEFORE, &wanted.path, &digest_found)?)
     };
     Ok(Some(Change { wanted, action, kind }))
+}
+
+/// Whether a copy of just this file was kept aside: an install was cut off before it replaced it.
+fn is_kept(tree: &Tree, entry: &Entry, digest_found: &str) -> bool {
+    let before = entry.before.as_ref().map(|before| tree.path(before));
+    before.and_then(|before| uninstall::digest_of(&before)).as_deref() == Some(digest_found)
 }
 
 /// Begins the names of copies of files that were there before ours.

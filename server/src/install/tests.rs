@@ -445,6 +445,27 @@ fn what_the_admin_changed_is_kept_when_it_is_replaced() {
 }
 
 #[test]
+fn what_took_another_s_place_and_was_changed_is_kept_and_the_first_put_back() {
+    let laptop = Laptop::new();
+    laptop.write(PROGRAM, "somebody else's");
+    let before = laptop.tree();
+    laptop.install().unwrap();
+    laptop.write(PROGRAM, "changed by hand");
+    laptop.install().unwrap();
+    let tree = laptop.tree();
+    assert_eq!(
+        tree["var/lib/stiefel/before!usr!local!bin!stiefel"].1,
+        b"somebody else's"
+    );
+    assert_eq!(
+        tree["var/lib/stiefel/edited!usr!local!bin!stiefel"].1,
+        b"changed by hand"
+    );
+    laptop.uninstall(true).unwrap();
+    assert_eq!(laptop.tree(), before);
+}
+
+#[test]
 fn a_copy_that_is_gone_is_complained_of_before_anything_is_removed() {
     let laptop = Laptop::new();
     laptop.write(PROGRAM, "somebody else's");

@@ -10,7 +10,7 @@ use stiefel_shared::config::CONFIG_PATH;
 use super::files::{self, Staged};
 use super::record::{Entry, Kind, Record, place};
 use super::wanted::{Fate, UNIT};
-use super::{EDITED, InstallError, check_root, confirm, reload_network_managers, tell, written};
+use super::{EDITED, InstallError, check_root, confirm, is_kept, reload_network_managers, tell, written};
 use crate::collect::{KEYS_DIR, STATE_DIR};
 use crate::tree::Tree;
 
@@ -144,15 +144,11 @@ fn is_unchanged(tree: &Tree, entry: &Entry) -> bool {
     match &entry.kind {
         Kind::Folder => true,
         Kind::Link(target) => fs::read_link(path).is_ok_and(|found| found == Path::new(target)),
-        Kind::File(_) => digest_of(&path).is_some_and(|found| {
-            // A cut-off install has not replaced it yet.
-            let kept = || entry.before.as_ref().and_then(|before| digest_of(&tree.path(before)));
-            entry.made(&found) || kept() == Some(found)
-        }),
+        Kind::File(_) => digest_of(&path).is_some_and(|found| entry.made(&found) || is_kept(tree, entry, &found)),
     }
 }
 
-fn digest_of(path: &Path) -> Option<String> {
+pub(super) fn digest_of(path: &Path) -> Option<String> {
     let mut file = File::open(path).ok()?;
     files::digest(&mut file).ok()
 }
