@@ -133,3 +133,22 @@ fn build_with(options: &RamdiskOptions) -> anyhow::Result<BuildReport> {
     }
     Ok(report)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_not_write_there_is_told_of_out() {
+        let failed = |kind: ErrorKind| {
+            with_next_step(RamdiskError::Write {
+                path: "/var/lib/stiefel".into(),
+                source: kind.into(),
+            })
+        };
+        let denied = failed(ErrorKind::PermissionDenied);
+        assert!(denied.to_string().contains("--out"), "{denied}");
+        assert!(format!("{denied:#}").contains("/var/lib/stiefel"), "{denied:#}");
+        assert!(!failed(ErrorKind::StorageFull).to_string().contains("--out"));
+    }
+}
