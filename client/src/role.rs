@@ -129,7 +129,9 @@ impl Screen {
     /// Nobody has answered for a while.
     fn hint(&self) {
         if let Some((hostname, State::Waking)) = &self.last {
-            self.console.info(&format!("{hostname} ends its programs and starts to serve; still waiting for it"));
+            self.console.info(&format!(
+                "{hostname} ends its programs and starts to serve; still waiting for it"
+            ));
         } else if self.interfaces.is_empty() {
             self.console
                 .warn("no network adapter with a cable that carries a signal; plug the cable in at both ends");

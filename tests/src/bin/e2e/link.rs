@@ -110,7 +110,12 @@ fn chosen<T: Copy>(bench: &Bench, all: &[T]) -> Vec<T> {
 
 /// The cable is out for 20 s, with and without the tunnel; and for longer than the kernel waits for an answer.
 pub(crate) fn cable_out(bench: &Bench) -> Result<(), Failure> {
-    let all = [(Encryption::Wireguard, 20), (Encryption::Wireguard, 100), (Encryption::None, 20), (Encryption::None, 100)];
+    let all = [
+        (Encryption::Wireguard, 20),
+        (Encryption::Wireguard, 100),
+        (Encryption::None, 20),
+        (Encryption::None, 100),
+    ];
     for (encryption, seconds) in chosen(bench, &all) {
         let pair = Pair::writing(bench, encryption)?;
         pair.wire.set_cut(true)?;

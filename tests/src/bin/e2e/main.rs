@@ -109,7 +109,9 @@ fn arguments() -> Result<Arguments, Failure> {
             "--list" => parsed.list = true,
             "--full" => parsed.full = true,
             word if !word.starts_with('-') => parsed.words.push(word.to_owned()),
-            other => return Err(format!("{other} is not known; accepted: --program FILE, --full, --list, names").into()),
+            other => {
+                return Err(format!("{other} is not known; accepted: --program FILE, --full, --list, names").into());
+            }
         }
     }
     if !parsed.list && !parsed.program.is_file() {
