@@ -100,6 +100,8 @@ struct Keeper<'a> {
     guarded: bool,
     /// Since when the disk's connection is lost.
     lost: Option<Instant>,
+    /// The link could not be mended at the last try.
+    mend: bool,
 }
 
 impl<'a> Keeper<'a> {
@@ -118,6 +120,7 @@ impl<'a> Keeper<'a> {
             links: LinkMonitor::open()?,
             guarded: false,
             lost: None,
+            mend: false,
         };
         process::lock_memory().context("cannot lock the keeper in memory")?;
         if let Err(error) = process::oom_protect(&home("proc")) {
@@ -158,7 +161,8 @@ impl<'a> Keeper<'a> {
         if !self.guarded {
             fds.push(PollFd::new(&self.mounts, PollFlags::PRI));
         }
-        let patience = self.lost.and_then(|_| Timespec::try_from(AGAIN).ok());
+        let again = self.lost.is_some() || self.mend;
+        let patience = if again { Timespec::try_from(AGAIN).ok() } else { None };
         match poll(&mut fds, patience.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error),
@@ -239,7 +243,7 @@ impl<'a> Keeper<'a> {
 
     /// Brings back what changed: a NIC that was plugged in again, a tunnel that somebody has altered.
     fn hear_of_links(&mut self) {
-        let mut changed = false;
+        let mut changed = std::mem::take(&mut self.mend);
         loop {
             match self.links.next(Some(Duration::ZERO)) {
                 Ok(None) => break,
@@ -258,7 +262,8 @@ impl<'a> Keeper<'a> {
         }
         if changed && let Err(error) = self.mend_links() {
             self.console
-                .error(&format!("the link to the laptop cannot be mended: {error:#}"));
+                .error(&format!("the link to the laptop cannot be mended yet: {error:#}"));
+            self.mend = true;
         }
     }
 
