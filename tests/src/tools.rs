@@ -13,8 +13,10 @@ use crate::process::{self, CommandError};
 pub enum Job {
     /// Run a virtual machine.
     Boot,
-    /// Let it boot by UEFI.
+    /// Let it boot by UEFI, from a stick.
     Uefi,
+    /// Put a shell into a ramdisk.
+    Shell,
     /// Make the laptop's disk.
     LaptopDisk,
 }
@@ -68,7 +70,13 @@ pub enum ToolsError {
 }
 
 const BOOT: &[(&str, &str)] = &[(crate::vm::QEMU, "qemu-system-x86"), ("setpriv", "util-linux")];
-const UEFI: &[(&str, &str)] = &[(crate::vm::OVMF_CODE, "ovmf"), (crate::vm::OVMF_VARS, "ovmf")];
+const UEFI: &[(&str, &str)] = &[
+    (crate::vm::OVMF_CODE, "ovmf"),
+    (crate::vm::OVMF_VARS, "ovmf"),
+    ("/usr/lib/systemd/boot/efi/linuxx64.efi.stub", "systemd-boot-efi"),
+];
+/// A static one, which a ramdisk can take.
+const SHELL: &[(&str, &str)] = &[("/bin/busybox", "busybox-static")];
 const LAPTOP_DISK: &[(&str, &str)] = &[
     ("mmdebstrap", "mmdebstrap"),
     ("sgdisk", "gdisk"),
@@ -95,6 +103,7 @@ fn needed(jobs: &[Job], root: bool) -> Vec<(&'static str, &'static str)> {
         match job {
             Job::Boot => all.extend_from_slice(BOOT),
             Job::Uefi => all.extend_from_slice(UEFI),
+            Job::Shell => all.extend_from_slice(SHELL),
             Job::LaptopDisk => {
                 all.extend_from_slice(LAPTOP_DISK);
                 if !root {
@@ -179,7 +188,7 @@ fn apt_get(arguments: &[&str]) -> Result<(), CommandError> {
 mod tests {
     use super::*;
 
-    const ALL: [Job; 3] = [Job::Boot, Job::Uefi, Job::LaptopDisk];
+    const ALL: [Job; 4] = [Job::Boot, Job::Uefi, Job::Shell, Job::LaptopDisk];
 
     #[test]
     fn qemu_utils_is_never_asked_for() {

@@ -106,7 +106,7 @@ struct CableArgs {
 /// Runs it.
 pub(crate) fn run(args: TestQemuArgs) -> anyhow::Result<()> {
     let jobs: &[Job] = match args.what {
-        What::Ramdisk(_) => &[Job::Boot, Job::LaptopDisk],
+        What::Ramdisk(_) => &[Job::Boot, Job::LaptopDisk, Job::Shell],
         _ => &[Job::Boot, Job::Uefi, Job::LaptopDisk],
     };
     tools::install(&tools::missing(jobs), args.yes)?;
@@ -249,9 +249,6 @@ fn client(args: &ClientArgs) -> Result<(), Failure> {
 }
 
 fn ramdisk(args: &RamdiskArgs) -> Result<(), Failure> {
-    if !Path::new(BUSYBOX).exists() {
-        return Err(format!("there is no {BUSYBOX}; install a static one (Debian: busybox-static)").into());
-    }
     let kit = prepare(Some(Path::new(BUSYBOX)))?;
     let folder = kit.ramdisk();
     let (given, words) = (&args.kernel, args.kernel.words());
