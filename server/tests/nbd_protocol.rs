@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use nbd_support::{Answer, Client, Fixture, PATIENCE, is_closed};
 use proptest::prelude::*;
-use stiefel_server::nbd::{DropError, ExportOptions, Limits};
+use stiefel_server::nbd::{DropError, ExportError, ExportOptions, Limits};
 use stiefel_shared::nbd::*;
 
 const MIB: u32 = 1 << 20;
@@ -76,7 +76,7 @@ fn each_wrong_request_gets_its_error_and_the_connection_goes_on() {
         (CMD_WRITE, 1 << 9, 0, 512, Errno::Inval),
         (CMD_FLUSH, 0, 512, 0, Errno::Inval),
         (CMD_BLOCK_STATUS, 0, 0, 512, Errno::Inval),
-        (8, 0, 0, 512, Errno::Inval),
+        (CMD_RESIZE, 0, 0, 512, Errno::Inval),
         (4711, 0, 0, 512, Errno::Inval),
     ] {
         expect_error(&mut client, command, flags, offset, length, errno);
@@ -177,19 +177,195 @@ fn block_status_shows_holes_to_who_selected_the_context() {
     assert_eq!(parse_meta_context(&replies[0].1).unwrap(), (1, BASE_ALLOCATION.into()));
     client.go(&[]);
     client.write(u64::from(MIB), &vec![1; MIB as usize]);
-    let hole = |length| Extent {
-        length,
+    let hole = |length: u32| Extent {
+        length: length.into(),
         state: STATE_HOLE | STATE_ZERO,
     };
     let status = client.ask(CMD_BLOCK_STATUS, 0, 0, 4 * MIB, &[]);
     assert_eq!(
         status,
-        Answer::Status(vec![hole(MIB), Extent { length: MIB, state: 0 }, hole(2 * MIB)])
+        Answer::Status(vec![
+            hole(MIB),
+            Extent {
+                length: MIB.into(),
+                state: 0
+            },
+            hole(2 * MIB)
+        ])
     );
     assert_eq!(
         client.ask(CMD_BLOCK_STATUS, CMD_FLAG_REQ_ONE, 0, 4096, &[]),
         Answer::Status(vec![hole(4096)])
     );
+}
+
+#[test]
+fn long_structured_reads_come_in_chunks_with_holes_unless_df_forbids() {
+    let fixture = Fixture::new(u64::from(8 * MIB));
+    let mut client = fixture.client();
+    client.write(u64::from(2 * MIB), &vec![7; MIB as usize]);
+    let expected = [
+        vec![0; 2 * MIB as usize],
+        vec![7; MIB as usize],
+        vec![0; 5 * MIB as usize],
+    ]
+    .concat();
+    assert!(client.read(0, 8 * MIB) == expected);
+    assert_eq!(client.holes, 2);
+    assert!(client.parts > 4, "data come in pieces");
+    (client.parts, client.holes) = (0, 0);
+    let whole = client.ask(CMD_READ, CMD_FLAG_DF, 0, 8 * MIB, &[]);
+    assert!(whole == Answer::Data(0, expected.clone()));
+    assert_eq!((client.parts, client.holes), (1, 0));
+    assert!(fixture.simple_client().read(0, 8 * MIB) == expected);
+    // Unaligned, and longer than a pipe holds.
+    for (offset, length) in [(1, 2 * MIB), (2 * MIB - 3, MIB), (4095, MIB + 2), (2 * MIB + 1, 70_000)] {
+        for mut client in [fixture.client(), fixture.simple_client(), fixture.extended_client()] {
+            let part = &expected[offset as usize..][..length as usize];
+            assert!(client.read(u64::from(offset), length) == part, "{offset} {length}");
+        }
+    }
+}
+
+#[test]
+fn extended_headers_serve_everything_and_ranges_of_64_bits() {
+    let size = 6 << 30;
+    let fixture = Fixture::new(size);
+    let mut client = fixture.extended_client();
+    client.write(size - 5, b"hello");
+    client.write(0, &vec![3; 3 * MIB as usize]);
+    assert_eq!(client.read(size - 6, 6), b"\0hello");
+    assert!(client.read(0, 3 * MIB) == vec![3; 3 * MIB as usize]);
+    let whole = Asked {
+        flags: 0,
+        command: CMD_BLOCK_STATUS,
+        cookie: 9,
+        offset: 1 << 30,
+        length: (5 << 30) - 4096,
+        payload: 0,
+    };
+    let hole = Extent {
+        length: whole.length,
+        state: STATE_HOLE | STATE_ZERO,
+    };
+    assert_eq!(client.ask_extended(whole), Answer::Status(vec![hole]));
+    let zeroes = Asked {
+        command: CMD_WRITE_ZEROES,
+        offset: 0,
+        length: size,
+        ..whole
+    };
+    assert_eq!(client.ask_extended(zeroes), Answer::Done);
+    assert_eq!(client.read(size - 6, 6), [0; 6]);
+    // A write without payload, reads and writes that are too long, a payload that nobody asked for.
+    for (command, flags, length, errno) in [
+        (CMD_WRITE, 0, 512, Errno::Inval),
+        (CMD_READ, 0, 1 << 33, Errno::Overflow),
+        (CMD_TRIM, 0, 1 << 60, Errno::Inval),
+    ] {
+        let asked = Asked {
+            command,
+            flags,
+            length,
+            ..whole
+        };
+        assert_eq!(client.ask_extended(asked), Answer::Error(errno));
+    }
+    assert_eq!(client.ask(CMD_FLUSH, 0, 0, 0, &[]), Answer::Done);
+    let trim = Asked {
+        command: CMD_TRIM,
+        flags: CMD_FLAG_PAYLOAD_LEN,
+        length: 3,
+        ..whole
+    };
+    client
+        .stream
+        .write_all(&[&trim.encode_extended()[..], b"abc"].concat())
+        .unwrap();
+    assert_eq!(client.answer(0).1, Answer::Error(Errno::Inval));
+    assert_eq!(client.read(0, 1), [0]);
+}
+
+#[test]
+fn neighbouring_small_requests_in_one_batch_each_get_their_answer() {
+    let fixture = Fixture::new(u64::from(MIB));
+    for mut client in [fixture.client(), fixture.simple_client(), fixture.extended_client()] {
+        let mut batch = Vec::new();
+        let extended = client.extended;
+        let mut put = |command, cookie: u64, offset: u64, payload: &[u8]| {
+            let request = Request {
+                flags: 0,
+                command,
+                cookie,
+                offset,
+                length: 1000,
+            };
+            let mut asked = Asked::from(request);
+            if extended {
+                asked.flags = if payload.is_empty() { 0 } else { CMD_FLAG_PAYLOAD_LEN };
+                batch.extend_from_slice(&asked.encode_extended());
+            } else {
+                batch.extend_from_slice(&request.encode());
+            }
+            batch.extend_from_slice(payload);
+        };
+        for index in 0..100_u64 {
+            put(CMD_WRITE, index, index * 1000, &[index.to_le_bytes()[0]; 1000]);
+        }
+        client.stream.write_all(&batch).unwrap();
+        let mut done: Vec<_> = (0..100).map(|_| client.answer(0)).collect();
+        done.sort_by_key(|(cookie, _)| *cookie);
+        assert!(
+            done.iter()
+                .zip(0..)
+                .all(|((cookie, answer), index)| *cookie == index && *answer == Answer::Done)
+        );
+        batch = Vec::new();
+        for index in 0..100_u64 {
+            let request = Request {
+                flags: 0,
+                command: CMD_READ,
+                cookie: index,
+                offset: index * 1000,
+                length: 1000,
+            };
+            if extended {
+                batch.extend_from_slice(&Asked::from(request).encode_extended());
+            } else {
+                batch.extend_from_slice(&request.encode());
+            }
+        }
+        client.stream.write_all(&batch).unwrap();
+        for _ in 0..100 {
+            let (cookie, answer) = client.answer(1000);
+            let Answer::Data(_, data) = answer else {
+                panic!("{answer:?}")
+            };
+            assert_eq!(data, [cookie.to_le_bytes()[0]; 1000]);
+        }
+    }
+}
+
+#[test]
+fn a_writer_has_the_file_alone_and_readers_share_it() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let open = |read_only| {
+        stiefel_server::nbd::Export::open(
+            file.path(),
+            ExportOptions {
+                read_only,
+                ..ExportOptions::default()
+            },
+        )
+    };
+    let writer = open(false).unwrap();
+    assert!(matches!(open(true), Err(ExportError::InUse { .. })));
+    assert!(matches!(open(false), Err(ExportError::InUse { .. })));
+    drop(writer);
+    let readers = [open(true).unwrap(), open(true).unwrap()];
+    assert!(matches!(open(false), Err(ExportError::InUse { .. })));
+    drop(readers);
+    open(false).unwrap();
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use stiefel_server::nbd::Upper;
 use stiefel_shared::config::ConfigError;
 
 use crate::commands;
@@ -203,6 +204,10 @@ pub(crate) struct NbdArgs {
     /// Refuse every write.
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// Leave the target as it is: writes go into memory (`memory` or `memory:SIZE`, such as memory:2G; gone at the end) or
+    /// into a file that is kept.
+    #[arg(long, value_name = "memory[:SIZE]|FILE", conflicts_with = "read_only")]
+    pub(crate) overlay: Option<Upper>,
     /// The export's name.
     #[arg(long, default_value = "")]
     pub(crate) name: String,

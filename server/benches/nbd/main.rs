@@ -122,7 +122,11 @@ fn main() {
             name: "disk".into(),
             ..Default::default()
         };
-        stiefel_server::nbd::run_standalone(Path::new(file), &[address.parse().unwrap()], options).unwrap();
+        let target = stiefel_server::nbd::Target {
+            path: file.into(),
+            overlay: None,
+        };
+        stiefel_server::nbd::run_standalone(&target, &[address.parse().unwrap()], options).unwrap();
         return;
     }
     let options = Options::parse();

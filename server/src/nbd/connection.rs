@@ -1,449 +1,302 @@
-//! The engine: one connection's transmission phase, by blocking threads that take turns.
+//! One connection's transmission phase: what its threads share, and the requests that may wait for the medium.
 //!
-//! Each worker waits for its turn to receive, takes one request with its payload, lets the next worker receive, executes
-//! the request and sends the reply. So requests run concurrently and complete out of order, without a hand-over between
-//! threads. What a client that does not read its replies can hold is bounded by [`Budget`]; it holds no other connection.
-//!
-//! Specification: "Transmission".
+//! The [driver](super::driver) receives, and answers at once what needs no medium. Everything else becomes a [`Task`] on
+//! a thread that may wait, so that requests run concurrently and complete out of order. Memory: the driver's two buffers,
+//! and what tasks hold, bounded by the connection's budget. A client that does not read its replies stops its own driver
+//! and at most one other thread.
 
-use std::io::{self, BufReader, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::any::Any;
+use std::io::{self, IoSlice};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use stiefel_shared::nbd::{
-    CHUNK_LEN, Chunk, Errno, REPLY_BLOCK_STATUS, REPLY_ERROR, REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA,
-    REQUEST_LEN, Request, SimpleReply, encode_block_status, encode_error_payload,
-};
+use stiefel_shared::nbd::STATE_ZERO;
 
 use super::export::Export;
-use super::negotiate::{ALLOCATION_CONTEXT, Agreed};
-use super::request::{Bounds, Command, Refusal, validate};
+use super::negotiate::Style;
+use super::output::Output;
+use super::pipe::Pipe;
+use super::pool::Pool;
+use super::reply::{Failure, MAX_HEAD, Replies};
+use super::request::{Bounds, Command, Range};
+use super::wire::Peer;
 
-/// A worker keeps its buffer for the next request up to this size, in bytes; larger ones are given back.
-const KEPT_BUFFER: usize = 1 << 20;
-/// Stack of a worker thread, in bytes: it calls nothing deep.
-const STACK: usize = 256 << 10;
+/// Bytes that are held in memory for one request at most; longer ones go piece by piece.
+pub(super) const BIG: usize = 1 << 20;
+/// Bytes of a long request that go at a time: they stay in the processor's cache.
+pub(super) const PIECE: usize = 256 << 10;
+/// Extents looked up at a time when a long read is split at its holes.
+const EXTENTS: usize = 64;
 
-/// One client's socket, shared by those who serve it and those who may have to drop it.
-#[derive(Debug)]
-pub(super) struct Peer {
-    pub(super) stream: TcpStream,
-    /// Set: no further request is executed.
-    pub(super) closing: AtomicBool,
-}
-
-/// Reads and writes a peer's socket, within a deadline while it negotiates.
-pub(super) struct Wire {
+/// What the threads of one connection share. Dropped by the last of them, when no request runs any more.
+pub(super) struct Connection {
     pub(super) peer: Arc<Peer>,
-    pub(super) deadline: Option<Instant>,
+    pub(super) export: Arc<Export>,
+    pub(super) bounds: Bounds,
+    pub(super) style: Style,
+    pub(super) pool: Arc<Pool>,
+    pub(super) output: Output,
+    /// Tasks that run or wait for a thread.
+    pub(super) tasks: AtomicUsize,
+    /// Tasks at the same time.
+    pub(super) workers: usize,
+    /// Told of the end by being dropped, after all else.
+    pub(super) _guard: Box<dyn Any + Send + Sync>,
 }
 
-impl Wire {
-    /// Time left, never zero, which the socket would take for "for ever".
-    fn left(&self) -> io::Result<Option<Duration>> {
-        let Some(deadline) = self.deadline else { return Ok(None) };
-        match deadline.checked_duration_since(Instant::now()) {
-            Some(left) if !left.is_zero() => Ok(Some(left)),
-            _ => Err(io::ErrorKind::TimedOut.into()),
+/// What one thread needs for long requests, kept from one to the next.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// Only grows, so that it need not be zeroed anew.
+    pub(super) buffer: Vec<u8>,
+    pub(super) head: Vec<u8>,
+    /// Absent where data must pass through the buffer.
+    pub(super) pipe: Option<Pipe>,
+}
+
+impl Scratch {
+    fn part(&mut self, length: usize) -> &mut [u8] {
+        if self.buffer.len() < length {
+            self.buffer.resize(length, 0);
         }
-    }
-
-    /// Ends the deadline.
-    pub(super) fn unlimit(&mut self) -> io::Result<()> {
-        self.deadline = None;
-        self.peer.stream.set_read_timeout(None)?;
-        self.peer.stream.set_write_timeout(None)
+        &mut self.buffer[..length]
     }
 }
 
-impl Read for Wire {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if let Some(left) = self.left()? {
-            self.peer.stream.set_read_timeout(Some(left))?;
-        }
-        (&self.peer.stream).read(buffer)
-    }
-}
-
-impl Write for Wire {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        if let Some(left) = self.left()? {
-            self.peer.stream.set_write_timeout(Some(left))?;
-        }
-        (&self.peer.stream).write(data)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Bounds the payload bytes that requests hold in memory.
-struct Budget {
-    free: Mutex<u32>,
-    freed: Condvar,
-}
-
-impl Budget {
-    /// Waits until `bytes` are free; `bytes` must not be more than the whole budget.
-    fn take(&self, bytes: u32) {
-        let mut free = lock(&self.free);
-        while *free < bytes {
-            free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
-        }
-        *free -= bytes;
-    }
-
-    fn give(&self, bytes: u32) {
-        *lock(&self.free) += bytes;
-        self.freed.notify_all();
-    }
-}
-
-/// A request that was received whole, its payload in the worker's buffer.
-struct Job {
-    cookie: u64,
-    work: Result<Command, Refusal>,
+/// A request that may have to wait for the medium.
+pub(super) struct Task {
+    pub(super) replies: Replies,
+    pub(super) command: Command,
+    /// A write's payload.
+    pub(super) data: Vec<u8>,
     /// Bytes of the budget it holds.
-    held: u32,
+    pub(super) held: u32,
 }
 
-/// What a request is answered with.
-enum Reply {
-    Done,
-    /// The worker's buffer, read from this offset.
-    Data {
-        offset: u64,
-    },
-    Status(Vec<u8>),
-    Error {
-        errno: Errno,
-        message: String,
-    },
-}
-
-struct Transmission {
-    input: Mutex<Input>,
-    output: Mutex<()>,
-    peer: Arc<Peer>,
-    export: Arc<Export>,
-    bounds: Bounds,
-    structured: bool,
-    budget: Budget,
-}
-
-struct Input {
-    wire: BufReader<Wire>,
-    ended: bool,
-}
-
-/// Serves one connection until the client leaves, breaks the framing, or is dropped; every request taken has then ended.
-pub(super) fn transmit(wire: BufReader<Wire>, agreed: Agreed<Arc<Export>>, workers: usize, bytes_in_flight: u32) {
-    let Agreed {
-        export,
-        bounds,
-        structured,
-    } = agreed;
-    let transmission = Transmission {
-        peer: Arc::clone(&wire.get_ref().peer),
-        input: Mutex::new(Input { wire, ended: false }),
-        output: Mutex::new(()),
-        export,
-        budget: Budget {
-            free: Mutex::new(bytes_in_flight.max(bounds.maximum)),
-            freed: Condvar::new(),
-        },
-        bounds,
-        structured,
-    };
-    thread::scope(|scope| {
-        for _ in 1..workers {
-            let worker = thread::Builder::new().name("nbd-worker".into()).stack_size(STACK);
-            // This thread works too, so fewer helpers than wished for are enough.
-            if worker.spawn_scoped(scope, || transmission.work()).is_err() {
-                break;
-            }
-        }
-        transmission.work();
-    });
-}
-
-impl Transmission {
-    fn work(&self) {
-        let mut buffer = Vec::new();
-        while let Some(job) = self.receive(&mut buffer) {
-            let reply = self.execute(&job, &mut buffer);
-            self.export.count(!matches!(reply, Reply::Error { .. }));
-            let sent = self.send(job.cookie, &reply, &buffer);
-            if buffer.capacity() > KEPT_BUFFER {
-                buffer = Vec::new();
-            }
-            self.budget.give(job.held);
-            if sent.is_err() {
-                // Also wakes the worker that receives. Nothing more to do when it is closed already.
-                let _ = self.peer.stream.shutdown(Shutdown::Both);
-            }
-        }
-    }
-
-    /// Takes the next request with its payload; `None` when no more will come.
-    fn receive(&self, buffer: &mut Vec<u8>) -> Option<Job> {
-        let mut input = lock(&self.input);
-        if input.ended {
-            return None;
-        }
-        let job = self.take_request(&mut input.wire, buffer).ok().flatten();
-        input.ended = job.is_none();
-        job
-    }
-
-    /// An error is a closed connection or broken framing: both end it.
-    fn take_request(&self, wire: &mut BufReader<Wire>, buffer: &mut Vec<u8>) -> io::Result<Option<Job>> {
-        let mut header = [0; REQUEST_LEN];
-        wire.read_exact(&mut header)?;
-        let request = Request::parse(&header).map_err(io::Error::other)?;
-        let mut work = validate(&request, &self.bounds);
-        if work == Ok(Command::Disconnect) {
-            return Ok(None);
-        }
-        if self.peer.closing.load(Ordering::Acquire) {
-            work = Err(Refusal {
-                errno: Errno::Shutdown,
-                message: "the server drops this connection",
-            });
-        }
-        let mut held = 0;
-        match work {
-            Ok(Command::Read(range) | Command::Write { range, .. }) => held = range.length,
-            Ok(_) => {}
-            Err(_) => {
-                let length = u64::from(request.payload_len());
-                if io::copy(&mut wire.take(length), &mut io::sink())? < length {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-            }
-        }
-        self.budget.take(held);
-        if let Ok(Command::Write { range, .. }) = work
-            && let Err(error) = resize(buffer, range.length).and_then(|()| wire.read_exact(buffer))
-        {
-            self.budget.give(held);
-            return Err(error);
-        }
-        Ok(Some(Job {
-            cookie: request.cookie,
-            work,
+impl Connection {
+    /// Executes a task and has its reply sent.
+    pub(super) fn execute(&self, task: Task) {
+        let Task {
+            replies,
+            command,
+            data,
             held,
-        }))
+        } = task;
+        let mut out = Vec::new();
+        match command {
+            Command::Read { range, whole } if range.length > BIG as u64 => {
+                // Its pieces are sent as they come; an error has closed the connection.
+                let _ = self.stream_read(&mut Scratch::default(), replies, range, whole);
+            }
+            Command::Read { range, .. } => {
+                let result = self.read_whole(&mut out, replies, range);
+                self.conclude(&mut out, replies, result);
+            }
+            _ => {
+                let result = self.act(&mut out, replies, command, &data);
+                self.conclude(&mut out, replies, result);
+            }
+        }
+        drop(data);
+        self.tasks.fetch_sub(1, Ordering::AcqRel);
+        self.output.post(&self.peer.stream, out, held);
     }
 
-    fn execute(&self, job: &Job, buffer: &mut Vec<u8>) -> Reply {
-        let command = match job.work {
-            Ok(command) => command,
-            Err(Refusal { errno, message }) => {
-                return Reply::Error {
-                    errno,
-                    message: message.into(),
-                };
-            }
-        };
+    /// Counts a request and, if it failed, makes the error its reply.
+    pub(super) fn conclude(&self, out: &mut Vec<u8>, replies: Replies, result: io::Result<()>) {
+        self.export.count(result.is_ok());
+        if let Err(error) = result {
+            out.clear();
+            replies.error(out, &Failure::from(error));
+        }
+    }
+
+    /// Everything but reading; the reply goes to `out`.
+    fn act(&self, out: &mut Vec<u8>, replies: Replies, command: Command, data: &[u8]) -> io::Result<()> {
         let export = &self.export;
-        let done = match command {
-            Command::Read(range) => {
-                let read = resize(buffer, range.length).and_then(|()| export.read(range.offset, buffer));
-                return match read {
-                    Ok(()) => Reply::Data { offset: range.offset },
-                    Err(error) => failure(&error),
-                };
-            }
+        match command {
             Command::BlockStatus { range, one } => {
-                return Reply::Status(encode_block_status(ALLOCATION_CONTEXT, &export.extents(range, one)));
+                replies.status(out, &export.extents(range, one));
+                return Ok(());
             }
-            Command::Write { range, fua } => export.write(range.offset, buffer, fua),
-            Command::Flush => export.flush(),
-            Command::Trim { range, fua } => export.trim(range, fua),
-            Command::Cache(range) => export.cache(range),
+            Command::Write { range, fua } => export.write(range.offset, data, fua)?,
+            Command::Flush => export.flush()?,
+            Command::Trim { range, fua } => export.trim(range, fua)?,
+            Command::Cache(range) => export.cache(range)?,
             Command::WriteZeroes {
                 range,
                 fua,
                 no_hole,
                 fast,
-            } => export.zero(range, no_hole, fast, fua),
-            Command::Disconnect => Ok(()),
-        };
-        done.map_or_else(|error| failure(&error), |()| Reply::Done)
+            } => export.zero(range, no_hole, fast, fua)?,
+            Command::Read { .. } | Command::Disconnect => {}
+        }
+        replies.done(out);
+        Ok(())
     }
 
-    fn send(&self, cookie: u64, reply: &Reply, buffer: &[u8]) -> io::Result<()> {
-        let body: &[u8] = match reply {
-            Reply::Data { .. } => buffer,
-            Reply::Status(status) => status,
-            Reply::Done | Reply::Error { .. } => &[],
-        };
-        let head = if self.structured {
-            structured(cookie, reply, body.len())?
+    /// Reads at most [`BIG`] bytes into one reply.
+    fn read_whole(&self, out: &mut Vec<u8>, replies: Replies, range: Range) -> io::Result<()> {
+        let length = usize::try_from(range.length).map_err(io::Error::other)?;
+        out.try_reserve_exact(MAX_HEAD + length)?;
+        replies.data_head(out, range.offset, length, true);
+        let head = out.len();
+        out.resize(head + length, 0);
+        self.export.read(range.offset, &mut out[head..])
+    }
+
+    /// Answers a long read piece by piece.
+    ///
+    /// # Errors
+    /// The connection is broken, or had to be broken because the medium failed where no error can be told any more.
+    pub(super) fn stream_read(
+        &self,
+        scratch: &mut Scratch,
+        replies: Replies,
+        range: Range,
+        whole: bool,
+    ) -> io::Result<()> {
+        let sent = if replies.style != Style::Simple && !whole {
+            self.stream_chunks(scratch, replies, range)
+        } else if range.length <= BIG as u64 {
+            self.stream_piece(scratch, replies, range, true)
         } else {
-            simple(cookie, reply)?
+            self.stream_unbroken(scratch, replies, range)
         };
-        let _turn = lock(&self.output);
-        write_both(&self.peer.stream, &head, body)
-    }
-}
-
-/// Makes the buffer `length` bytes long, which the caller has checked.
-fn resize(buffer: &mut Vec<u8>, length: u32) -> io::Result<()> {
-    let length = usize::try_from(length).map_err(io::Error::other)?;
-    buffer.try_reserve_exact(length.saturating_sub(buffer.len()))?;
-    buffer.resize(length, 0);
-    Ok(())
-}
-
-/// The header of a simple reply.
-fn simple(cookie: u64, reply: &Reply) -> io::Result<Vec<u8>> {
-    let error = match reply {
-        Reply::Done | Reply::Data { .. } => 0,
-        Reply::Error { errno, .. } => errno.code(),
-        Reply::Status(_) => return Err(io::Error::other("block status needs structured replies")),
-    };
-    Ok(SimpleReply { error, cookie }.encode().to_vec())
-}
-
-/// The header of the only chunk of a structured reply, with all of the payload but `body` bytes.
-fn structured(cookie: u64, reply: &Reply, body: usize) -> io::Result<Vec<u8>> {
-    let (kind, first) = match reply {
-        Reply::Done => (REPLY_NONE, Vec::new()),
-        Reply::Data { offset } => (REPLY_OFFSET_DATA, offset.to_be_bytes().to_vec()),
-        Reply::Status(_) => (REPLY_BLOCK_STATUS, Vec::new()),
-        Reply::Error { errno, message } => (REPLY_ERROR, encode_error_payload(*errno, message)),
-    };
-    let length = u32::try_from(first.len() + body).map_err(io::Error::other)?;
-    let mut head = Vec::with_capacity(CHUNK_LEN + first.len());
-    head.extend_from_slice(
-        &Chunk {
-            flags: REPLY_FLAG_DONE,
-            kind,
-            cookie,
-            length,
+        match sent {
+            Ok(()) => self.export.count(true),
+            Err(Broken::Medium(error)) => {
+                let mut out = Vec::new();
+                self.conclude(&mut out, replies, Err(error));
+                self.send(&out)?;
+            }
+            Err(Broken::Connection(error)) => return Err(error),
         }
-        .encode(),
-    );
-    head.extend_from_slice(&first);
-    Ok(head)
-}
+        Ok(())
+    }
 
-/// Sends header and body, in one system call as long as the socket takes them.
-fn write_both(mut stream: &TcpStream, head: &[u8], body: &[u8]) -> io::Result<()> {
-    let mut slices = [IoSlice::new(head), IoSlice::new(body)];
-    let mut rest = &mut slices[..];
-    IoSlice::advance_slices(&mut rest, 0);
-    while !rest.is_empty() {
-        match stream.write_vectored(rest) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(sent) => IoSlice::advance_slices(&mut rest, sent),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+    fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        let mut turn = self.output.turn(&self.peer.stream);
+        turn.send(&mut [IoSlice::new(bytes)])
+    }
+
+    /// One head with at most [`BIG`] bytes of data, sent once they were read.
+    fn stream_piece(&self, scratch: &mut Scratch, replies: Replies, piece: Range, done: bool) -> Result<(), Broken> {
+        let length = usize::try_from(piece.length).map_err(io::Error::other)?;
+        scratch.head.clear();
+        replies.data_head(&mut scratch.head, piece.offset, length, done);
+        if let (Some(pipe), Some(file)) = (&scratch.pipe, self.export.file())
+            && Pipe::holds(piece.offset, piece.length)
+        {
+            if let Err(error) = pipe.take(file, piece.offset, length) {
+                // It holds a part that nobody wants.
+                scratch.pipe = Pipe::new().ok();
+                return Err(Broken::Medium(error));
+            }
+            self.export.count_read(length);
+            let mut turn = self.output.turn(&self.peer.stream);
+            return turn.send_from(&scratch.head, pipe, length).map_err(Broken::Connection);
         }
+        self.export.read(piece.offset, scratch.part(length))?;
+        let mut turn = self.output.turn(&self.peer.stream);
+        let mut parts = [IoSlice::new(&scratch.head), IoSlice::new(&scratch.buffer[..length])];
+        turn.send(&mut parts).map_err(Broken::Connection)
     }
-    Ok(())
+
+    /// One head for all the data. They are read once before, because no error can be told after the head.
+    fn stream_unbroken(&self, scratch: &mut Scratch, replies: Replies, range: Range) -> Result<(), Broken> {
+        for (at, length) in pieces(range) {
+            self.export.try_read(at, scratch.part(length))?;
+        }
+        let mut head = Vec::with_capacity(MAX_HEAD);
+        let length = usize::try_from(range.length).map_err(io::Error::other)?;
+        replies.data_head(&mut head, range.offset, length, true);
+        let mut turn = self.output.turn(&self.peer.stream);
+        turn.send(&mut [IoSlice::new(&head)]).map_err(Broken::Connection)?;
+        for (at, length) in pieces(range) {
+            let part = scratch.part(length);
+            if let Err(error) = self.export.read(at, part) {
+                let _ = self.peer.stream.shutdown(Shutdown::Both);
+                return Err(Broken::Connection(error));
+            }
+            turn.send(&mut [IoSlice::new(part)]).map_err(Broken::Connection)?;
+        }
+        Ok(())
+    }
+
+    /// Chunks of data and holes; other replies may come between them.
+    fn stream_chunks(&self, scratch: &mut Scratch, replies: Replies, range: Range) -> Result<(), Broken> {
+        let end = range.offset + range.length;
+        let mut at = range.offset;
+        while at < end {
+            let rest = Range {
+                offset: at,
+                length: end - at,
+            };
+            for extent in self.export.extents_up_to(rest, EXTENTS) {
+                let here = Range {
+                    offset: at,
+                    length: extent.length,
+                };
+                at += extent.length;
+                if extent.state & STATE_ZERO != 0 {
+                    let mut out = Vec::with_capacity(MAX_HEAD + 12);
+                    replies.hole(&mut out, here.offset, here.length, at == end);
+                    self.send(&out).map_err(Broken::Connection)?;
+                    continue;
+                }
+                for (offset, length) in pieces(here) {
+                    let length = length as u64;
+                    self.stream_piece(scratch, replies, Range { offset, length }, offset + length == end)?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
-/// The reply to what the medium refused ("Error values").
-fn failure(error: &io::Error) -> Reply {
-    let errno = match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => Errno::NoSpc,
-        io::ErrorKind::Unsupported => Errno::NotSup,
-        io::ErrorKind::OutOfMemory => Errno::NoMem,
-        _ => Errno::Io,
-    };
-    Reply::Error {
-        errno,
-        message: error.to_string(),
+/// Why a read did not come to its end.
+enum Broken {
+    /// The error can be told.
+    Medium(io::Error),
+    /// Nothing can be told any more.
+    Connection(io::Error),
+}
+
+impl From<io::Error> for Broken {
+    fn from(error: io::Error) -> Self {
+        Self::Medium(error)
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Cuts a range into pieces of at most [`PIECE`] bytes, at multiples of it.
+fn pieces(range: Range) -> impl Iterator<Item = (u64, usize)> {
+    let end = range.offset + range.length;
+    let mut at = range.offset;
+    std::iter::from_fn(move || {
+        let size = PIECE as u64;
+        let next = (at - at % size).saturating_add(size).min(end);
+        let piece = (at, usize::try_from(next - at).ok()?);
+        at = next;
+        (piece.1 > 0).then_some(piece)
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
-
-    use stiefel_shared::nbd::{CMD_READ, CMD_WRITE, FLAG_HAS_FLAGS, MAX_PAYLOAD};
-
     use super::*;
-    use crate::nbd::ExportOptions;
+    use proptest::prelude::*;
 
-    #[test]
-    fn a_closing_connection_answers_eshutdown_and_writes_nothing() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(4096).unwrap();
-        let export = Export::open(file.path(), ExportOptions::default()).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let peer = Arc::new(Peer {
-            stream: listener.accept().unwrap().0,
-            closing: AtomicBool::new(true),
-        });
-        let bounds = Bounds {
-            size: 4096,
-            flags: FLAG_HAS_FLAGS,
-            minimum: 1,
-            maximum: MAX_PAYLOAD,
-            block_status: false,
-        };
-        for (cookie, command) in [(1, CMD_WRITE), (2, CMD_READ)] {
-            let request = Request {
-                flags: 0,
-                command,
-                cookie,
-                offset: 0,
-                length: 512,
-            };
-            client.write_all(&request.encode()).unwrap();
-            if command == CMD_WRITE {
-                client.write_all(&[7; 512]).unwrap();
+    proptest! {
+        #[test]
+        fn pieces_cover_a_range_once(offset in 0..1_u64 << 40, length in 1_u64..4 << 20) {
+            let mut at = offset;
+            for (from, length) in pieces(Range { offset, length }) {
+                prop_assert!(from == at && (1..=PIECE).contains(&length));
+                at += length as u64;
             }
+            prop_assert_eq!(at, offset + length);
         }
-        client.shutdown(Shutdown::Write).unwrap();
-        let wire = BufReader::new(Wire { peer, deadline: None });
-        transmit(
-            wire,
-            Agreed {
-                export,
-                bounds,
-                structured: false,
-            },
-            1,
-            0,
-        );
-        let mut heard = Vec::new();
-        client.read_to_end(&mut heard).unwrap();
-        let expected = [1, 2].map(|cookie| {
-            SimpleReply {
-                error: Errno::Shutdown.code(),
-                cookie,
-            }
-            .encode()
-        });
-        assert_eq!(heard, expected.concat());
-        assert_eq!(std::fs::read(file.path()).unwrap(), vec![0; 4096]);
-    }
-
-    #[test]
-    fn errors_of_the_medium_keep_their_meaning() {
-        let errno = |kind: io::ErrorKind| match failure(&kind.into()) {
-            Reply::Error { errno, .. } => errno,
-            _ => unreachable!(),
-        };
-        assert_eq!(errno(io::ErrorKind::StorageFull), Errno::NoSpc);
-        assert_eq!(errno(io::ErrorKind::QuotaExceeded), Errno::NoSpc);
-        assert_eq!(errno(io::ErrorKind::FileTooLarge), Errno::NoSpc);
-        assert_eq!(errno(io::ErrorKind::Unsupported), Errno::NotSup);
-        assert_eq!(errno(io::ErrorKind::OutOfMemory), Errno::NoMem);
-        assert_eq!(errno(io::ErrorKind::Other), Errno::Io);
     }
 }

@@ -1,11 +1,10 @@
 //! One export: a file or block device, its counters, and the state of its flushes.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use stiefel_shared::nbd::{
@@ -16,8 +15,13 @@ use stiefel_shared::nbd::{
 use thiserror::Error;
 
 use super::negotiate::{Offer, Offered};
+use super::pipe::Pipe;
 use super::request::Range;
-use super::storage::{self, Medium};
+use super::storage::{Access, FileStore};
+use super::store::{Store, Traits};
+
+/// Extents in one answer; the rest is asked for again.
+const MAX_EXTENTS: usize = 8192;
 
 /// How something is exported. The name can be a session's secret, so `Debug` leaves it out.
 #[derive(Clone, Default)]
@@ -82,6 +86,15 @@ pub enum ExportError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// Another session has it.
+    #[error(
+        "{path:?} is being served already: it can be written by one, or shared by many that do not write; end the other \
+         session first"
+    )]
+    InUse {
+        /// What was to be exported.
+        path: PathBuf,
+    },
     /// Name or description cannot be sent.
     #[error("the NBD export's name and description must each be at most 4096 bytes without NUL; shorten them")]
     Text,
@@ -104,13 +117,13 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct Export {
     path: PathBuf,
-    file: File,
-    medium: Medium,
+    store: Arc<dyn Store>,
     options: ExportOptions,
-    size: u64,
     minimum: u32,
     syncs: Mutex<Syncs>,
     synced: Condvar,
+    /// A flush has failed: the same as `syncs.failure`, to be seen without its lock.
+    failed: AtomicBool,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
     requests: AtomicU64,
@@ -133,45 +146,30 @@ impl Export {
     /// # Errors
     /// See [`ExportError`].
     pub fn open(path: &Path, options: ExportOptions) -> Result<Arc<Self>, ExportError> {
-        let failed = |source| ExportError::Open {
-            path: path.to_owned(),
-            source,
-        };
+        let store = FileStore::open(path, if options.read_only { Access::Read } else { Access::Write })?;
+        Self::of(Arc::new(store), path, options)
+    }
+
+    /// Exports any store; `path` is only shown.
+    ///
+    /// # Errors
+    /// See [`ExportError`].
+    pub fn of(store: Arc<dyn Store>, path: &Path, options: ExportOptions) -> Result<Arc<Self>, ExportError> {
         if [&options.name, &options.description]
             .iter()
             .any(|text| text.len() > MAX_STRING || text.contains('\0'))
         {
             return Err(ExportError::Text);
         }
-        // Looked at before opening, because opening a pipe would wait.
-        let kind = std::fs::metadata(path).map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(ExportError::WrongKind { path: path.to_owned() });
-        }
-        let exclusive = kind.is_block_device() && !options.read_only;
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!options.read_only)
-            .custom_flags(if exclusive {
-                rustix::fs::OFlags::EXCL.bits().cast_signed()
-            } else {
-                0
-            })
-            .open(path)
-            .map_err(failed)?;
-        let medium = Medium::of(&file).map_err(failed)?;
-        let medium = medium.ok_or_else(|| ExportError::WrongKind { path: path.to_owned() })?;
-        let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        let minimum = minimum_block(path, medium, size, options.block_size)?;
+        let minimum = minimum_block(path, store.as_ref(), options.block_size)?;
         Ok(Arc::new(Self {
             path: path.to_owned(),
-            file,
-            medium,
+            store,
             options,
-            size,
             minimum,
             syncs: Mutex::default(),
             synced: Condvar::new(),
+            failed: AtomicBool::new(false),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
             requests: AtomicU64::new(0),
@@ -182,7 +180,7 @@ impl Export {
     /// Size in bytes, as it was when opened.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.size
+        self.store.size()
     }
 
     /// What is exported.
@@ -226,6 +224,11 @@ impl Export {
         }
     }
 
+    /// Counts requests that were answered well.
+    pub(super) fn count_many(&self, requests: usize) {
+        self.requests.fetch_add(requests as u64, Ordering::Relaxed);
+    }
+
     pub(super) fn count(&self, ok: bool) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         if !ok {
@@ -251,12 +254,13 @@ impl Export {
             syncs.running = true;
             syncs.begun += 1;
             drop(syncs);
-            let result = self.file.sync_data();
+            let result = self.store.sync();
             syncs = self.syncs.lock().unwrap_or_else(PoisonError::into_inner);
             syncs.running = false;
             syncs.ended = syncs.begun;
             if let Err(error) = result {
                 syncs.failure.get_or_insert(error.to_string());
+                self.failed.store(true, Ordering::Release);
             }
             self.synced.notify_all();
         }
@@ -265,19 +269,70 @@ impl Export {
 
     /// Fails once a flush has failed: no more must be written onto a state that nobody knows.
     fn check(&self) -> io::Result<()> {
+        if !self.failed.load(Ordering::Acquire) {
+            return Ok(());
+        }
         fail_for_good(&self.syncs.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether this byte is in memory.
+    pub(super) fn is_at_hand(&self, offset: u64) -> bool {
+        self.store.read_now(&mut [IoSliceMut::new(&mut [0])], offset) == 1
+    }
+
+    /// What came to the client past [`Export::read`].
+    pub(super) fn count_read(&self, bytes: usize) {
+        self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// As [`Store::read_now`].
+    pub(super) fn read_now(&self, parts: &mut [IoSliceMut<'_>], offset: u64) -> usize {
+        let read = self.store.read_now(parts, offset);
+        self.count_read(read);
+        read
+    }
+
+    /// Reads what is not sent, only to see that it can be read.
+    pub(super) fn try_read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.store.read(data, offset)
     }
 
     /// Fills `data`; an early end, as of a file that was cut meanwhile, is an error.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(data, offset)?;
-        self.bytes_read.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.store.read(data, offset)?;
+        self.count_read(data.len());
         Ok(())
+    }
+
+    /// As [`Store::write_now`].
+    pub(super) fn write_now(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
+        self.check()?;
+        let written = self.store.write_now(parts, offset)?;
+        self.bytes_written.fetch_add(written as u64, Ordering::Relaxed);
+        Ok(written)
+    }
+
+    /// As [`Store::write_from`].
+    pub(super) fn write_from(&self, pipe: &Pipe, offset: u64, length: usize, wait: bool) -> io::Result<usize> {
+        self.check()?;
+        let written = self.store.write_from(pipe.out(), offset, length, wait)?;
+        self.bytes_written.fetch_add(written as u64, Ordering::Relaxed);
+        Ok(written)
+    }
+
+    /// As [`Store::is_slow`].
+    pub(super) fn is_slow(&self) -> bool {
+        self.store.is_slow()
+    }
+
+    /// The file that long reads may be sent from without passing through memory.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.store.file()
     }
 
     pub(super) fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
         self.check()?;
-        self.file.write_all_at(data, offset)?;
+        self.store.write(data, offset)?;
         self.bytes_written.fetch_add(data.len() as u64, Ordering::Relaxed);
         // Not RWF_DSYNC: its error would not tell a refused write from lost data of before.
         if fua { self.flush() } else { Ok(()) }
@@ -285,22 +340,27 @@ impl Export {
 
     pub(super) fn trim(&self, range: Range, fua: bool) -> io::Result<()> {
         self.check()?;
-        storage::trim(&self.file, self.medium, range)?;
+        self.store.trim(range)?;
         if fua { self.flush() } else { Ok(()) }
     }
 
     pub(super) fn zero(&self, range: Range, no_hole: bool, fast: bool, fua: bool) -> io::Result<()> {
         self.check()?;
-        storage::zero(&self.file, self.medium, range, no_hole, fast)?;
+        self.store.zero(range, no_hole, fast)?;
         if fua { self.flush() } else { Ok(()) }
     }
 
     pub(super) fn cache(&self, range: Range) -> io::Result<()> {
-        storage::cache(&self.file, range)
+        self.store.cache(range)
     }
 
+    /// Data and holes; `one` extent, or as many as fit in an answer.
     pub(super) fn extents(&self, range: Range, one: bool) -> Vec<Extent> {
-        storage::extents(&self.file, self.medium, range, one)
+        self.extents_up_to(range, if one { 1 } else { MAX_EXTENTS })
+    }
+
+    pub(super) fn extents_up_to(&self, range: Range, most: usize) -> Vec<Extent> {
+        self.store.extents(range, most)
     }
 }
 
@@ -310,12 +370,9 @@ impl Offered for Arc<Export> {
         if !self.options.single {
             flags |= FLAG_CAN_MULTI_CONN;
         }
-        let (discards, rotational) = match self.medium {
-            Medium::File => (true, false),
-            Medium::Device {
-                discards, rotational, ..
-            } => (discards, rotational),
-        };
+        let Traits {
+            discards, rotational, ..
+        } = self.store.traits();
         if rotational {
             flags |= FLAG_ROTATIONAL;
         }
@@ -330,7 +387,7 @@ impl Offered for Arc<Export> {
         Offer {
             name: self.options.name.clone(),
             description: self.options.description.clone(),
-            size: self.size,
+            size: self.store.size(),
             flags,
             block_sizes: BlockSizes {
                 minimum: self.minimum,
@@ -350,11 +407,8 @@ fn fail_for_good(syncs: &Syncs) -> io::Result<()> {
     }
 }
 
-fn minimum_block(path: &Path, medium: Medium, size: u64, wanted: Option<u32>) -> Result<u32, ExportError> {
-    let logical = match medium {
-        Medium::File => 1,
-        Medium::Device { block, .. } => block,
-    };
+fn minimum_block(path: &Path, store: &dyn Store, wanted: Option<u32>) -> Result<u32, ExportError> {
+    let (logical, size) = (store.traits().block, store.size());
     let block_size = wanted.unwrap_or(logical);
     let refuse = |why| {
         Err(ExportError::BlockSize {
@@ -391,6 +445,7 @@ mod tests {
         let export = Export::open(backing.path(), ExportOptions::default()).unwrap();
         export.write(0, b"before", true).unwrap();
         export.syncs.lock().unwrap().failure = Some("Input/output error".into());
+        export.failed.store(true, Ordering::Release);
         let range = Range { offset: 0, length: 512 };
         for _ in 0..2 {
             assert!(export.flush().is_err());

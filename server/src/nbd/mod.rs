@@ -1,23 +1,32 @@
 //! The NBD server: one file or block device per export, to peers that a [`Gate`] lets in.
 //!
 //! Counterparts: the Linux kernel's client (set up by `client::nbd`), libnbd, qemu. Bytes: `stiefel_shared::nbd`.
-//! Specification: NBD `doc/proto.md`: fixed newstyle only, structured replies, `base:allocation`, multi-conn.
-//! Refused: TLS (the tunnel encrypts), oldstyle, extended headers, resizing.
+//! Specification: NBD `doc/proto.md`: fixed newstyle only, structured replies, extended headers, `base:allocation`,
+//! multi-conn. Refused: TLS (the tunnel encrypts), oldstyle, resizing. What is served exactly: docs/nbd.md.
 //!
 //! Durability: all connections of an export share one open file description and so one page cache. A flush that was
 //! answered without error is on the medium, with everything that any connection had answered before. Once a flush has
 //! failed, what was lost cannot be known: the export then fails every flush and every write with EIO for good.
 //!
-//! Layers, so that the engine can be exchanged: [`negotiate`] and [`request`] are pure; `export` and `storage` do the
-//! I/O; `connection` is the engine (blocking threads); `server` accepts, counts and drops connections.
+//! Layers: [`negotiate`], [`request`] and `reply` are pure; a [`Store`] is what is read and written: `storage` (a file or
+//! device) or [`overlay`] (guests); `export` adds what all stores need; `driver`, `connection`, `output`, `pipe` and `pool`
+//! are the engine; `server` accepts, counts and drops connections.
 
 mod connection;
+mod driver;
 mod export;
 pub mod negotiate;
+mod output;
+pub mod overlay;
+mod pipe;
+mod pool;
+mod reply;
 pub mod request;
 mod server;
 mod standalone;
 mod storage;
+pub mod store;
+mod wire;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,8 +34,11 @@ use std::time::Duration;
 
 pub use export::{Export, ExportError, ExportOptions, Stats};
 pub use negotiate::Listed;
+pub use overlay::{Overlay, Upper, open_base, open_guest};
+pub use request::Range;
 pub use server::{DropError, Server};
-pub use standalone::{Standalone, run_standalone};
+pub use standalone::{Standalone, Target, run_standalone};
+pub use store::{Store, Traits};
 
 /// Who may connect, and what they see. Asked from many threads; must answer at once.
 ///
@@ -47,9 +59,10 @@ pub trait Gate: Send + Sync {
 pub struct Limits {
     /// Connections of the server at the same time; more are closed at once.
     pub connections: usize,
-    /// Requests of one connection that run at the same time (threads).
+    /// Requests of one connection that wait for the medium at the same time (threads).
     pub workers: usize,
-    /// Bytes of payload that one connection holds in memory; at least the largest payload, 32 MiB, is used.
+    /// Bytes of payload that these requests hold in memory; at least 1 MiB is used, for longer requests go piece by piece.
+    /// Besides, a connection has buffers of 0.5 to 1.5 MiB.
     pub bytes_in_flight: u32,
     /// Time for the whole negotiation.
     pub negotiation: Duration,
@@ -62,7 +75,7 @@ impl Default for Limits {
         Self {
             connections: 32,
             workers: 16,
-            bytes_in_flight: 64 << 20,
+            bytes_in_flight: 4 << 20,
             negotiation: Duration::from_secs(30),
             peer_timeout: Duration::from_secs(15 * 60),
         }

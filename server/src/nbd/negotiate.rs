@@ -7,11 +7,11 @@ use std::io::{self, Read, Write};
 
 use stiefel_shared::nbd::{
     BASE_ALLOCATION, BlockSizes, FLAG_SEND_DF, INFO_BLOCK_SIZE, INFO_DESCRIPTION, INFO_NAME, Info, InfoRequest,
-    MAX_STRING, MetaRequest, OPT_ABORT, OPT_EXPORT_NAME, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT,
-    OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_HEADER_LEN, OptionHeader, REP_ACK, REP_ERR_INVALID,
-    REP_ERR_SHUTDOWN, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_META_CONTEXT, REP_SERVER,
-    WireError, encode_export_name_answer, encode_greeting, encode_listed, encode_meta_context, parse_client_flags,
-    put_option_reply,
+    MAX_STRING, MetaRequest, OPT_ABORT, OPT_EXPORT_NAME, OPT_EXTENDED_HEADERS, OPT_GO, OPT_INFO, OPT_LIST,
+    OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT, OPT_STRUCTURED_REPLY, OPTION_HEADER_LEN, OptionHeader, REP_ACK,
+    REP_ERR_EXT_HEADER_REQD, REP_ERR_INVALID, REP_ERR_SHUTDOWN, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP,
+    REP_INFO, REP_META_CONTEXT, REP_SERVER, WireError, encode_export_name_answer, encode_greeting, encode_listed,
+    encode_meta_context, parse_client_flags, put_option_reply,
 };
 use thiserror::Error;
 
@@ -75,8 +75,19 @@ pub struct Agreed<E> {
     pub export: E,
     /// What it may ask for.
     pub bounds: Bounds,
-    /// Whether replies are structured.
-    pub structured: bool,
+    /// The form of requests and replies.
+    pub style: Style,
+}
+
+/// The form of requests and replies in the transmission phase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// Simple replies.
+    Simple,
+    /// Structured replies.
+    Structured,
+    /// Extended headers both ways, which imply structured replies.
+    Extended,
 }
 
 /// What comes after an option was answered.
@@ -120,7 +131,7 @@ pub enum Intake {
 pub struct Negotiation<'a, C: Catalogue> {
     catalogue: &'a C,
     no_zeroes: bool,
-    structured: bool,
+    style: Style,
     /// The export name for which `base:allocation` is selected.
     allocation_of: Option<String>,
     options: u32,
@@ -137,7 +148,7 @@ impl<'a, C: Catalogue> Negotiation<'a, C> {
         Ok(Self {
             catalogue,
             no_zeroes,
-            structured: false,
+            style: Style::Simple,
             allocation_of: None,
             options: 0,
             total: 0,
@@ -190,8 +201,15 @@ impl<'a, C: Catalogue> Negotiation<'a, C> {
             (None, _) => Err((REP_ERR_TOO_BIG, "more data than this option can need")),
             (Some(data), OPT_LIST) => self.list(data, out),
             (Some(data), OPT_INFO | OPT_GO) => self.info(option, data, out),
+            (Some(_), OPT_STRUCTURED_REPLY) if self.style == Style::Extended => {
+                Err((REP_ERR_EXT_HEADER_REQD, "extended headers were agreed on already"))
+            }
             (Some(data), OPT_STRUCTURED_REPLY) => empty(data).map(|()| {
-                self.structured = true;
+                self.style = Style::Structured;
+                Next::Option
+            }),
+            (Some(data), OPT_EXTENDED_HEADERS) => empty(data).map(|()| {
+                self.style = Style::Extended;
                 Next::Option
             }),
             (Some(data), OPT_LIST_META_CONTEXT) => self.list_contexts(data, out),
@@ -212,7 +230,8 @@ impl<'a, C: Catalogue> Negotiation<'a, C> {
 
     fn export_name(&mut self, data: &[u8], out: &mut Vec<u8>) -> Result<Next<C::Export>, NegotiationError> {
         let name = std::str::from_utf8(data).map_err(|_| NegotiationError::NoSuchExport)?;
-        if self.catalogue.closing() {
+        // Extended headers forbid this option.
+        if self.catalogue.closing() || self.style == Style::Extended {
             return Err(NegotiationError::NoSuchExport);
         }
         let export = self.catalogue.export(name).ok_or(NegotiationError::NoSuchExport)?;
@@ -230,15 +249,16 @@ impl<'a, C: Catalogue> Negotiation<'a, C> {
         let offer = export.offer();
         let bounds = Bounds {
             size: offer.size,
-            flags: offer.flags | if self.structured { FLAG_SEND_DF } else { 0 },
+            flags: offer.flags | if self.style == Style::Simple { 0 } else { FLAG_SEND_DF },
             minimum: if told { offer.block_sizes.minimum } else { 1 },
             maximum: offer.block_sizes.maximum,
-            block_status: self.structured && self.allocation_of.as_deref() == Some(name),
+            block_status: self.style != Style::Simple && self.allocation_of.as_deref() == Some(name),
+            extended: self.style == Style::Extended,
         };
         Agreed {
             export,
             bounds,
-            structured: self.structured,
+            style: self.style,
         }
     }
 
@@ -285,7 +305,7 @@ impl<'a, C: Catalogue> Negotiation<'a, C> {
     }
 
     fn contexts(&self, data: &[u8]) -> Result<MetaRequest, (u32, &'static str)> {
-        if !self.structured {
+        if self.style == Style::Simple {
             return Err((REP_ERR_INVALID, "structured replies must be agreed on first"));
         }
         let request = MetaRequest::parse(data).map_err(|_| INVALID)?;

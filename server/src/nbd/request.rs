@@ -3,10 +3,10 @@
 //! Specification: "Request types", "Command flags", "Size constraints", "Error values".
 
 use stiefel_shared::nbd::{
-    CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
-    CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, Errno, FLAG_READ_ONLY,
-    FLAG_SEND_CACHE, FLAG_SEND_DF, FLAG_SEND_FAST_ZERO, FLAG_SEND_FLUSH, FLAG_SEND_FUA, FLAG_SEND_TRIM,
-    FLAG_SEND_WRITE_ZEROES, Request,
+    Asked, CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
+    CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_RESIZE, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
+    Errno, FLAG_READ_ONLY, FLAG_SEND_CACHE, FLAG_SEND_DF, FLAG_SEND_FAST_ZERO, FLAG_SEND_FLUSH, FLAG_SEND_FUA,
+    FLAG_SEND_TRIM, FLAG_SEND_WRITE_ZEROES,
 };
 
 /// What a connection may ask for.
@@ -22,6 +22,8 @@ pub struct Bounds {
     pub maximum: u32,
     /// Whether `base:allocation` was selected for this export.
     pub block_status: bool,
+    /// Whether headers are extended.
+    pub extended: bool,
 }
 
 /// Part of an export, in bytes; lies within it and is not empty.
@@ -29,15 +31,20 @@ pub struct Bounds {
 pub struct Range {
     /// First byte.
     pub offset: u64,
-    /// Number of bytes.
-    pub length: u32,
+    /// Number of bytes; for a payload never more than the maximum.
+    pub length: u64,
 }
 
 /// A request that may be executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Command {
     /// Send the data.
-    Read(Range),
+    Read {
+        /// Where.
+        range: Range,
+        /// In one chunk.
+        whole: bool,
+    },
     /// Take the data; with `fua`, onto the medium.
     Write {
         /// Where.
@@ -97,7 +104,7 @@ fn refuse<T>(errno: Errno, message: &'static str) -> Result<T, Refusal> {
 /// EINVAL for what was not offered, is unknown, empty or unaligned, for a read, trim or query past the end and for a
 /// payload written beyond the maximum; EPERM for writing to a read-only export; EOVERFLOW for a read longer than the
 /// maximum; ENOSPC for writing past the end.
-pub fn validate(request: &Request, bounds: &Bounds) -> Result<Command, Refusal> {
+pub fn validate(request: &Asked, bounds: &Bounds) -> Result<Command, Refusal> {
     let (needed, own_flags, writes) = match request.command {
         CMD_READ => (
             0,
@@ -108,7 +115,13 @@ pub fn validate(request: &Request, bounds: &Bounds) -> Result<Command, Refusal> 
             },
             false,
         ),
-        CMD_WRITE => (0, 0, true),
+        CMD_WRITE => {
+            let payload = if bounds.extended { CMD_FLAG_PAYLOAD_LEN } else { 0 };
+            if request.flags & payload != payload {
+                return refuse(Errno::Inval, "a write without its payload");
+            }
+            (0, payload, true)
+        }
         CMD_DISC => return Ok(Command::Disconnect),
         CMD_FLUSH => (FLAG_SEND_FLUSH, 0, false),
         CMD_TRIM => (FLAG_SEND_TRIM, 0, true),
@@ -122,6 +135,7 @@ pub fn validate(request: &Request, bounds: &Bounds) -> Result<Command, Refusal> 
             (FLAG_SEND_WRITE_ZEROES, CMD_FLAG_NO_HOLE | fast, true)
         }
         CMD_BLOCK_STATUS => (0, CMD_FLAG_REQ_ONE, false),
+        CMD_RESIZE => return refuse(Errno::Inval, "an export's size is fixed"),
         _ => return refuse(Errno::Inval, "unknown command"),
     };
     if writes && bounds.flags & FLAG_READ_ONLY != 0 {
@@ -151,7 +165,10 @@ pub fn validate(request: &Request, bounds: &Bounds) -> Result<Command, Refusal> 
     let flag = |flag| request.flags & flag != 0;
     let fua = flag(CMD_FLAG_FUA);
     Ok(match request.command {
-        CMD_READ => Command::Read(range),
+        CMD_READ => Command::Read {
+            range,
+            whole: flag(CMD_FLAG_DF),
+        },
         CMD_WRITE => Command::Write { range, fua },
         CMD_TRIM => Command::Trim { range, fua },
         CMD_CACHE => Command::Cache(range),
@@ -168,12 +185,12 @@ pub fn validate(request: &Request, bounds: &Bounds) -> Result<Command, Refusal> 
     })
 }
 
-fn check_range(request: &Request, bounds: &Bounds) -> Result<Range, Refusal> {
-    let Request { offset, length, .. } = *request;
+fn check_range(request: &Asked, bounds: &Bounds) -> Result<Range, Refusal> {
+    let Asked { offset, length, .. } = *request;
     if length == 0 {
         return refuse(Errno::Inval, "the length is zero");
     }
-    if length > bounds.maximum {
+    if length > u64::from(bounds.maximum) {
         match request.command {
             CMD_READ => return refuse(Errno::Overflow, "longer than the largest payload"),
             // The specification keeps EOVERFLOW for requests without payload.
@@ -182,13 +199,10 @@ fn check_range(request: &Request, bounds: &Bounds) -> Result<Range, Refusal> {
         }
     }
     let mask = u64::from(bounds.minimum.max(1)) - 1;
-    if (offset | u64::from(length)) & mask != 0 {
+    if (offset | length) & mask != 0 {
         return refuse(Errno::Inval, "not aligned to the minimum block size");
     }
-    if offset
-        .checked_add(u64::from(length))
-        .is_none_or(|end| end > bounds.size)
-    {
+    if offset.checked_add(length).is_none_or(|end| end > bounds.size) {
         let errno = match request.command {
             CMD_WRITE | CMD_WRITE_ZEROES => Errno::NoSpc,
             _ => Errno::Inval,
@@ -202,7 +216,7 @@ fn check_range(request: &Request, bounds: &Bounds) -> Result<Range, Refusal> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use stiefel_shared::nbd::MAX_PAYLOAD;
+    use stiefel_shared::nbd::{MAX_PAYLOAD, Request};
 
     const ALL: u16 = FLAG_SEND_FLUSH
         | FLAG_SEND_FUA
@@ -218,20 +232,18 @@ mod tests {
         minimum: 512,
         maximum: MAX_PAYLOAD,
         block_status: true,
+        extended: false,
     };
 
     fn ask(command: u16, flags: u16, offset: u64, length: u32, bounds: &Bounds) -> Result<Command, Errno> {
-        validate(
-            &Request {
-                flags,
-                command,
-                cookie: 0,
-                offset,
-                length,
-            },
-            bounds,
-        )
-        .map_err(|no| no.errno)
+        let request = Request {
+            flags,
+            command,
+            cookie: 0,
+            offset,
+            length,
+        };
+        validate(&request.into(), bounds).map_err(|no| no.errno)
     }
 
     #[test]
@@ -272,7 +284,7 @@ mod tests {
 
     #[test]
     fn unknown_commands_and_misplaced_flags_are_einval() {
-        for command in [8, 9, 255, u16::MAX] {
+        for command in [CMD_RESIZE, 9, 255, u16::MAX] {
             assert_eq!(ask(command, 0, 0, 512, &BOUNDS), Err(Errno::Inval));
         }
         for (command, flags) in [
@@ -325,9 +337,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_accepted_lies_inside(flags: u16, command in 0_u16..10, offset: u64, length: u32, transmission: u16, size: u64, shift in 0_u32..17) {
-            let bounds = Bounds { size, flags: transmission, minimum: 1 << shift, maximum: MAX_PAYLOAD, block_status: true };
-            let request = Request { flags, command, cookie: 0, offset, length };
+        fn what_is_accepted_lies_inside(flags: u16, command in 0_u16..10, offset: u64, length: u64, transmission: u16, size: u64, shift in 0_u32..17) {
+            let bounds = Bounds { size, flags: transmission, minimum: 1 << shift, maximum: MAX_PAYLOAD, block_status: true, extended: false };
+            let request = Asked { flags, command, cookie: 0, offset, length, payload: 0 };
             let writes = matches!(command, CMD_WRITE | CMD_TRIM | CMD_WRITE_ZEROES);
             match validate(&request, &bounds) {
                 Ok(Command::Disconnect) => prop_assert_eq!(command, CMD_DISC),

@@ -14,9 +14,11 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use socket2::{SockRef, TcpKeepalive};
 use thiserror::Error;
 
-use super::connection::{Peer, Wire, transmit};
+use super::driver::transmit;
 use super::export::Export;
 use super::negotiate::{self, Catalogue, Listed};
+use super::pool::Pool;
+use super::wire::{Peer, Wire};
 use super::{Gate, Limits};
 
 /// Requests that a client sent ahead and that are taken in one system call, in bytes.
@@ -72,6 +74,7 @@ struct Shared {
     peers: Mutex<HashMap<u64, Arc<Peer>>>,
     left: Condvar,
     next: AtomicU64,
+    pool: Arc<Pool>,
     /// Everything that was ever served, for the final flush.
     exports: Mutex<Vec<Weak<Export>>>,
     stopping: AtomicBool,
@@ -91,6 +94,7 @@ impl Server {
             peers: Mutex::default(),
             left: Condvar::new(),
             next: AtomicU64::new(0),
+            pool: Arc::default(),
             exports: Mutex::default(),
             stopping: AtomicBool::new(false),
         });
@@ -153,6 +157,15 @@ impl Drop for Server {
 }
 
 impl Shared {
+    /// Ends the connections that came before `before` without any further answer: their client asks again on the new one, for
+    /// an error would be one of the disk's to it.
+    fn replace(&self, before: u64) -> Result<(), DropError> {
+        for (_, peer) in lock(&self.peers).iter().filter(|(id, _)| **id < before) {
+            let _ = peer.stream.shutdown(Shutdown::Both);
+        }
+        self.retire(before, Instant::now(), RETIRE)
+    }
+
     /// Ends the connections that came before `before`, and waits until none of their requests runs any more.
     fn retire(&self, before: u64, begun: Instant, deadline: Duration) -> Result<(), DropError> {
         let doomed: Vec<(u64, Arc<Peer>)> = lock(&self.peers)
@@ -277,12 +290,9 @@ fn welcome(stream: TcpStream, address: SocketAddr, shared: &Arc<Shared>) {
     if !shared.gate.admit(address) {
         return;
     }
-    let serve = move || {
-        let guard = guard;
-        serve(&peer, guard.id, address, &guard.shared);
-    };
+    let serve = move || serve(peer, guard, address);
     // Without a thread the guard is dropped, which closes the connection.
-    let _ = thread::Builder::new().name("nbd-connection".into()).spawn(serve);
+    let _ = shared.pool.run(Box::new(serve));
 }
 
 /// Sets the socket up: no delays, and a dead peer is noticed, but not too early.
@@ -329,7 +339,7 @@ impl Catalogue for View<'_> {
     fn export(&self, name: &str) -> Option<Arc<Export>> {
         let export = self.shared.gate.export(name, self.address)?;
         // Refused while an old request hangs on the disk: the client tries again.
-        let alone = !export.single() || self.shared.retire(self.id, Instant::now(), RETIRE).is_ok();
+        let alone = !export.single() || self.shared.replace(self.id).is_ok();
         alone.then_some(export)
     }
 
@@ -343,16 +353,17 @@ impl Catalogue for View<'_> {
 }
 
 /// Negotiates with one client and serves it to the end.
-fn serve(peer: &Arc<Peer>, id: u64, address: SocketAddr, shared: &Shared) {
+fn serve(peer: Arc<Peer>, guard: Registered, address: SocketAddr) {
+    let (shared, id) = (Arc::clone(&guard.shared), guard.id);
     let limits = &shared.limits;
     let wire = Wire {
-        peer: Arc::clone(peer),
+        peer: Arc::clone(&peer),
         deadline: Instant::now().checked_add(limits.negotiation),
     };
     let mut stream = Buffered(BufReader::with_capacity(RECEIVE_BUFFER, wire));
     let view = View {
-        shared,
-        peer,
+        shared: &shared,
+        peer: &peer,
         id,
         address,
     };
@@ -362,7 +373,10 @@ fn serve(peer: &Arc<Peer>, id: u64, address: SocketAddr, shared: &Shared) {
     };
     shared.remember(&agreed.export);
     if stream.0.get_mut().unlimit().is_ok() {
-        transmit(stream.0, agreed, limits.workers, limits.bytes_in_flight);
+        let ahead = stream.0.buffer().to_vec();
+        let (pool, share) = (Arc::clone(&shared.pool), (limits.workers, limits.bytes_in_flight));
+        drop(stream);
+        transmit(peer, &ahead, agreed, pool, share, Box::new(guard));
     }
 }
 

@@ -1,17 +1,26 @@
 //! `stiefel nbd`: one file or device for everybody who can reach the address.
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Export, ExportOptions, Gate, Limits, Listed, Server};
+use super::{Export, ExportOptions, Gate, Limits, Listed, Server, Upper, open_base, open_guest};
 
 /// How long the end may take: a large page cache on a slow disk.
 const STOP: Duration = Duration::from_secs(60);
+
+/// What is served.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// A file or block device.
+    pub path: PathBuf,
+    /// Where writes go instead of there.
+    pub overlay: Option<Upper>,
+}
 
 /// A server of one export on some addresses.
 pub struct Standalone {
@@ -41,12 +50,20 @@ impl Gate for Open {
 }
 
 impl Standalone {
-    /// Opens `path` and listens; port 0 takes a free one.
+    /// Opens `target` and listens; port 0 takes a free one.
     ///
     /// # Errors
     /// The file cannot be exported, or an address cannot be listened on.
-    pub fn start(path: &Path, listen: &[SocketAddr], options: ExportOptions, limits: &Limits) -> anyhow::Result<Self> {
-        let export = Export::open(path, options)?;
+    pub fn start(
+        target: &Target,
+        listen: &[SocketAddr],
+        options: ExportOptions,
+        limits: &Limits,
+    ) -> anyhow::Result<Self> {
+        let export = match &target.overlay {
+            None => Export::open(&target.path, options)?,
+            Some(upper) => open_guest(&open_base(&target.path)?, &target.path, upper, options)?,
+        };
         let mut servers = Vec::new();
         let mut uris = Vec::new();
         for address in listen {
@@ -92,17 +109,17 @@ impl Standalone {
     }
 }
 
-/// Serves `path` until SIGINT or SIGTERM, then flushes. Prints one `nbd://` URI per address once it listens.
+/// Serves `target` until SIGINT or SIGTERM, then flushes. Prints one `nbd://` URI per address once it listens.
 ///
 /// # Errors
 /// As [`Standalone::start`] and [`Standalone::stop`].
-pub fn run_standalone(path: &Path, listen: &[SocketAddr], options: ExportOptions) -> anyhow::Result<()> {
+pub fn run_standalone(target: &Target, listen: &[SocketAddr], options: ExportOptions) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         // Before anyone is told that it runs, so that a signal never finds it unprepared.
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        let standalone = Standalone::start(path, listen, options, &Limits::default())?;
+        let standalone = Standalone::start(target, listen, options, &Limits::default())?;
         for uri in standalone.uris() {
             println!("{uri}");
         }

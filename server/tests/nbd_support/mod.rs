@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stiefel_server::nbd::{Export, ExportOptions, Gate, Limits, Listed, Server};
+use stiefel_server::nbd::{Export, ExportOptions, Gate, Limits, Listed, Server, Store};
 use stiefel_shared::nbd::*;
 use tempfile::NamedTempFile;
 
@@ -62,6 +62,15 @@ impl Fixture {
         Self::start(export, Some(file), limits, admits)
     }
 
+    /// Of any store.
+    pub fn of_store(store: Arc<dyn Store>) -> Self {
+        let options = ExportOptions {
+            name: "disk".into(),
+            ..ExportOptions::default()
+        };
+        Self::of(Export::of(store, std::path::Path::new("store"), options).unwrap())
+    }
+
     /// Of anything.
     pub fn of(export: Arc<Export>) -> Self {
         Self::start(export, None, Limits::default(), true)
@@ -101,6 +110,20 @@ impl Fixture {
         client
     }
 
+    /// A client in transmission with extended headers and `base:allocation`.
+    pub fn extended_client(&self) -> Client {
+        let mut client = Client::connect(self.address);
+        assert_eq!(client.option(OPT_EXTENDED_HEADERS, &[]), [(REP_ACK, vec![])]);
+        (client.structured, client.extended) = (true, true);
+        let meta = MetaRequest {
+            name: "disk".into(),
+            queries: vec![BASE_ALLOCATION.into()],
+        };
+        client.option(OPT_SET_META_CONTEXT, &meta.encode().unwrap());
+        client.go(&[]);
+        client
+    }
+
     /// A client in transmission with simple replies, told nothing.
     pub fn simple_client(&self) -> Client {
         let mut client = Client::connect(self.address);
@@ -121,6 +144,10 @@ pub enum Answer {
 pub struct Client {
     pub stream: TcpStream,
     pub structured: bool,
+    pub extended: bool,
+    /// Chunks of data and holes so far, and how many of them were holes.
+    pub parts: usize,
+    pub holes: usize,
     cookie: u64,
 }
 
@@ -139,6 +166,9 @@ impl Client {
         Self {
             stream,
             structured: false,
+            extended: false,
+            parts: 0,
+            holes: 0,
             cookie: 0x5eed_0000_0000,
         }
     }
@@ -186,8 +216,24 @@ impl Client {
             offset,
             length,
         };
-        self.stream.write_all(&[&request.encode(), payload].concat()).unwrap();
+        if self.extended {
+            let mut asked = Asked::from(request);
+            if command == CMD_WRITE {
+                asked.flags |= CMD_FLAG_PAYLOAD_LEN;
+            }
+            self.stream
+                .write_all(&[&asked.encode_extended(), payload].concat())
+                .unwrap();
+        } else {
+            self.stream.write_all(&[&request.encode(), payload].concat()).unwrap();
+        }
         self.cookie
+    }
+
+    /// Sends an extended request as it stands and takes its answer.
+    pub fn ask_extended(&mut self, asked: Asked) -> Answer {
+        self.stream.write_all(&asked.encode_extended()).unwrap();
+        self.answer(0).1
     }
 
     /// Sends a request and takes its answer.
@@ -222,24 +268,59 @@ impl Client {
             };
             return (reply.cookie, answer);
         }
-        let chunk = Chunk::parse(&array(&mut self.stream)).unwrap();
-        assert_eq!(chunk.flags, REPLY_FLAG_DONE);
-        let payload = self.take(chunk.length);
-        let answer = match chunk.kind {
-            REPLY_NONE => Answer::Done,
-            REPLY_OFFSET_DATA => {
-                let (offset, data) = payload.split_first_chunk().unwrap();
-                Answer::Data(u64::from_be_bytes(*offset), data.to_vec())
+        let mut data: Option<(u64, Vec<u8>)> = None;
+        loop {
+            let chunk = self.chunk();
+            let payload = self.take(chunk.length);
+            let answer = match chunk.kind {
+                REPLY_NONE => Answer::Done,
+                REPLY_OFFSET_DATA | REPLY_OFFSET_HOLE => {
+                    let (offset, part) = payload.split_first_chunk().unwrap();
+                    let (offset, mut part) = (u64::from_be_bytes(*offset), part.to_vec());
+                    if chunk.kind == REPLY_OFFSET_HOLE {
+                        self.holes += 1;
+                        part = vec![0; u32::from_be_bytes(part.try_into().unwrap()) as usize];
+                    }
+                    let (start, all) = data.get_or_insert((offset, Vec::new()));
+                    // Ours come in order, though a server need not send them so.
+                    assert_eq!(offset, *start + all.len() as u64);
+                    all.extend(part);
+                    self.parts += 1;
+                    Answer::Done
+                }
+                REPLY_BLOCK_STATUS => Answer::Status(parse_block_status(&payload).unwrap().1),
+                REPLY_BLOCK_STATUS_EXT => Answer::Status(
+                    payload[8..]
+                        .chunks(16)
+                        .map(|extent| Extent {
+                            length: u64::from_be_bytes(extent[..8].try_into().unwrap()),
+                            state: u64::from_be_bytes(extent[8..].try_into().unwrap()).try_into().unwrap(),
+                        })
+                        .collect(),
+                ),
+                REPLY_ERROR => {
+                    let (errno, message) = parse_error_payload(&payload).unwrap();
+                    assert!(!message.is_empty());
+                    Answer::Error(errno)
+                }
+                kind => panic!("unexpected chunk {kind}"),
+            };
+            if chunk.flags == REPLY_FLAG_DONE {
+                let answer = match (answer, data) {
+                    (Answer::Done, Some((offset, all))) => Answer::Data(offset, all),
+                    (answer, _) => answer,
+                };
+                return (chunk.cookie, answer);
             }
-            REPLY_BLOCK_STATUS => Answer::Status(parse_block_status(&payload).unwrap().1),
-            REPLY_ERROR => {
-                let (errno, message) = parse_error_payload(&payload).unwrap();
-                assert!(!message.is_empty());
-                Answer::Error(errno)
-            }
-            kind => panic!("unexpected chunk {kind}"),
-        };
-        (chunk.cookie, answer)
+        }
+    }
+
+    fn chunk(&mut self) -> Chunk {
+        if self.extended {
+            ExtendedChunk::parse(&array(&mut self.stream)).unwrap().chunk
+        } else {
+            Chunk::parse(&array(&mut self.stream)).unwrap()
+        }
     }
 
     fn take(&mut self, length: u32) -> Vec<u8> {

@@ -36,6 +36,8 @@ pub const OPT_STRUCTURED_REPLY: u32 = 8;
 pub const OPT_LIST_META_CONTEXT: u32 = 9;
 /// Option: select metadata contexts.
 pub const OPT_SET_META_CONTEXT: u32 = 10;
+/// Option: use extended headers.
+pub const OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// Reply: done.
 pub const REP_ACK: u32 = 1;
@@ -65,6 +67,8 @@ pub const REP_ERR_SHUTDOWN: u32 = REP_FLAG_ERROR | 7;
 pub const REP_ERR_BLOCK_SIZE_REQD: u32 = REP_FLAG_ERROR | 8;
 /// Error reply: the option or its answer is too large.
 pub const REP_ERR_TOO_BIG: u32 = REP_FLAG_ERROR | 9;
+/// Error reply: not together with extended headers.
+pub const REP_ERR_EXT_HEADER_REQD: u32 = REP_FLAG_ERROR | 10;
 
 /// Information: size and transmission flags.
 pub const INFO_EXPORT: u16 = 0;
@@ -567,6 +571,7 @@ pub fn rep_name(reply: u32) -> &'static str {
         REP_ERR_SHUTDOWN => "NBD_REP_ERR_SHUTDOWN (server is shutting down)",
         REP_ERR_BLOCK_SIZE_REQD => "NBD_REP_ERR_BLOCK_SIZE_REQD (block sizes must be asked for)",
         REP_ERR_TOO_BIG => "NBD_REP_ERR_TOO_BIG (too large)",
+        REP_ERR_EXT_HEADER_REQD => "NBD_REP_ERR_EXT_HEADER_REQD (extended headers required)",
         _ => "an unknown reply",
     }
 }

@@ -4,6 +4,10 @@ use super::{Fields, WireError, clip};
 
 /// Before each request.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Before each request once extended headers were agreed on.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// Before each extended reply chunk.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 /// Before each simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Before each structured reply chunk.
@@ -42,6 +46,8 @@ pub const CMD_FLAG_DF: u16 = 1 << 2;
 pub const CMD_FLAG_REQ_ONE: u16 = 1 << 3;
 /// Command flag of `CMD_WRITE_ZEROES`: fail unless faster than writing.
 pub const CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// Command flag of extended headers: the length is that of a payload which follows.
+pub const CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
 /// Command: read.
 pub const CMD_READ: u16 = 0;
@@ -59,6 +65,8 @@ pub const CMD_CACHE: u16 = 5;
 pub const CMD_WRITE_ZEROES: u16 = 6;
 /// Command: which parts are holes.
 pub const CMD_BLOCK_STATUS: u16 = 7;
+/// Command: change the size; an extension that is never offered here.
+pub const CMD_RESIZE: u16 = 8;
 
 /// Reply flag: the last chunk of its request.
 pub const REPLY_FLAG_DONE: u16 = 1;
@@ -70,6 +78,8 @@ pub const REPLY_OFFSET_DATA: u16 = 1;
 pub const REPLY_OFFSET_HOLE: u16 = 2;
 /// Chunk: a metadata context's extents.
 pub const REPLY_BLOCK_STATUS: u16 = 5;
+/// Chunk of extended headers: a metadata context's extents with 64-bit lengths.
+pub const REPLY_BLOCK_STATUS_EXT: u16 = 6;
 /// Chunk: an error.
 pub const REPLY_ERROR: u16 = (1 << 15) | 1;
 /// Chunk: an error at an offset.
@@ -82,6 +92,10 @@ pub const STATE_ZERO: u32 = 2;
 
 /// Length of a request's header, in bytes.
 pub const REQUEST_LEN: usize = 28;
+/// Length of an extended request's header, in bytes.
+pub const EXTENDED_REQUEST_LEN: usize = 32;
+/// Length of an extended reply chunk's header, in bytes.
+pub const EXTENDED_CHUNK_LEN: usize = 32;
 /// Length of a simple reply's header, in bytes.
 pub const SIMPLE_REPLY_LEN: usize = 16;
 /// Length of a structured reply chunk's header, in bytes.
@@ -198,6 +212,78 @@ impl Request {
     }
 }
 
+/// A request in either form, as it is checked and executed ("Request message", "Extended request message").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// `CMD_FLAG_…`, unknown ones included.
+    pub flags: u16,
+    /// `CMD_…`, or an unknown number.
+    pub command: u16,
+    /// The client's own mark, to be sent back as it is.
+    pub cookie: u64,
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes; not yet checked.
+    pub length: u64,
+    /// Bytes that follow the header; not yet checked.
+    pub payload: u64,
+}
+
+impl From<Request> for Asked {
+    fn from(request: Request) -> Self {
+        Self {
+            flags: request.flags,
+            command: request.command,
+            cookie: request.cookie,
+            offset: request.offset,
+            length: request.length.into(),
+            payload: request.payload_len().into(),
+        }
+    }
+}
+
+impl Asked {
+    /// The header of an extended request as sent; `payload` is expressed by [`CMD_FLAG_PAYLOAD_LEN`] alone.
+    #[must_use]
+    pub fn encode_extended(&self) -> [u8; EXTENDED_REQUEST_LEN] {
+        let mut out = [0; EXTENDED_REQUEST_LEN];
+        out[..4].copy_from_slice(&EXTENDED_REQUEST_MAGIC.to_be_bytes());
+        out[4..6].copy_from_slice(&self.flags.to_be_bytes());
+        out[6..8].copy_from_slice(&self.command.to_be_bytes());
+        out[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+        out[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        out[24..].copy_from_slice(&self.length.to_be_bytes());
+        out
+    }
+
+    /// Reads the header of an extended request.
+    ///
+    /// # Errors
+    /// `BadMagic`: the connection is out of step.
+    pub fn parse_extended(bytes: &[u8; EXTENDED_REQUEST_LEN]) -> Result<Self, WireError> {
+        let mut fields = Fields::new("an extended NBD request", bytes);
+        let found = fields.u32()?;
+        if found != EXTENDED_REQUEST_MAGIC {
+            return Err(WireError::BadMagic {
+                what: "an extended NBD request",
+                found: u64::from(found),
+            });
+        }
+        let mut asked = Self {
+            flags: fields.u16()?,
+            command: fields.u16()?,
+            cookie: fields.u64()?,
+            offset: fields.u64()?,
+            length: fields.u64()?,
+            payload: 0,
+        };
+        if asked.flags & CMD_FLAG_PAYLOAD_LEN != 0 {
+            asked.payload = asked.length;
+        }
+        Ok(asked)
+    }
+}
+
 /// A simple reply's header ("Simple reply message"). A successful read's data follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SimpleReply {
@@ -286,6 +372,58 @@ impl Chunk {
     }
 }
 
+/// An extended reply chunk's header ("Extended reply chunk message"). `length` bytes follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExtendedChunk {
+    /// Flags, kind, mark and payload length as in the structured form.
+    pub chunk: Chunk,
+    /// The request's offset.
+    pub offset: u64,
+}
+
+impl ExtendedChunk {
+    /// The header as sent.
+    #[must_use]
+    pub fn encode(self) -> [u8; EXTENDED_CHUNK_LEN] {
+        let mut out = [0; EXTENDED_CHUNK_LEN];
+        out[..16].copy_from_slice(&self.chunk.encode()[..16]);
+        out[..4].copy_from_slice(&EXTENDED_REPLY_MAGIC.to_be_bytes());
+        out[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        out[24..].copy_from_slice(&u64::from(self.chunk.length).to_be_bytes());
+        out
+    }
+
+    /// Reads a header.
+    ///
+    /// # Errors
+    /// `BadMagic`: the connection is out of step; `TooLong` beyond 32 bits.
+    pub fn parse(bytes: &[u8; EXTENDED_CHUNK_LEN]) -> Result<Self, WireError> {
+        let what = "an extended NBD reply";
+        let mut fields = Fields::new(what, bytes);
+        let found = fields.u32()?;
+        if found != EXTENDED_REPLY_MAGIC {
+            return Err(WireError::BadMagic {
+                what,
+                found: u64::from(found),
+            });
+        }
+        let (flags, kind, cookie, offset) = (fields.u16()?, fields.u16()?, fields.u64()?, fields.u64()?);
+        let len = fields.u64()?;
+        let length = u32::try_from(len).map_err(|_| WireError::TooLong {
+            what,
+            len,
+            max: u64::from(u32::MAX),
+        })?;
+        let chunk = Chunk {
+            flags,
+            kind,
+            cookie,
+            length,
+        };
+        Ok(Self { chunk, offset })
+    }
+}
+
 /// The payload of a `REPLY_ERROR` chunk.
 #[must_use]
 pub fn encode_error_payload(error: Errno, message: &str) -> Vec<u8> {
@@ -318,7 +456,7 @@ pub fn parse_error_payload(payload: &[u8]) -> Result<(Errno, String), WireError>
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// Number of bytes, never 0.
-    pub length: u32,
+    pub length: u64,
     /// `STATE_…`.
     pub state: u32,
 }
@@ -329,8 +467,27 @@ pub fn encode_block_status(context: u32, extents: &[Extent]) -> Vec<u8> {
     let mut out = Vec::with_capacity(4 + 8 * extents.len());
     out.extend_from_slice(&context.to_be_bytes());
     for extent in extents {
-        out.extend_from_slice(&extent.length.to_be_bytes());
+        // A shorter extent than there is remains true: the client asks again for the rest.
+        let length = u32::try_from(extent.length).unwrap_or(1 << 31);
+        out.extend_from_slice(&length.to_be_bytes());
         out.extend_from_slice(&extent.state.to_be_bytes());
+        if u64::from(length) < extent.length {
+            break;
+        }
+    }
+    out
+}
+
+/// The payload of a `REPLY_BLOCK_STATUS_EXT` chunk.
+#[must_use]
+pub fn encode_block_status_ext(context: u32, extents: &[Extent]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(8 + 16 * extents.len());
+    out.extend_from_slice(&context.to_be_bytes());
+    // Cannot saturate: nobody holds that many extents in memory.
+    out.extend_from_slice(&u32::try_from(extents.len()).unwrap_or(u32::MAX).to_be_bytes());
+    for extent in extents {
+        out.extend_from_slice(&extent.length.to_be_bytes());
+        out.extend_from_slice(&u64::from(extent.state).to_be_bytes());
     }
     out
 }
@@ -345,7 +502,7 @@ pub fn parse_block_status(payload: &[u8]) -> Result<(u32, Vec<Extent>), WireErro
     let mut extents = Vec::new();
     while !fields.rest.is_empty() {
         let extent = Extent {
-            length: fields.u32()?,
+            length: fields.u32()?.into(),
             state: fields.u32()?,
         };
         if extent.length == 0 {

@@ -1,7 +1,7 @@
 //! `stiefel nbd`: just the NBD server.
 
 use crate::cli::NbdArgs;
-use stiefel_server::nbd::{ExportOptions, run_standalone};
+use stiefel_server::nbd::{ExportOptions, Target, run_standalone};
 
 /// Serves until it is told to end.
 pub(crate) fn nbd(args: &NbdArgs) -> anyhow::Result<()> {
@@ -10,5 +10,9 @@ pub(crate) fn nbd(args: &NbdArgs) -> anyhow::Result<()> {
         read_only: args.read_only,
         ..ExportOptions::default()
     };
-    run_standalone(&args.target, &args.listen, options)
+    let target = Target {
+        path: args.target.clone(),
+        overlay: args.overlay.clone(),
+    };
+    run_standalone(&target, &args.listen, options)
 }

@@ -1,0 +1,586 @@
+//! Guest boot: what is written goes into an upper layer, the base is never touched.
+//!
+//! The upper layer is a file, in memory (a memfd) or kept on a disk. Block 0 says what it is; then comes one bit per block
+//! of the base, set where the upper layer has the block; then the blocks, at the base's offsets. Holes stay holes.
+//!
+//! Several guests share one base, each with its own upper layer; [`open_base`] keeps every writer away meanwhile.
+//!
+//! Durability, for a file: a flush brings the blocks onto the disk, then the bits, then is answered. So after a power cut
+//! each block is what was flushed, or older, or newer, never what nobody wrote. A kept overlay that could not be flushed
+//! is refused for ever. What was not flushed is lost when the *process* ends, so its session must end with it.
+//! In memory: bits are written through at once; whoever holds the memfd (PID 1, by [`Overlay::upper`]) can have a new
+//! process go on with it by [`Overlay::resume`] as if nothing had happened.
+
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use stiefel_shared::nbd::Extent;
+
+use super::export::{Export, ExportError, ExportOptions};
+use super::request::Range;
+use super::storage::{Access, FileStore, Medium, lock};
+use super::store::{Store, Traits};
+
+/// Bytes that one bit stands for.
+const BLOCK: u64 = 4096;
+/// Bits in one block of bits.
+const LEAF: u64 = BLOCK * 8;
+/// The first bytes of an upper layer.
+const MAGIC: &[u8; 12] = b"stiefel-ovl1";
+/// Where block 0 has the base's size, 64 bits, little-endian.
+const SIZE_AT: usize = 16;
+/// Where block 0 says that a flush has failed.
+const LOST_AT: u64 = 24;
+
+/// Where a guest's writes go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Upper {
+    /// Into memory, of at most so many bytes; by default half of what the machine has.
+    Memory(Option<u64>),
+    /// Into a file that is kept.
+    File(PathBuf),
+}
+
+/// `memory`, `memory:SIZE` (bytes, or with K, M, G, T for powers of 1024), or else a file's path.
+impl FromStr for Upper {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            _ if text == "memory" => Ok(Self::Memory(None)),
+            Some(("memory", size)) => parse_size(size).map(|bytes| Self::Memory(Some(bytes))),
+            _ if text.is_empty() => Err("name a file, or say memory".into()),
+            _ => Ok(Self::File(text.into())),
+        }
+    }
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(['K', 'M', 'G', 'T']);
+    let shift = match &text[digits.len()..] {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(format!("{text} is no size; write for example 512M or 4G")),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("{text} is no size; write for example 512M or 4G"))?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| format!("{text} is no possible size"))
+}
+
+/// Exports `base` to a guest: as [`Export::open`], but what is written goes into an upper layer of its own.
+///
+/// # Errors
+/// See [`ExportError`].
+pub fn open_guest(
+    base: &Arc<dyn Store>,
+    path: &Path,
+    upper: &Upper,
+    options: ExportOptions,
+) -> Result<Arc<Export>, ExportError> {
+    let overlay = match upper {
+        Upper::File(file) => Overlay::file(Arc::clone(base), file)?,
+        Upper::Memory(limit) => {
+            let limit = limit.unwrap_or_else(|| {
+                let system = rustix::system::sysinfo();
+                (system.totalram as u64).saturating_mul(system.mem_unit.into()) / 2
+            });
+            Overlay::memory(Arc::clone(base), limit).map_err(|source| ExportError::Open {
+                path: "a memory overlay".into(),
+                source,
+            })?
+        }
+    };
+    Export::of(Arc::new(overlay), path, options)
+}
+
+/// Opens what guests share: read-only, away from everybody who writes it.
+///
+/// # Errors
+/// See [`ExportError`].
+pub fn open_base(path: &Path) -> Result<Arc<dyn Store>, ExportError> {
+    Ok(Arc::new(FileStore::open(path, Access::Base)?))
+}
+
+/// Which blocks the upper layer has: blocks of bits, absent where all are zero.
+#[derive(Debug)]
+struct Map {
+    leaves: Vec<Option<Box<[u8]>>>,
+    /// Leaves that are not yet in the file.
+    dirty: BTreeSet<usize>,
+}
+
+impl Map {
+    fn has(&self, block: u64) -> bool {
+        let (leaf, byte, bit) = place(block);
+        self.leaves
+            .get(leaf)
+            .and_then(Option::as_ref)
+            .is_some_and(|bits| bits[byte] & bit != 0)
+    }
+
+    /// Where the run of blocks that are alike ends, at most `end`, and whether the upper layer has them.
+    fn run(&self, block: u64, end: u64) -> (u64, bool) {
+        let has = self.has(block);
+        let mut at = block + 1;
+        while at < end && self.has(at) == has {
+            let (leaf, ..) = place(at);
+            // Whole absent leaves need not be looked at bit by bit.
+            let absent = self.leaves.get(leaf).is_none_or(Option::is_none);
+            at = if absent {
+                at.next_multiple_of(LEAF).max(at + 1)
+            } else {
+                at + 1
+            };
+        }
+        (at.min(end), has)
+    }
+
+    fn has_all(&self, first: u64, end: u64) -> bool {
+        self.run(first, end) == (end, true)
+    }
+
+    fn set(&mut self, blocks: std::ops::Range<u64>) {
+        for block in blocks {
+            let (leaf, byte, bit) = place(block);
+            let Some(bits) = self.leaves.get_mut(leaf) else { return };
+            let bits = bits.get_or_insert_with(|| vec![0; length(BLOCK)].into());
+            if bits[byte] & bit == 0 {
+                bits[byte] |= bit;
+                self.dirty.insert(leaf);
+            }
+        }
+    }
+}
+
+/// Leaf, byte and bit of a block.
+fn place(block: u64) -> (usize, usize, u8) {
+    (length(block / LEAF), length(block % LEAF / 8), 1 << (block % 8))
+}
+
+fn length(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// A base with an upper layer.
+#[derive(Debug)]
+pub struct Overlay {
+    base: Arc<dyn Store>,
+    upper: Arc<dyn Store>,
+    /// Where the blocks begin in the upper layer.
+    blocks_at: u64,
+    /// Upper layers in memory: nothing to bring onto a disk, but bytes that may be used.
+    memory: Option<u64>,
+    map: RwLock<Map>,
+}
+
+impl Overlay {
+    /// An upper layer in memory, of at most `limit` bytes, gone with its last descriptor.
+    ///
+    /// # Errors
+    /// No memory could be had.
+    pub fn memory(base: Arc<dyn Store>, limit: u64) -> io::Result<Self> {
+        let file = File::from(memfd_create("stiefel-overlay", MemfdFlags::CLOEXEC)?);
+        begin(&file, base.size())?;
+        Self::resume(base, file, Some(limit))
+    }
+
+    /// An upper layer in a file, which is made if it is not there, and kept.
+    ///
+    /// # Errors
+    /// `InUse`; `Open` also for a file that is no overlay of this base or that lost data.
+    pub fn file(base: Arc<dyn Store>, path: &Path) -> Result<Self, ExportError> {
+        let failed = |source| ExportError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let file = options.open(path).map_err(failed)?;
+        lock(&file, path, false)?;
+        if file.metadata().map_err(failed)?.len() == 0 {
+            begin(&file, base.size())
+                .and_then(|()| file.sync_all())
+                .map_err(failed)?;
+        }
+        Self::resume(base, file, None).map_err(failed)
+    }
+
+    /// Goes on with an upper layer; `memory` is its limit if it is one in memory.
+    ///
+    /// # Errors
+    /// It is none, or another base's, or a flush of it has failed; reading failed.
+    pub fn resume(base: Arc<dyn Store>, upper: File, memory: Option<u64>) -> io::Result<Self> {
+        let size = upper.metadata()?.len();
+        Self::over(base, Arc::new(FileStore::new(upper, Medium::File, size)), memory)
+    }
+
+    /// Over any store that was begun as an upper layer.
+    ///
+    /// # Errors
+    /// As [`Overlay::resume`].
+    pub fn over(base: Arc<dyn Store>, upper: Arc<dyn Store>, memory: Option<u64>) -> io::Result<Self> {
+        let invalid = |why| Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        let (blocks_at, total) = layout(base.size());
+        if upper.size() != total {
+            return invalid("not an overlay of this disk: its size does not fit");
+        }
+        let mut first = vec![0; length(BLOCK)];
+        upper.read(&mut first, 0)?;
+        if first[..MAGIC.len()] != MAGIC[..] || first[SIZE_AT..][..8] != base.size().to_le_bytes() {
+            return invalid("not an overlay of this disk");
+        }
+        if first[length(LOST_AT)] != 0 {
+            return invalid("this overlay has lost data in a flush that failed; begin a new one");
+        }
+        let mut leaves = Vec::new();
+        for at in (BLOCK..blocks_at).step_by(length(BLOCK)) {
+            let mut bits = vec![0; length(BLOCK)];
+            upper.read(&mut bits, at)?;
+            leaves.push(bits.iter().any(|byte| *byte != 0).then(|| bits.into()));
+        }
+        let map = Map {
+            leaves,
+            dirty: BTreeSet::new(),
+        };
+        Ok(Self {
+            base,
+            upper,
+            blocks_at,
+            memory,
+            map: RwLock::new(map),
+        })
+    }
+
+    /// The upper layer's file, for someone to hold beyond this process's life.
+    #[must_use]
+    pub fn upper(&self) -> Option<&File> {
+        self.upper.file()
+    }
+
+    fn read_map(&self) -> RwLockReadGuard<'_, Map> {
+        self.map.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_map(&self) -> RwLockWriteGuard<'_, Map> {
+        self.map.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the upper layer may take so many bytes more.
+    fn check_room(&self, bytes: usize) -> io::Result<()> {
+        let (Some(limit), Some(file)) = (self.memory, self.upper.file()) else {
+            return Ok(());
+        };
+        if file.metadata()?.blocks() * 512 + bytes as u64 > limit {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
+    }
+
+    /// The parts of a range that come from one layer each: where, how long, whether from the upper one.
+    fn parts(&self, map: &Map, range: Range) -> Vec<(u64, u64, bool)> {
+        let end = range.offset + range.length;
+        let mut at = range.offset;
+        let mut parts = Vec::new();
+        while at < end {
+            let (next, upper) = map.run(at / BLOCK, end.div_ceil(BLOCK));
+            let next = (next * BLOCK).min(end);
+            parts.push((at, next - at, upper));
+            at = next;
+        }
+        parts
+    }
+
+    /// Takes blocks that the upper layer now has into account.
+    fn took(&self, map: &mut Map, blocks: std::ops::Range<u64>) -> io::Result<()> {
+        map.set(blocks);
+        if self.memory.is_some() {
+            self.store_leaves(map)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the dirty leaves into the upper layer.
+    fn store_leaves(&self, map: &mut Map) -> io::Result<()> {
+        while let Some(leaf) = map.dirty.first().copied() {
+            if let Some(bits) = &map.leaves[leaf] {
+                self.upper.write(bits, BLOCK + leaf as u64 * BLOCK)?;
+            }
+            map.dirty.remove(&leaf);
+        }
+        Ok(())
+    }
+
+    /// A block of the base with a part of it changed.
+    fn merged(&self, block: u64, from: usize, data: &[u8]) -> io::Result<Vec<u8>> {
+        let start = block * BLOCK;
+        let mut merged = vec![0; length(BLOCK.min(self.base.size() - start))];
+        self.base.read(&mut merged, start)?;
+        merged[from..from + data.len()].copy_from_slice(data);
+        Ok(merged)
+    }
+}
+
+/// Where the blocks begin, and where the upper layer ends.
+fn layout(size: u64) -> (u64, u64) {
+    let blocks_at = BLOCK + size.div_ceil(BLOCK).div_ceil(LEAF) * BLOCK;
+    (blocks_at, blocks_at + size.next_multiple_of(BLOCK))
+}
+
+/// Makes an empty file the upper layer of a base of `size` bytes.
+fn begin(file: &File, size: u64) -> io::Result<()> {
+    file.set_len(layout(size).1)?;
+    file.write_all_at(&first_block(size), 0)
+}
+
+/// The first bytes of the upper layer of a base of `size` bytes; the rest of it is zeroes.
+#[must_use]
+pub fn first_block(size: u64) -> Vec<u8> {
+    let mut first = MAGIC.to_vec();
+    first.resize(SIZE_AT, 0);
+    first.extend_from_slice(&size.to_le_bytes());
+    first
+}
+
+/// How long the upper layer of a base of `size` bytes is.
+#[must_use]
+pub fn upper_size(size: u64) -> u64 {
+    layout(size).1
+}
+
+impl Store for Overlay {
+    fn size(&self) -> u64 {
+        self.base.size()
+    }
+
+    fn traits(&self) -> Traits {
+        Traits {
+            discards: true,
+            ..self.base.traits()
+        }
+    }
+
+    fn read_now(&self, parts: &mut [IoSliceMut<'_>], mut offset: u64) -> usize {
+        let Ok(map) = self.map.try_read() else { return 0 };
+        let mut done = 0;
+        for data in parts {
+            let range = Range {
+                offset,
+                length: data.len() as u64,
+            };
+            let mut rest: &mut [u8] = data;
+            for (at, bytes, upper) in self.parts(&map, range) {
+                let (here, behind) = rest.split_at_mut(length(bytes));
+                rest = behind;
+                let mut here = [IoSliceMut::new(here)];
+                let read = if upper {
+                    self.upper.read_now(&mut here, self.blocks_at + at)
+                } else {
+                    self.base.read_now(&mut here, at)
+                };
+                done += read;
+                if (read as u64) < bytes {
+                    return done;
+                }
+            }
+            offset += range.length;
+        }
+        done
+    }
+
+    fn read(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
+        let map = self.read_map();
+        let range = Range {
+            offset,
+            length: data.len() as u64,
+        };
+        let mut rest = data;
+        for (at, bytes, upper) in self.parts(&map, range) {
+            let (here, behind) = rest.split_at_mut(length(bytes));
+            rest = behind;
+            if upper {
+                self.upper.read(here, self.blocks_at + at)?;
+            } else {
+                self.base.read(here, at)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_now(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        let end = offset + bytes as u64;
+        let blocks = offset / BLOCK..end.div_ceil(BLOCK);
+        self.check_room(bytes)?;
+        match self.map.try_read() {
+            Ok(map) if map.has_all(blocks.start, blocks.end) => {
+                return self.upper.write_now(parts, self.blocks_at + offset);
+            }
+            Ok(_) | Err(TryLockError::Poisoned(_)) => {}
+            Err(TryLockError::WouldBlock) => return Ok(0),
+        }
+        if !offset.is_multiple_of(BLOCK) || !end.is_multiple_of(BLOCK) {
+            return Ok(0);
+        }
+        let Ok(mut map) = self.map.try_write() else {
+            return Ok(0);
+        };
+        let written = self.upper.write_now(parts, self.blocks_at + offset)?;
+        if written < bytes {
+            return Ok(0);
+        }
+        self.took(&mut map, blocks)?;
+        Ok(written)
+    }
+
+    fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.check_room(data.len())?;
+        let end = offset + data.len() as u64;
+        let blocks = offset / BLOCK..end.div_ceil(BLOCK);
+        {
+            let map = self.read_map();
+            if map.has_all(blocks.start, blocks.end) {
+                return self.upper.write(data, self.blocks_at + offset);
+            }
+        }
+        let mut map = self.write_map();
+        let mut at = offset;
+        let mut rest = data;
+        while !rest.is_empty() {
+            let block = at / BLOCK;
+            // The next block's begin, or as far as whole blocks go, or the end.
+            let whole = end - end % BLOCK;
+            let next = if at.is_multiple_of(BLOCK) && whole > at {
+                whole
+            } else {
+                ((block + 1) * BLOCK).min(end)
+            };
+            let (here, behind) = rest.split_at(length(next - at));
+            let partial = here.len() < length(BLOCK) && !map.has(block);
+            if partial {
+                let merged = self.merged(block, length(at % BLOCK), here)?;
+                self.upper.write(&merged, self.blocks_at + block * BLOCK)?;
+            } else {
+                self.upper.write(here, self.blocks_at + at)?;
+            }
+            self.took(&mut map, block..next.div_ceil(BLOCK))?;
+            (at, rest) = (next, behind);
+        }
+        Ok(())
+    }
+
+    fn trim(&self, range: Range) -> io::Result<()> {
+        let blocks = range.offset.div_ceil(BLOCK)..(range.offset + range.length) / BLOCK;
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let mut map = self.write_map();
+        let inner = Range {
+            offset: self.blocks_at + blocks.start * BLOCK,
+            length: (blocks.end - blocks.start) * BLOCK,
+        };
+        // As zeroes, because trimming alone may do nothing and blocks that were never written would show.
+        match self.upper.zero(inner, false, true) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => self.took(&mut map, blocks),
+        }
+    }
+
+    fn zero(&self, range: Range, no_hole: bool, fast: bool) -> io::Result<()> {
+        let end = range.offset + range.length;
+        let blocks = range.offset.div_ceil(BLOCK)..end / BLOCK;
+        if no_hole {
+            self.check_room(length(range.length))?;
+        }
+        if blocks.start >= blocks.end {
+            return self.write(&vec![0; length(range.length)], range.offset);
+        }
+        let inner = Range {
+            offset: self.blocks_at + blocks.start * BLOCK,
+            length: (blocks.end - blocks.start) * BLOCK,
+        };
+        {
+            let mut map = self.write_map();
+            self.upper.zero(inner, no_hole, fast)?;
+            self.took(&mut map, blocks.clone())?;
+        }
+        let edges = [(range.offset, blocks.start * BLOCK), (blocks.end * BLOCK, end)];
+        for (from, to) in edges.into_iter().filter(|(from, to)| from < to) {
+            self.write(&vec![0; length(to - from)], from)?;
+        }
+        Ok(())
+    }
+
+    fn cache(&self, range: Range) -> io::Result<()> {
+        self.base.cache(range)
+    }
+
+    fn extents(&self, range: Range, most: usize) -> Vec<Extent> {
+        let map = self.read_map();
+        let mut found = Vec::new();
+        for (at, length, upper) in self.parts(&map, range) {
+            let left = most.saturating_sub(found.len());
+            if left == 0 {
+                break;
+            }
+            let (store, offset) = if upper {
+                (&self.upper, self.blocks_at + at)
+            } else {
+                (&self.base, at)
+            };
+            let part = store.extents(Range { offset, length }, left);
+            let told: u64 = part.iter().map(|extent| extent.length).sum();
+            found.extend(part);
+            if told < length {
+                break;
+            }
+        }
+        found
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.memory.is_some() {
+            return Ok(());
+        }
+        // The bits as they are now: what they stand for was written before, so the first flush covers it.
+        let bits: Vec<(usize, Box<[u8]>)> = {
+            let mut map = self.write_map();
+            let dirty = std::mem::take(&mut map.dirty);
+            dirty
+                .into_iter()
+                .filter_map(|leaf| Some((leaf, map.leaves[leaf].clone()?)))
+                .collect()
+        };
+        let synced = self.upper.sync().and_then(|()| {
+            if bits.is_empty() {
+                return Ok(());
+            }
+            for (leaf, bits) in &bits {
+                self.upper.write(bits, BLOCK + *leaf as u64 * BLOCK)?;
+            }
+            self.upper.sync()
+        });
+        if synced.is_err() {
+            // As far as that is still possible, nobody shall take this overlay for a good one.
+            let _ = self.upper.write(&[1], LOST_AT).and_then(|()| self.upper.sync());
+        }
+        synced
+    }
+}
+
+#[cfg(test)]
+#[path = "overlay_tests.rs"]
+mod tests;
