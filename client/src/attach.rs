@@ -99,7 +99,8 @@ fn attach(console: &Console) -> anyhow::Result<()> {
     if let Some(failed) = failed {
         console.warn(&failed);
     }
-    let nic_index = place.adopt(&nic, &session, PATIENCE)?;
+    let nic_index = place.take(&nic, &session)?;
+    place.wait(nic_index, PATIENCE)?;
     if let Some(tunnel) = &session.tunnel {
         place.make_tunnel(&session, tunnel, nic_index)?;
     }

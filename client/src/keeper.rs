@@ -35,6 +35,8 @@ use crate::attach::{self, BACKEND, DEAD_CONNECTION, HOME, KEEPER_ARG0, NBD_INDEX
 use crate::link::{self, Place};
 use crate::{guards, nbd};
 
+/// Where the NIC's namespace is kept.
+const KEPT: &str = "/run/stiefel";
 /// What the keeper says on its standard output when it is ready.
 const READY: u8 = b'+';
 /// How long it may take for that.
@@ -43,8 +45,6 @@ const START: Duration = Duration::from_secs(20);
 const NAMESPACE: &str = "namespace";
 /// How often a lost connection is tried to be made anew, and a failed watch to be opened.
 const AGAIN: Duration = Duration::from_secs(1);
-/// How long a NIC that was plugged in again may take to be ready.
-const REPLUG: Duration = Duration::from_secs(10);
 
 /// Starts the keeper, gives it the NIC's place, and waits until it is ready.
 pub(crate) fn start(place: Place) -> anyhow::Result<()> {
@@ -100,8 +100,12 @@ struct Keeper<'a> {
     guarded: bool,
     /// Since when the disk's connection is lost.
     lost: Option<Instant>,
-    /// The link could not be mended at the last try.
-    mend: bool,
+    /// The link could not be mended at the last try, and why.
+    mend: Option<String>,
+    /// The NIC's index, as far as the tunnel was told.
+    nic: Option<u32>,
+    /// procfs, which is unmounted by now, but for who has it open.
+    proc: File,
 }
 
 impl<'a> Keeper<'a> {
@@ -120,7 +124,9 @@ impl<'a> Keeper<'a> {
             links: LinkMonitor::open()?,
             guarded: false,
             lost: None,
-            mend: false,
+            mend: None,
+            nic: None,
+            proc: File::open(home("proc")).context("cannot open proc")?,
         };
         process::lock_memory().context("cannot lock the keeper in memory")?;
         if let Err(error) = process::oom_protect(&home("proc")) {
@@ -161,7 +167,7 @@ impl<'a> Keeper<'a> {
         if !self.guarded {
             fds.push(PollFd::new(&self.mounts, PollFlags::PRI));
         }
-        let again = self.lost.is_some() || self.mend;
+        let again = self.lost.is_some() || self.mend.is_some();
         let patience = if again { Timespec::try_from(AGAIN).ok() } else { None };
         match poll(&mut fds, patience.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
@@ -188,6 +194,14 @@ impl<'a> Keeper<'a> {
         for error in guards::write(Path::new("/run"), &self.session) {
             self.console
                 .error(&format!("a network manager may take the link away: {error}"));
+        }
+        // The keeper holds it, too; but where everything is killed at the end, the link must outlive the keeper.
+        if let Some(namespace) = &self.place.namespace {
+            let kept = std::fs::create_dir_all(KEPT).map_err(anyhow::Error::from);
+            let kept = kept.and_then(|()| Ok(namespace.bind(&Path::new(KEPT).join("netns"))?));
+            if let Err(error) = kept {
+                self.console.warn(&format!("the link ends with the keeper: {error:#}"));
+            }
         }
         let put = secret_json(&self.session)
             .map_err(anyhow::Error::from)
@@ -243,7 +257,7 @@ impl<'a> Keeper<'a> {
 
     /// Brings back what changed: a NIC that was plugged in again, a tunnel that somebody has altered.
     fn hear_of_links(&mut self) {
-        let mut changed = std::mem::take(&mut self.mend);
+        let mut changed = self.mend.is_some();
         loop {
             match self.links.next(Some(Duration::ZERO)) {
                 Ok(None) => break,
@@ -260,29 +274,44 @@ impl<'a> Keeper<'a> {
                 }
             }
         }
-        if changed && let Err(error) = self.mend_links() {
-            self.console
-                .error(&format!("the link to the laptop cannot be mended yet: {error:#}"));
-            self.mend = true;
+        if !changed {
+            return;
         }
+        let failed = self.mend_links().err().map(|error| format!("{error:#}"));
+        // Tried every second; said when it changes.
+        if let Some(why) = failed.as_ref().filter(|_| failed != self.mend) {
+            self.console
+                .error(&format!("the link to the laptop cannot be mended yet: {why}"));
+        }
+        self.mend = failed;
     }
 
-    fn mend_links(&self) -> anyhow::Result<()> {
-        let appeared = sys_link::list()?
-            .into_iter()
-            .find(|nic| link::is_sessions(nic, &self.session));
-        // In a namespace of its own it is not seen from here, but where it was plugged in again.
-        if let Some(nic) = appeared.filter(|nic| self.place.namespace.is_some() || !nic.up) {
-            let index = self.place.adopt(&nic, &self.session, REPLUG)?;
-            self.console.warn(&format!("the NIC {} is plugged in again", nic.name));
-            if let Some(tunnel) = &self.session.tunnel {
-                self.place.redirect(&self.session, tunnel, index)?;
+    fn mend_links(&mut self) -> anyhow::Result<()> {
+        let there = self.place.bring_up(&self.session)?;
+        let index = match (there, &self.place.namespace) {
+            (Some(index), _) => index,
+            (None, None) => return Ok(()),
+            // In a namespace of its own it is not seen from here, but where it was plugged in again.
+            (None, Some(_)) => {
+                let appeared = sys_link::list()?
+                    .into_iter()
+                    .find(|nic| link::is_sessions(nic, &self.session));
+                let Some(nic) = appeared else { return Ok(()) };
+                self.console.warn(&format!("the NIC {} is plugged in again", nic.name));
+                self.place.take(&nic, &self.session)?
             }
+        };
+        let Some(tunnel) = &self.session.tunnel else {
+            return Ok(());
+        };
+        if self.nic != Some(index) {
+            self.place.redirect(&self.session, tunnel, index)?;
+            self.nic = Some(index);
         }
-        match &self.session.tunnel {
-            Some(tunnel) => link::repair(tunnel),
-            None => Ok(()),
-        }
+        link::repair(tunnel).or_else(|error| {
+            link::allow_ipv6(&self.proc).map_err(|_| error)?;
+            link::repair(tunnel)
+        })
     }
 
     /// Tries once to make a new connection; gives up when the kernel has.

@@ -6,10 +6,12 @@
 //! network managers off.
 
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::fs::{Mode, OFlags};
 use stiefel_shared::bundle::{AttachSession, Transport, Tunnel};
 use stiefel_sys::link::{self, Link};
 use stiefel_sys::netns::Namespace;
@@ -71,16 +73,20 @@ impl Place {
         self.inside(|| Ok(link::list()?.into_iter().find(|link| is_sessions(link, session))))
     }
 
-    /// Takes the NIC that appeared in the root namespace, brings it up and waits for its address; its index here.
-    pub(crate) fn adopt(&self, nic: &Link, session: &AttachSession, patience: Duration) -> anyhow::Result<u32> {
+    /// Takes the NIC that appeared in the root namespace to its place, and brings it up; its index there.
+    pub(crate) fn take(&self, nic: &Link, session: &AttachSession) -> anyhow::Result<u32> {
         if let Some(namespace) = &self.namespace {
-            use std::os::fd::AsFd;
-            if nic.up {
-                link::set_down(nic.index)?;
-            }
+            // The kernel takes it down on the way.
             link::set_namespace(nic.index, namespace.as_fd()).context("cannot move the NIC out of sight")?;
         }
-        let here = self.find(session)?.context("the NIC has vanished")?;
+        self.bring_up(session)?.context("the NIC has vanished")
+    }
+
+    /// Brings the NIC up where it is, if it is there; its index.
+    pub(crate) fn bring_up(&self, session: &AttachSession) -> anyhow::Result<Option<u32>> {
+        let Some(here) = self.find(session)? else {
+            return Ok(None);
+        };
         self.inside(|| {
             if !here.up {
                 // Renaming works only while it is down; the name is for people, so a refusal does no harm.
@@ -89,15 +95,21 @@ impl Place {
                 let _ = link::disable_dad(&self.proc, if named { NIC } else { &here.name });
                 link::set_up(here.index)?;
             }
-            link::wait_link_local(here.index, patience)
+            Ok(Some(here.index))
+        })
+    }
+
+    /// Waits until the NIC has its link-local address.
+    pub(crate) fn wait(&self, nic_index: u32, patience: Duration) -> anyhow::Result<()> {
+        self.inside(|| {
+            link::wait_link_local(nic_index, patience)
                 .context("the link to the laptop does not come up; is the cable in at both ends?")?;
-            Ok(here.index)
+            Ok(())
         })
     }
 
     /// Makes the tunnel through the NIC `nic_index`, its interface in the root namespace.
     pub(crate) fn make_tunnel(&self, session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> anyhow::Result<()> {
-        use std::os::fd::AsFd;
         let root = Namespace::current()?;
         let made = self.inside(|| {
             // Its socket stays where it was made.
@@ -144,15 +156,23 @@ fn endpoint(session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> SocketA
 
 /// Gives the tunnel what it needs, also after a network manager has taken it away.
 pub(crate) fn repair(tunnel: &Tunnel) -> anyhow::Result<()> {
-    let index = link::index_of(TUNNEL)?.context("the tunnel is gone")?;
+    let index = link::index_of(TUNNEL)?.context("the tunnel is gone; only a restart of the desktop helps")?;
+    if !link::list()?.iter().any(|link| link.index == index && link.up) {
+        link::set_up(index)?;
+    }
     let address = IpAddr::V6(tunnel.address);
     // Only what is missing is added: what is replaced would be news again, for ever.
     if !link::addresses(index)?.iter().any(|have| have.addr == address) {
         link::add_address(index, address, 127)?;
     }
-    if !link::list()?.iter().any(|link| link.index == index && link.up) {
-        link::set_up(index)?;
-    }
+    Ok(())
+}
+
+/// Switches IPv6 on again on the tunnel, where a sysctl has switched it off; `proc` is an open folder of procfs.
+pub(crate) fn allow_ipv6(proc: impl AsFd) -> anyhow::Result<()> {
+    let path = format!("sys/net/ipv6/conf/{TUNNEL}/disable_ipv6");
+    let file = rustix::fs::openat(proc, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(file, b"0")?;
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rustix::fs::{MemfdFlags, memfd_create};
 use sha2::{Digest, Sha256};
 use stiefel_shared::bundle::{AttachSession, Manifest};
@@ -236,8 +236,14 @@ fn append_session(initrd: &mut File, manifest: &Manifest, found: &Found) -> anyh
 /// Which desktop this is, the same at every boot: from what its firmware says of itself, which is not unique on every board,
 /// and from its own NIC, which may not have a driver yet where the link is a USB adapter.
 fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
-    let dmi = ["product_uuid", "product_serial", "board_serial", "product_name"]
-        .map(|name| std::fs::read_to_string(sysfs.join("class/dmi/id").join(name)).unwrap_or_default());
+    let told = |name: &str| {
+        let text = std::fs::read_to_string(sysfs.join("class/dmi/id").join(name)).unwrap_or_default();
+        Some(text.trim().to_owned()).filter(|text| is_unique(text))
+    };
+    let dmi: Vec<String> = ["product_uuid", "product_serial", "board_serial"]
+        .into_iter()
+        .filter_map(told)
+        .collect();
     let mut macs: Vec<(bool, [u8; 6])> = link::list()?
         .iter()
         .filter(|link| link.is_wired_physical())
@@ -248,9 +254,13 @@ fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
             )
         })
         .collect();
-    // Those that are no USB adapters come first.
+    // Those that are no USB adapters come first; one that is goes with its owner, so it counts only where nothing else does.
     macs.sort_unstable();
-    let lasting = macs.first().filter(|(usb, _)| !usb || dmi.iter().all(String::is_empty));
+    let lasting = macs.first().filter(|(usb, _)| !usb || dmi.is_empty());
+    ensure!(
+        !dmi.is_empty() || lasting.is_some(),
+        "this machine cannot be told from others: its firmware names no UUID or serial number, and it has no wired NIC"
+    );
     let mut hash = Sha256::new();
     for part in dmi
         .iter()
@@ -267,4 +277,48 @@ fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     Ok(digits.parse()?)
+}
+
+/// Whether firmware says something of its own, and not what its maker forgot to fill in.
+fn is_unique(text: &str) -> bool {
+    let digits: String = text
+        .chars()
+        .filter(char::is_ascii_alphanumeric)
+        .collect::<String>()
+        .to_lowercase();
+    let same = digits
+        .chars()
+        .next()
+        .is_none_or(|first| digits.chars().all(|digit| digit == first));
+    let empty = [
+        "tobefilledbyoem",
+        "defaultstring",
+        "systemserialnumber",
+        "notspecified",
+        "none",
+        "0123456789",
+    ];
+    // A UUID that many boards share.
+    let shared = "03000200040005000006000700080009";
+    !same && digits != shared && !empty.contains(&digits.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_maker_forgot_to_fill_in_tells_no_machine() {
+        for text in [
+            "",
+            "None",
+            "To be filled by O.E.M.",
+            "00000000-0000-0000-0000-000000000000",
+            "Default string",
+        ] {
+            assert!(!is_unique(text), "{text}");
+        }
+        assert!(!is_unique("03000200-0400-0500-0006-000700080009"));
+        assert!(is_unique("4c4c4544-0042-3510-8052-b9c04f4a4e32") && is_unique("PF2XK1AB"));
+    }
 }

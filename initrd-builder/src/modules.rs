@@ -187,6 +187,12 @@ impl ModuleTree {
         self.index.path(module).is_some() || self.index.is_builtin(module)
     }
 
+    /// Whether a system with these modules of it has the module, as one of them or built in.
+    #[must_use]
+    pub fn has(&self, selection: &Selection, module: &str) -> bool {
+        selection.contains(module) || self.index.is_builtin(module)
+    }
+
     /// Whether the kernel has anything of a class, as a file or built in.
     #[must_use]
     pub fn offers_class(&self, class: &Class) -> bool {

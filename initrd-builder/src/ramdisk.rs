@@ -186,6 +186,8 @@ struct Parts {
     busybox: Option<Vec<u8>>,
     extras: Vec<Extra>,
     modules: ModuleSet,
+    /// Whether it can make the tunnel.
+    wireguard: bool,
 }
 
 /// Builds kernel, ramdisk and manifest in `options.out_dir`. Neither root nor other programs are needed.
@@ -259,6 +261,7 @@ fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, Ramdisk
         program,
         busybox,
         extras,
+        wireguard: tree.has(&selection, "wireguard"),
         modules,
     })
 }
@@ -322,6 +325,7 @@ fn write(options: &RamdiskOptions, parts: &Parts, progress: Progress) -> io::Res
         ramdisk,
         unpacked_bytes: unpacked,
         modules: parts.modules.modules,
+        wireguard: parts.wireguard,
         firmware: parts.modules.firmware.len(),
         missing_firmware: parts.modules.missing_firmware.len(),
         classes: options.classes.clone(),

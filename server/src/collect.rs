@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use stiefel_initrd_builder::modules::{ModuleTree, ModulesError};
 use stiefel_initrd_builder::overlay::OverlayError;
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, ManifestError, RAMDISK};
 use stiefel_shared::config::{Auto, Config};
@@ -34,6 +35,18 @@ const RESERVE: u64 = 128 << 20;
 /// Why the laptop cannot serve.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
+    /// A kernel cannot make the tunnel.
+    #[error(
+        "{kernel} has no WireGuard, but link.encryption is wireguard\n  \
+         next: have `wireguard` among `modules` and run `stiefel install`, or set link.encryption to none for a cable you trust"
+    )]
+    NoTunnel {
+        /// Which.
+        kernel: String,
+    },
+    /// The modules cannot be looked at.
+    #[error("the modules of the desktop's kernel cannot be read")]
+    Modules(#[from] ModulesError),
     /// There is no key.
     #[error(
         "there is no key in {folder}, so no stick could connect\n  next: make one with `stiefel key new NAME`, then write a stick"
@@ -203,6 +216,9 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
     manifest.verify(&state)?;
     let keys = read_keys(&tree.path(KEYS_DIR))?;
     let payload = payload::find(root, &config.boot.load)?;
+    if config.link.encryption == Encryption::Wireguard {
+        check_tunnel(&manifest, &payload)?;
+    }
     let disk = disk(&tree, &config.boot.disk)?;
     let firmware = ["/lib/firmware/updates", "/lib/firmware", "/usr/lib/firmware"];
     Ok(Collected {
@@ -225,6 +241,21 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
             .filter(|path| path.is_dir())
             .collect(),
     })
+}
+
+/// Both kernels must be able to make the tunnel: better to hear that now than after the OS is gone.
+fn check_tunnel(manifest: &Manifest, payload: &FoundPayload) -> Result<(), CollectError> {
+    if !manifest.wireguard {
+        return Err(CollectError::NoTunnel {
+            kernel: "the ramdisk".to_owned(),
+        });
+    }
+    if !ModuleTree::open(&payload.modules)?.offers("wireguard") {
+        return Err(CollectError::NoTunnel {
+            kernel: format!("the kernel {} for the desktop", payload.version),
+        });
+    }
+    Ok(())
 }
 
 /// The laptop's name, for people.

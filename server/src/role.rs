@@ -70,7 +70,7 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
     let door = Arc::new(Door::default());
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, DISK_PORT))
         .with_context(|| format!("cannot listen on TCP port {DISK_PORT} for the disk"))?;
-    let gate: Arc<dyn nbd::Gate> = Arc::<Door>::clone(&door);
+    let (gate, links_door): (Arc<dyn nbd::Gate>, _) = (Arc::<Door>::clone(&door), Arc::clone(&door));
     let server = nbd::Server::start(listener, gate, nbd::Limits::default()).context("cannot serve the disk")?;
     let after = handover.after;
     let identity = handover.disk.clone();
@@ -81,7 +81,12 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
     let web = http::run(http::bind(PORT)?, host, Arc::clone(&responder), http::Limits::default());
     // Nobody is woken who is awake; the channel only has to stay open.
     let (woken, _woken) = mpsc::channel(1);
-    let answers = discovery::run(discovery::bind(PORT)?, responder, follow_links(console)?, woken);
+    let answers = discovery::run(
+        discovery::bind(PORT)?,
+        responder,
+        follow_links(console, links_door)?,
+        woken,
+    );
     console.info("ready; waiting for the desktop");
     tokio::pin!(web, answers);
     loop {
@@ -116,13 +121,16 @@ const fn after_goodbye(goodbye: Goodbye, after: After) -> (&'static str, Option<
 }
 
 /// Brings all wired NICs up, and tells discovery and the screen of them.
-fn follow_links(console: &'static Console) -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
+fn follow_links(console: &'static Console, door: Arc<Door>) -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
     let (links, followed) = mpsc::channel(64);
     std::thread::Builder::new().name("links".to_owned()).spawn(move || {
         let tell = |event: LinkEvent| {
             match &event {
                 LinkEvent::Added { name, .. } => console.info(&format!("the link {name} is up")),
                 LinkEvent::Removed { index } => console.warn(&format!("a link is down (interface {index})")),
+            }
+            if let Err(error) = door.follow(&event) {
+                console.warn(&format!("the tunnel waits for the desktop's first word: {error:#}"));
             }
             links.blocking_send(event).is_ok()
         };

@@ -199,15 +199,17 @@ impl Machines {
     }
 }
 
-/// How many blocks of 1 MiB `payload-init` writes.
-pub const LOAD_BLOCKS: u64 = 40;
+/// How many blocks of 1 MiB `payload-init` writes, and how often each, one after the other: the last one must stay.
+pub const LOAD_BLOCKS: u64 = 32;
+/// See [`LOAD_BLOCKS`].
+pub const LOAD_TIMES: u64 = 3;
 
-/// What it writes into block `number`: the same 64 bytes over and over.
+/// What it writes into block `number` the `time`th time: the same 64 bytes over and over.
 #[must_use]
-pub fn pattern(number: u64) -> Vec<u8> {
+pub fn pattern(number: u64, time: u64) -> Vec<u8> {
     format!(
         "{:<63}\n",
-        format!("stiefel writes block {number} of the laptop's disk")
+        format!("stiefel writes block {number} of the laptop's disk, {time}")
     )
     .repeat(1 << 14)
     .into_bytes()

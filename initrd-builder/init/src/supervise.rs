@@ -12,7 +12,7 @@ use stiefel_sys::power::Power;
 use stiefel_sys::process::reap_children;
 
 use crate::drivers::Child;
-use crate::{ROLE_ARG0, Role, countdown, end};
+use crate::{ROLE_ARG0, Role, countdown, end, wipe_secrets};
 
 /// How a role ends, as its exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +81,7 @@ pub(crate) fn run(console: &Console, mut drivers: Child, role: Role) -> ! {
 
 /// Shows for a while why, then reboots: into the laptop's own OS.
 fn go_home(console: &Console) -> ! {
+    wipe_secrets(console);
     countdown(console, HOME_COUNTDOWN, "going back to the laptop's own system");
     end(console, Power::Restart)
 }

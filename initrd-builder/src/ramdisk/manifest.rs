@@ -42,6 +42,8 @@ pub struct Manifest {
     pub unpacked_bytes: u64,
     /// Number of modules in it.
     pub modules: usize,
+    /// Whether it can make the tunnel: WireGuard as a module, or in the kernel.
+    pub wireguard: bool,
     /// Number of firmware files in it.
     pub firmware: usize,
     /// Number of firmware files that drivers ask for and that were not found.

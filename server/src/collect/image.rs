@@ -235,7 +235,7 @@ mod tests {
         let part = serde_json::json!({"bytes": 0, "sha256": ""});
         let manifest = serde_json::json!({
             "stiefel_version": "0", "kernel_version": "6.1", "kernel": part, "ramdisk": part, "unpacked_bytes": 0,
-            "modules": 0, "firmware": 0, "missing_firmware": 0, "classes": [],
+            "modules": 0, "wireguard": true, "firmware": 0, "missing_firmware": 0, "classes": [],
         });
         let mut collected = Collected {
             kernel: put("kernel", b"kernel"),

@@ -34,7 +34,7 @@ impl Laptop {
         };
         let manifest = format!(
             "{{\"stiefel_version\": \"0\", \"kernel_version\": \"6.1\", \"kernel\": {}, \"ramdisk\": {}, \"unpacked_bytes\": 1,
-             \"modules\": 1, \"firmware\": 0, \"missing_firmware\": 0, \"classes\": []}}",
+             \"modules\": 1, \"wireguard\": true, \"firmware\": 0, \"missing_firmware\": 0, \"classes\": []}}",
             part(kernel),
             part(ramdisk)
         );

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use stiefel_shared::bundle::{ControlKey, DISK_PORT, DiskOffer, Goodbye, Manifest, Transport, Tunnel};
+use stiefel_shared::discovery::LinkEvent;
 use stiefel_shared::handover::{After, Encryption, ServerHandover};
 use stiefel_shared::session::{MachineId, SessionName};
 use stiefel_sys::block::Disk;
@@ -49,6 +50,14 @@ struct Open {
 }
 
 impl Door {
+    /// Tells the session's tunnel of an interface that came or went.
+    pub(super) fn follow(&self, event: &LinkEvent) -> anyhow::Result<()> {
+        match self.lock().as_mut().and_then(|open| open.tunnel.as_mut()) {
+            Some(tunnel) => tunnel.follow(event),
+            None => Ok(()),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Open>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

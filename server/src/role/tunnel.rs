@@ -1,15 +1,16 @@
 //! The laptop's end of the session's WireGuard tunnel.
 //!
-//! Counterpart: `client::tunnel`. All keys are made here, for one session, and die with it: the desktop's are sent inside the
+//! Counterpart: `client::link`. All keys are made here, for one session, and die with it: the desktop's are sent inside the
 //! encrypted bundle. The laptop keeps the tunnel alive as well as the desktop does: WireGuard refuses handshakes whose time
 //! stamp is not newer than the last one's, so after the desktop's clock was set back only the laptop can renew the keys.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddrV6};
 
 use stiefel_shared::bundle::{TUNNEL_PORT, Tunnel};
+use stiefel_shared::discovery::LinkEvent;
 use stiefel_shared::seal;
 use stiefel_sys::link;
-use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, PrivateKey};
+use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, PrivateKey, PublicKey};
 
 /// The tunnel's interface, on both machines.
 const NAME: &str = "stiefel0";
@@ -21,6 +22,27 @@ const MTU: u32 = 1420;
 /// A tunnel that is up; gone when dropped.
 pub(super) struct Up {
     index: u32,
+    /// The desktop's key, and where it is.
+    desktop: PublicKey,
+    peer: SocketAddrV6,
+}
+
+impl Up {
+    /// Points the tunnel at the desktop through an interface that has come up, when the one it went through is gone: then
+    /// nothing that the desktop says need be the first word.
+    pub(super) fn follow(&mut self, event: &LinkEvent) -> anyhow::Result<()> {
+        let scope = match event {
+            // Zero is no interface: the next one that comes is taken.
+            LinkEvent::Removed { index } if *index == self.peer.scope_id() => 0,
+            LinkEvent::Added { index, .. } if self.peer.scope_id() == 0 => *index,
+            _ => return Ok(()),
+        };
+        self.peer.set_scope_id(scope);
+        if scope != 0 {
+            wireguard::set_endpoint(self.index, &self.desktop, self.peer)?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Up {
@@ -48,15 +70,17 @@ pub(super) fn set_up(peer: SocketAddrV6) -> anyhow::Result<(Up, Tunnel)> {
     }
     let up = Up {
         index: wireguard::create(NAME)?,
+        desktop: desktop.public(),
+        peer: SocketAddrV6::new(*peer.ip(), TUNNEL_PORT, 0, peer.scope_id()),
     };
     wireguard::configure(&Device {
         interface: Interface::Index(up.index),
         private_key: &own,
         listen_port: Some(TUNNEL_PORT),
         peer: Peer {
-            public_key: desktop.public(),
+            public_key: up.desktop,
             preshared_key: &preshared,
-            endpoint: Some(SocketAddrV6::new(*peer.ip(), TUNNEL_PORT, 0, peer.scope_id())),
+            endpoint: Some(up.peer),
             allowed_ips: &[(IpAddr::V6(desktop_address), 128)],
             persistent_keepalive: Some(KEEPALIVE),
         },

@@ -41,8 +41,8 @@ pub(crate) fn build(config: Option<&Path>, args: &BuildArgs) -> anyhow::Result<(
 }
 
 /// Builds what the configuration says, for `stiefel install`.
-pub(crate) fn build_into(config: Option<&Path>, out: &Path) -> anyhow::Result<()> {
-    let options = options(&config_or_default(config)?, None, out)?;
+pub(crate) fn build_into(config: &Config, out: &Path) -> anyhow::Result<()> {
+    let options = options(config, None, out)?;
     build_with(&options).map(drop)
 }
 

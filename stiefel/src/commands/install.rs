@@ -6,8 +6,9 @@ use anyhow::Context;
 use stiefel_initrd_builder::ramdisk::{KERNEL, MANIFEST, RAMDISK};
 use stiefel_server::collect::STATE_DIR;
 use stiefel_server::install::{InstallOptions, UninstallOptions};
-use stiefel_shared::config::CONFIG_PATH;
+use stiefel_shared::config::{CONFIG_PATH, Config};
 
+use super::config;
 use super::{build, is_there};
 use crate::cli::{InstallArgs, UninstallArgs};
 
@@ -38,7 +39,9 @@ pub(crate) fn install(named: Option<&Path>, args: &InstallArgs) -> anyhow::Resul
             }
         } else {
             let out = building.path().join("ramdisk");
-            build::build_into(used, &out)?;
+            // Without any, the example is installed, which says the defaults; never the configuration of the machine we run on.
+            let config = used.map_or_else(|| Ok(Config::default()), |path| config(Some(path)))?;
+            build::build_into(&config, &out)?;
             options.ramdisk = Some(out);
         }
     }

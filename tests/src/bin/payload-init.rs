@@ -1,7 +1,8 @@
 //! A payload for tests of the link: instead of a distribution's `/init`, it writes to the disk, block by block, each flushed,
 //! says so on the console, reads all back, and waits.
 //!
-//! Block n (of 1 MiB) of /dev/nbd0 gets [`pattern`] n; the end-to-end tests check the laptop's disk image for the same.
+//! Block n (of 1 MiB) of /dev/nbd0 gets several [`pattern`]s, one after the other; the end-to-end tests check that the laptop's disk image has the last one:
+//! an older write that comes late would show.
 
 use std::fs::File;
 use std::io::Write;
@@ -9,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount};
-use stiefel_tests::scenario::{LOAD_BLOCKS, pattern};
+use stiefel_tests::scenario::{LOAD_BLOCKS, LOAD_TIMES, pattern};
 
 fn main() {
     if let Err(error) = run() {
@@ -29,14 +30,16 @@ fn run() -> std::io::Result<()> {
     let disk = File::options().read(true).write(true).open("/dev/nbd0")?;
     say("load: begin");
     for number in 0..LOAD_BLOCKS {
-        disk.write_all_at(&pattern(number), number << 20)?;
-        disk.sync_all()?;
+        for time in 0..LOAD_TIMES {
+            disk.write_all_at(&pattern(number, time), number << 20)?;
+            disk.sync_all()?;
+        }
         say(&format!("load: wrote {number}"));
     }
     let mut read = vec![0; 1 << 20];
     for number in 0..LOAD_BLOCKS {
         disk.read_exact_at(&mut read, number << 20)?;
-        if read != pattern(number) {
+        if read != pattern(number, LOAD_TIMES - 1) {
             say(&format!("load: ERROR block {number} is not what was written"));
         }
     }
