@@ -166,7 +166,7 @@ impl Kit {
     }
 
     /// A configuration that leaves everything at its default.
-    fn defaults(&self) -> PathBuf {
+    pub fn defaults(&self) -> PathBuf {
         self.dir.path().join("defaults.yaml")
     }
 

@@ -79,7 +79,9 @@ pub(crate) fn ramdisk(bench: &Bench) -> Result<(), Failure> {
     let installed = bench.kit.installed();
     let begun = Instant::now();
     let output = Command::new(&bench.program)
-        .args(["build", "--config", "/nonexistent/stiefel.yaml", "--kernel"])
+        .args(["build", "--config"])
+        .arg(bench.kit.defaults())
+        .arg("--kernel")
         .arg(&installed.kernel)
         .arg("--modules")
         .arg(&installed.modules)
