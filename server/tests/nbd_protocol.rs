@@ -493,6 +493,41 @@ fn a_write_whose_payload_never_came_does_not_reach_the_file() {
     assert_eq!(std::fs::read(fixture.file().path()).unwrap(), vec![0; 8192]);
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    /// Whatever a client sends in whichever phase, the others are served, and its connection ends with it.
+    #[test]
+    fn no_bytes_of_a_hostile_client_harm_the_others(
+        phase in 0..4,
+        requests in proptest::collection::vec((any::<u16>(), 0_u16..10, 0_u64..70_000, any::<u32>(), any::<bool>()), 0..20),
+        noise in proptest::collection::vec(any::<u8>(), 0..300),
+    ) {
+        let fixture = Fixture::new(65_536);
+        let mut other = fixture.simple_client();
+        let mut hostile = match phase {
+            0 => Client::raw(fixture.address),
+            1 => Client::connect(fixture.address).stream,
+            2 => fixture.client().stream,
+            _ => fixture.extended_client().stream,
+        };
+        for (flags, command, offset, length, short) in requests {
+            let length = if short { length % 70_000 } else { length };
+            let request = Request { flags: flags & 0x3f, command, cookie: 1, offset, length };
+            let bytes = match phase {
+                3 => Asked::from(request).encode_extended().to_vec(),
+                _ => request.encode().to_vec(),
+            };
+            // The server may have closed the connection already.
+            let _ = hostile.write_all(&bytes);
+        }
+        let _ = hostile.write_all(&noise);
+        prop_assert_eq!(other.read(0, 512).len(), 512);
+        drop(hostile);
+        fixture.server.drop_connections(PATIENCE).unwrap();
+        prop_assert_eq!(fixture.server.connections(), 0);
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write(u32, u32, u8),

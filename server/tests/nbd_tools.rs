@@ -159,6 +159,86 @@ fn qemu_io_verifies_patterns_zeroes_and_discards() {
 }
 
 #[test]
+fn fio_verifies_what_it_wrote_through_four_connections() {
+    if !have("fio") || !run("fio", &["--enghelp"]).contains("nbd") {
+        return;
+    }
+    let fixture = Fixture::new(SIZE);
+    let uri = format!("--uri={}", fixture.uri());
+    for (pattern, block) in [("randwrite", "4k"), ("write", "256k"), ("randrw", "512-64k")] {
+        let blocks = format!("--{}={block}", if block.contains('-') { "bsrange" } else { "bs" });
+        let text = run(
+            "fio",
+            &[
+                "--name=verified",
+                "--ioengine=nbd",
+                &uri,
+                &format!("--rw={pattern}"),
+                &blocks,
+                "--size=4m",
+                "--numjobs=4",
+                "--offset_increment=4m",
+                "--iodepth=16",
+                "--fsync=16",
+                "--verify=crc32c",
+                "--verify_fatal=1",
+                "--serialize_overlap=1",
+            ],
+        );
+        assert!(text.contains("err= 0"), "{text}");
+    }
+    assert_eq!(fixture.export.stats().errors, 0);
+}
+
+/// Each error that the specification names, as libnbd understands it; without libnbd's own checks before.
+const ERRORS: &str = r#"
+import errno
+h.set_strict_mode(0)
+h.set_request_structured_replies(STRUCTURED)
+h.connect_uri(URI)
+def fails(error, call, *arguments):
+    try:
+        call(*arguments)
+    except nbd.Error as e:
+        assert e.errno == error, (e.errno, error)
+        return
+    raise AssertionError("no error")
+size = h.get_size()
+fails("EINVAL", h.pread, 512, size)
+fails("ENOSPC", h.pwrite, b"x" * 512, size - 256)
+fails("ENOSPC", h.zero, 512, size)
+fails("EINVAL", h.trim, 512, size)
+fails("EINVAL", h.cache, 512, size)
+fails("EINVAL", h.pread, 512, 0, nbd.CMD_FLAG_NO_HOLE)
+fails("EINVAL", h.zero, 0, 0)
+h.pwrite(b"y" * 70000, 1000, nbd.CMD_FLAG_FUA)
+assert h.pread(70002, 999) == b"\0" + b"y" * 70000 + b"\0"
+h.flush()
+h.zero(70000, 1000, nbd.CMD_FLAG_NO_HOLE)
+assert h.pread(70000, 1000) == bytes(70000)
+cookies = [h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray([i]) * 4096), i * 4096) for i in range(64)]
+while h.aio_in_flight() > 0:
+    h.poll(-1)
+assert h.pread(64 * 4096, 0) == b"".join(bytes([i]) * 4096 for i in range(64))
+h.shutdown()
+"#;
+
+#[test]
+fn libnbd_in_python_gets_each_error_and_all_data() {
+    if !have("nbdsh") {
+        return;
+    }
+    for structured in ["False", "True"] {
+        let fixture = Fixture::new(SIZE);
+        let script = ERRORS
+            .replace("URI", &format!("{:?}", fixture.uri()))
+            .replace("STRUCTURED", structured);
+        // Debian's own, which knows the module, whatever other Python comes first in the PATH.
+        run("/usr/bin/python3", &["-m", "nbd", "-c", &script]);
+    }
+}
+
+#[test]
 fn nbd_client_lists_the_exports() {
     if !have("nbd-client") {
         return;

@@ -1,8 +1,9 @@
 //! The NBD server against nbdkit, qemu-nbd and nbd-server, in interleaved rounds, with one batch client for all.
 //!
 //! `cargo bench -p stiefel-server --bench nbd -- [--rounds N] [--seconds S] [--size MIB] [--dir DIR] [--install]
-//! [--rows A,B] [--servers A,B]`: prints the table of docs/nbd.md. Peers come from apt (`--install` fetches them); one that
-//! is missing is left out with a word. Our own server is this program started again, with default options.
+//! [--rows A,B] [--servers A,B] [--compare PROGRAM]...`: prints the table of docs/nbd.md. Peers come from apt (`--install` fetches them); one that
+//! is missing is left out with a word. Our own server is this program started again, with default options; `--compare` adds
+//! another build of it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_precision_loss)]
 
 mod client;
@@ -39,6 +40,7 @@ struct Options {
     install: bool,
     rows: Vec<String>,
     servers: Vec<String>,
+    compare: Vec<String>,
 }
 
 impl Options {
@@ -51,6 +53,7 @@ impl Options {
             install: false,
             rows: Vec::new(),
             servers: Vec::new(),
+            compare: Vec::new(),
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
@@ -63,6 +66,7 @@ impl Options {
                 "--dir" => options.directory = value().into(),
                 "--rows" => options.rows = list(value()),
                 "--servers" => options.servers = list(value()),
+                "--compare" => options.compare.push(value()),
                 "--install" => options.install = true,
                 // Given by cargo itself.
                 "--bench" => {}
@@ -144,6 +148,7 @@ fn main() {
     let wanted = |list: &[String], name: &str| list.is_empty() || list.iter().any(|part| name.contains(part.as_str()));
     let mut kinds = servers::known();
     kinds.retain(|kind| wanted(&options.servers, kind.name) && kind.present());
+    kinds.extend(options.compare.iter().map(|program| Kinds::other(program)));
     let rows: Vec<_> = ROWS.iter().filter(|(name, _)| wanted(&options.rows, name)).collect();
     let file = options.directory.join("stiefel-bench-disk");
     prepare(&file, options.size);

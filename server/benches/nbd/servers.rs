@@ -92,6 +92,18 @@ pub fn known() -> Vec<Kinds> {
 }
 
 impl Kinds {
+    /// Another build of our own benchmark or engine.
+    pub fn other(program: &str) -> Self {
+        // For the life of the benchmark.
+        let program = String::leak(program.to_owned());
+        Self {
+            name: program,
+            program,
+            arguments: &["serve", "127.0.0.1:{port}", "{file}"],
+            config: "",
+        }
+    }
+
     /// Whether it is installed; says so if not.
     pub fn present(&self) -> bool {
         let found = self.program.is_empty() || Command::new(self.program).arg("--version").output().is_ok();

@@ -581,8 +581,9 @@ impl Driver {
             let now = match got {
                 _ if all => held,
                 _ if pages >= GULP => pages,
+                // Better than to wait with nothing done.
+                None if pages > 0 => pages,
                 // Nothing came although something is there: the pipe is full.
-                None if waited && pages > 0 => pages,
                 None if waited => held,
                 None => {
                     let _ = poll(&mut [PollFd::new(stream, PollFlags::IN)], None);

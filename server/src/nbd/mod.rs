@@ -75,7 +75,7 @@ impl Default for Limits {
         Self {
             connections: 32,
             workers: 16,
-            bytes_in_flight: 4 << 20,
+            bytes_in_flight: 2 << 20,
             negotiation: Duration::from_secs(30),
             peer_timeout: Duration::from_secs(15 * 60),
         }

@@ -19,7 +19,7 @@ use super::request::Range;
 use super::store::{Store, Traits};
 
 /// A write that took longer than this waited for the medium, as when too much is unwritten.
-const SLOW: Duration = Duration::from_millis(20);
+const SLOW: Duration = Duration::from_millis(50);
 /// How long writes are then left to threads that may wait.
 const SLOW_FOR: Duration = Duration::from_millis(200);
 /// Zeroes written at a time where nothing faster works.
