@@ -157,6 +157,15 @@ impl Drop for Server {
 }
 
 impl Shared {
+    /// Ends the connections that came before `before` without any further answer: their client asks again on the new one, for
+    /// an error would be one of the disk's to it.
+    fn replace(&self, before: u64) -> Result<(), DropError> {
+        for (_, peer) in lock(&self.peers).iter().filter(|(id, _)| **id < before) {
+            let _ = peer.stream.shutdown(Shutdown::Both);
+        }
+        self.retire(before, Instant::now(), RETIRE)
+    }
+
     /// Ends the connections that came before `before`, and waits until none of their requests runs any more.
     fn retire(&self, before: u64, begun: Instant, deadline: Duration) -> Result<(), DropError> {
         let doomed: Vec<(u64, Arc<Peer>)> = lock(&self.peers)
@@ -330,7 +339,7 @@ impl Catalogue for View<'_> {
     fn export(&self, name: &str) -> Option<Arc<Export>> {
         let export = self.shared.gate.export(name, self.address)?;
         // Refused while an old request hangs on the disk: the client tries again.
-        let alone = !export.single() || self.shared.retire(self.id, Instant::now(), RETIRE).is_ok();
+        let alone = !export.single() || self.shared.replace(self.id).is_ok();
         alone.then_some(export)
     }
 
