@@ -182,6 +182,7 @@ fn fio_verifies_what_it_wrote_through_four_connections() {
                 "--fsync=16",
                 "--verify=crc32c",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--serialize_overlap=1",
             ],
         );
