@@ -4,11 +4,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use stiefel_initrd_builder::overlay::overlay;
 use stiefel_shared::cpio::Reader;
-use stiefel_tests::Accel;
 use stiefel_tests::scenario::Failure;
 
 use crate::Bench;
@@ -17,8 +16,6 @@ use crate::Bench;
 const RAMDISK_MAX: u64 = 40 << 20;
 /// What the laptop adds to each session is to be no larger, in bytes.
 const OVERLAY_MAX: u64 = 30 << 20;
-/// The ramdisk is to be built within this, on an idle machine.
-const BUILD_MAX: Duration = Duration::from_secs(20);
 /// More would be no ramdisk, unpacked, in bytes.
 const UNPACKED_MAX: usize = 512 << 20;
 
@@ -73,7 +70,7 @@ const UNWANTED: [&str; 6] = [
     "sound/",
 ];
 
-/// The ramdisk has all drivers, is small, and is quickly built.
+/// The ramdisk has all drivers, and is small; how long it took is only told, for it depends on what else the machine does.
 pub(crate) fn ramdisk(bench: &Bench) -> Result<(), Failure> {
     let dir = tempfile::tempdir_in(bench.kit.dir())?;
     let installed = bench.kit.installed();
@@ -101,13 +98,7 @@ pub(crate) fn ramdisk(bench: &Bench) -> Result<(), Failure> {
     );
     let unpacked = zstd::bulk::decompress(&packed, UNPACKED_MAX)?;
     check(&unpacked, "lib", &installed.version, LINK.iter().chain(&LAPTOP))?;
-    small("the ramdisk", size, RAMDISK_MAX)?;
-    // Not emulated, but the machine may be slow or busy: `STIEFEL_TEST_PATIENCE`.
-    let allowed = Accel::Kvm.deadline(BUILD_MAX);
-    if took > allowed {
-        return Err(format!("the build took {took:?}, more than {allowed:?}").into());
-    }
-    Ok(())
+    small("the ramdisk", size, RAMDISK_MAX)
 }
 
 /// The overlay of Debian's kernel has what a desktop needs to reach the laptop, and not the drivers of its own disks.
