@@ -7,13 +7,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
-
 /// The longest record in bytes with its mark: the kernel refuses (EINVAL) from about 1000 on.
 const MAX_RECORD: usize = 976;
 const MARK: &str = "stiefel: ";
-/// kmsg is a character device, major 1 (mem), minor 11.
-const DEVICE: (u32, u32) = (1, 11);
 
 /// How urgent a record is; the consoles show those below the kernel's `loglevel`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,21 +70,6 @@ impl Write for Kmsg {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// Makes the log's device node (0600), for an initramfs without `/dev`.
-///
-/// # Errors
-/// EEXIST if the path exists, EPERM without CAP_MKNOD.
-pub fn make_node(path: &Path) -> io::Result<()> {
-    let (major, minor) = DEVICE;
-    Ok(mknodat(
-        CWD,
-        path,
-        FileType::CharacterDevice,
-        Mode::RUSR | Mode::WUSR,
-        makedev(major, minor),
-    )?)
 }
 
 /// Tells the kernel to keep all records of user space. Fails where `printk.devkmsg=` was given at boot: that stands.

@@ -44,19 +44,6 @@ pub fn oom_protect(procfs: &Path) -> io::Result<()> {
     std::fs::write(procfs.join("self/oom_score_adj"), "-1000")
 }
 
-/// Makes this process the leader of a session whose terminal is `terminal`, so that `/dev/tty` and ^C work.
-///
-/// # Errors
-/// EPERM if the terminal belongs to another session, ENOTTY if it is none.
-pub fn set_controlling_tty(terminal: BorrowedFd<'_>) -> io::Result<()> {
-    match rustix::process::setsid() {
-        // Already a leader.
-        Ok(_) | Err(rustix::io::Errno::PERM) => {}
-        Err(errno) => return Err(errno.into()),
-    }
-    Ok(rustix::process::ioctl_tiocsctty(terminal)?)
-}
-
 /// Ignores signals (`libc::SIGTERM` and so on) from now on; executed programs inherit this.
 ///
 /// # Errors
