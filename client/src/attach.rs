@@ -2,19 +2,17 @@
 //! distribution's `/init`.
 //!
 //! Started by the kernel as `rdinit=/stiefel/stiefel`. It loads drivers until the NIC is there that the stick found the
-//! laptop through, connects /dev/nbd0 through generic netlink (so that the kernel owns the socket and no process is
+//! laptop through, attaches the disk (so that the kernel does all its input and output and no process is
 //! needed for it), starts the [keeper](mod@crate::keeper), leaves nothing mounted, and execs `/init` with its own arguments.
 
 use std::ffi::OsString;
-use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use stiefel_shared::bundle::{AttachSession, Transport};
+use stiefel_shared::bundle::AttachSession;
 use stiefel_shared::handover::{MAX_DOCUMENT, PROGRAM_PATH, SESSION_PATH, SecretBytes};
 use stiefel_sys::console::Console;
 use stiefel_sys::kmsg;
@@ -26,19 +24,10 @@ use stiefel_sys::uevent::{self, Monitor, UeventError};
 use stiefel_sys::wipe;
 
 use crate::link::{self, Place};
-use crate::{keeper, nbd};
+use crate::{disk, keeper};
 
 /// Our folder in the payload's initrd; all that is mounted while we attach is below it.
 pub(crate) const HOME: &str = "/stiefel";
-/// The index of the device, /dev/nbd0.
-pub(crate) const NBD_INDEX: u32 = 0;
-/// How long in-flight I/O waits for a link that is away before it fails.
-pub(crate) const DEAD_CONNECTION: Duration = Duration::from_hours(1);
-/// After this long without an answer a connection counts as dead, and its requests are sent again on a new one. The laptop
-/// ends the old one first, so nothing is done twice in the wrong order.
-pub(crate) const REQUEST: Duration = Duration::from_secs(60);
-/// What the kernel shows as the device's backend; a new connection must name the same.
-pub(crate) const BACKEND: &str = "stiefel";
 /// How long the NIC, its link and the laptop may take to show up before the desktop starts over.
 const PATIENCE: Duration = Duration::from_mins(2);
 /// `cdc_subset` races `cdc_ether` for QEMU's USB NIC and gives it a random hardware address.
@@ -101,36 +90,22 @@ fn attach(console: &Console) -> anyhow::Result<()> {
     }
     let nic_index = place.take(&nic, &session)?;
     place.wait(nic_index, PATIENCE)?;
-    if let Some(tunnel) = &session.tunnel {
+    if let Some(tunnel) = &session.link.tunnel {
         place.make_tunnel(&session, tunnel, nic_index)?;
     }
+    link::repair(&session, nic_index)?;
     console.info(&format!("the link is {}", nic.name));
     // Back to the kernel's default: later drivers find their firmware in the root file system.
     if let Err(error) = std::fs::write(firmware_path(), b"\n") {
         console.warn(&format!("cannot reset the firmware path: {error}"));
     }
-    let Transport::Nbd { export, .. } = &session.disk.transport;
-    let granted = connect(console, link::disk(&session, nic_index), export)?;
-    check_size(&session, granted.size)?;
     // Before the kernel has the disk: the link may be lost while the partition table is read.
     keeper::start(place).context("cannot start the keeper of the link")?;
-    stiefel_sys::nbd::connect(&stiefel_sys::nbd::Connect {
-        index: Some(NBD_INDEX),
-        size: granted.size,
-        block_size: u64::from(session.disk.logical_block_size),
-        timeout: REQUEST,
-        server_flags: granted.flags,
-        dead_conn_timeout: DEAD_CONNECTION,
-        backend_identifier: BACKEND,
-        sockets: &[granted.socket.as_fd()],
-    })
-    .context("the kernel did not take the disk")?;
-    // Without udev nobody opens the device, and the kernel reads the partition table at the first open.
-    std::fs::File::open(home("dev").join(format!("nbd{NBD_INDEX}"))).context("cannot open the attached disk")?;
+    let name = disk::attach(console, &session, &home("dev"), &home("sys"), PATIENCE)?;
     // The keeper has its own, locked copy; nothing else may find the session's secret.
     wipe::file(&Path::new("/").join(SESSION_PATH)).context("cannot remove the session file")?;
     console.info(&format!(
-        "the disk of {} is attached as /dev/nbd{NBD_INDEX}; starting its system",
+        "the disk of {} is attached as /dev/{name}; starting its system",
         session.hostname
     ));
     Ok(())
@@ -207,9 +182,9 @@ fn load_by_name(session: &AttachSession) -> anyhow::Result<Loader> {
         }
     }
     loader
-        .load("nbd")
+        .load(disk::module(session))
         .context("the laptop's kernel cannot attach the disk")?;
-    if session.tunnel.is_some() {
+    if session.link.tunnel.is_some() {
         loader.load("wireguard").context(
             "the laptop's kernel has no WireGuard; set link.encryption to none in its config.yaml if you trust the cable",
         )?;
@@ -227,31 +202,6 @@ fn load(console: &Console, loader: &mut Loader, modalias: &str) {
     for error in loader.load_modalias(modalias).failed {
         console.warn(&format!("{:#}", anyhow::Error::new(error)));
     }
-}
-
-/// Connects, and tries on while the laptop may still be busy or the cable be put right.
-fn connect(console: &Console, at: SocketAddr, export: &str) -> anyhow::Result<nbd::Granted> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match nbd::connect(at, export) {
-            Ok(granted) => return Ok(granted),
-            Err(error @ nbd::NbdError::Refused(_)) => return Err(error.into()),
-            Err(error) if Instant::now() >= deadline => return Err(error.into()),
-            Err(error) => {
-                console.warn(&format!("{:#}; trying on", anyhow::Error::new(error)));
-                std::thread::sleep(Duration::from_secs(1));
-            }
-        }
-    }
-}
-
-/// Another size than offered would shift what the partition table and the file systems say.
-fn check_size(session: &AttachSession, size: u64) -> anyhow::Result<()> {
-    let offered = session.disk.identity.size;
-    if size != offered {
-        bail!("the laptop offered a disk of {offered} bytes, but serves one of {size}; start again from the stick");
-    }
-    Ok(())
 }
 
 /// There is no way back into the ramdisk: show why, then start over from the stick.

@@ -15,10 +15,9 @@ use anyhow::Context;
 use stiefel_shared::bundle::{AttachSession, Goodbye};
 use stiefel_sys::console::Console;
 use stiefel_sys::power::{self, Power};
-use stiefel_sys::{block, link as sys_link, mount};
+use stiefel_sys::{block, mount};
 
-use crate::attach::{self, NBD_INDEX};
-use crate::{control, link};
+use crate::{attach, control, disk};
 
 /// Where systemd puts what was the root.
 const OLD_ROOT: &str = "/oldroot";
@@ -39,20 +38,14 @@ pub fn run() -> ! {
         let console = Arc::clone(&console);
         bounded(UNMOUNT, move || unmount_old_root(&console))
     };
-    let clean = [
-        report(&console, "unmount the old root", unmounted),
-        report(&console, "flush the disk", bounded(UNMOUNT, flush)),
-        report(
-            &console,
-            "let go of the disk",
-            bounded(STEP, || Ok(stiefel_sys::nbd::disconnect(NBD_INDEX)?)),
-        ),
-        report(
-            &console,
-            "say goodbye to the laptop",
-            bounded(STEP, move || say_goodbye(way)),
-        ),
-    ];
+    let unmounted = report(&console, "unmount the old root", unmounted);
+    let clean = match attach::session_at(Path::new("/session.json")) {
+        Ok(session) => [unmounted, part(&console, session, way)],
+        Err(error) => {
+            console.error(&format!("the laptop cannot be told: {error:#}"));
+            [unmounted, false]
+        }
+    };
     if clean.contains(&false) {
         console.error("this was not a clean end; the laptop will check its file systems");
         std::thread::sleep(READ);
@@ -62,6 +55,23 @@ pub fn run() -> ! {
         console.error(&format!("{error}; switch the machine off by hand"));
         std::thread::sleep(Duration::from_secs(10));
     }
+}
+
+/// Lets go of the disk and tells the laptop; whether all went well.
+fn part(console: &Console, session: AttachSession, way: Goodbye) -> bool {
+    let session = Arc::new(session);
+    let step = |what, limit, work: fn(&AttachSession, Goodbye) -> anyhow::Result<()>| {
+        let session = Arc::clone(&session);
+        report(console, what, bounded(limit, move || work(&session, way)))
+    };
+    let done = [
+        step("flush the disk", UNMOUNT, |session, _| flush(session)),
+        step("let go of the disk", STEP, |session, _| {
+            disk::detach(session, Path::new("/sys"))
+        }),
+        step("say goodbye to the laptop", STEP, say_goodbye),
+    ];
+    !done.contains(&false)
 }
 
 /// What systemd's word means for the laptop and for this machine.
@@ -123,28 +133,19 @@ fn unmount_old_root(console: &Console) -> anyhow::Result<()> {
 }
 
 /// Writes back what the kernel still holds for the disk; the server answers only when it is on the medium.
-fn flush() -> anyhow::Result<()> {
+fn flush(session: &AttachSession) -> anyhow::Result<()> {
     rustix::fs::sync();
-    let device = format!("/dev/nbd{NBD_INDEX}");
-    let disk = File::open(&device).with_context(|| format!("cannot open {device}"))?;
+    let device = Path::new("/dev").join(disk::device(session, Path::new("/sys"))?);
+    let disk = File::open(&device).with_context(|| format!("cannot open {}", device.display()))?;
     rustix::fs::fsync(&disk).context("the laptop did not confirm that everything is written")?;
     block::flush_buffers(&disk)?;
     Ok(())
 }
 
-fn say_goodbye(way: Goodbye) -> anyhow::Result<()> {
-    let session: AttachSession = attach::session_at(Path::new("/session.json"))?;
-    let nic = match &session.tunnel {
-        // The keeper still holds the NIC's namespace.
-        Some(_) => 0,
-        None => {
-            let links = sys_link::list()?;
-            let nic = links.iter().find(|nic| link::is_sessions(nic, &session));
-            nic.context("the NIC that leads to the laptop is not there")?.index
-        }
-    };
+fn say_goodbye(session: &AttachSession, way: Goodbye) -> anyhow::Result<()> {
+    // The keeper still holds the NIC's namespace.
     control::goodbye(
-        link::laptop(&session, session.http_port, nic),
+        disk::laptop(session, session.http_port),
         &session.session,
         &session.control,
         way,

@@ -24,8 +24,8 @@ pub struct GuardError {
     source: io::Error,
 }
 
-/// Writes the guards below `run`; tries all, and returns what failed.
-pub(crate) fn write(run: &Path, session: &AttachSession) -> Vec<GuardError> {
+/// Writes the guards below `run`; tries all, and returns what failed. `device` is the disk's name, such as `nbd0`.
+pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<GuardError> {
     let mac = Mac(session.link_mac);
     let disk = &session.disk.identity;
     let files = [
@@ -54,13 +54,55 @@ pub(crate) fn write(run: &Path, session: &AttachSession) -> Vec<GuardError> {
         ),
         (
             "udev/rules.d/61-stiefel.rules",
-            by_id_rules(disk.model.as_deref(), disk.serial.as_deref(), disk.wwid.as_deref()),
+            by_id_rules(
+                device,
+                disk.model.as_deref(),
+                disk.serial.as_deref(),
+                disk.wwid.as_deref(),
+            ),
+        ),
+        (RUNNING_UNIT, running_unit()),
+        // Their shutdown programs would take the place of ours, which does their job, too.
+        ("systemd/system/dracut-shutdown.service", String::new()),
+        (
+            "systemd/system/mkinitcpio-generate-shutdown-ramfs.service",
+            String::new(),
         ),
     ];
-    files
+    let mut failed: Vec<GuardError> = files
         .into_iter()
         .filter_map(|(name, text)| write_file(&run.join(name), &text).err())
-        .collect()
+        .collect();
+    failed.extend(write_link(&run.join(RUNNING_WANTED), "../stiefel-running.service").err());
+    failed
+}
+
+/// A unit that runs as long as the system does.
+const RUNNING_UNIT: &str = "systemd/system/stiefel-running.service";
+/// Who starts it.
+const RUNNING_WANTED: &str = "systemd/system/basic.target.wants/stiefel-running.service";
+/// What is there, in /run, while it runs.
+pub(crate) const RUNNING: &str = "stiefel-running";
+
+/// systemd itself removes the unit's folder at the beginning of a shutdown, without reading anything from the disk: so
+/// the keeper hears of a shutdown even when nothing else can be started any more.
+fn running_unit() -> String {
+    format!(
+        "# Written by stiefel.\n\
+         [Unit]\nDescription=Lets stiefel's keeper see that the system goes down\n\
+         [Service]\nType=oneshot\nRemainAfterExit=yes\nRuntimeDirectory={RUNNING}\nExecStart=/bin/true\n"
+    )
+}
+
+fn write_link(path: &Path, target: &str) -> Result<(), GuardError> {
+    let failed = |source| GuardError {
+        path: path.to_owned(),
+        source,
+    };
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir).map_err(failed)?;
+    }
+    std::os::unix::fs::symlink(target, path).map_err(failed)
 }
 
 fn write_file(path: &Path, text: &str) -> Result<(), GuardError> {
@@ -74,8 +116,9 @@ fn write_file(path: &Path, text: &str) -> Result<(), GuardError> {
     std::fs::write(path, text).map_err(failed)
 }
 
-/// An NBD device has no identity of its own; these links let fstab, LVM and ZFS find the laptop's disk by its name.
-fn by_id_rules(model: Option<&str>, serial: Option<&str>, wwid: Option<&str>) -> String {
+/// An NBD device has no identity of its own, and an NVMe one not that of another bus; these links let fstab, LVM and ZFS
+/// find the laptop's disk by its name.
+fn by_id_rules(device: &str, model: Option<&str>, serial: Option<&str>, wwid: Option<&str>) -> String {
     let mut rules = String::from("# Written by stiefel: the identity of the laptop's disk.\n");
     let clean = |text: &str| -> String {
         text.chars()
@@ -106,8 +149,8 @@ fn by_id_rules(model: Option<&str>, serial: Option<&str>, wwid: Option<&str>) ->
         names.push(format!("nvme-{}", clean(wwid)));
     }
     for name in names {
-        rules += &format!("SUBSYSTEM==\"block\", KERNEL==\"nbd0\", SYMLINK+=\"disk/by-id/{name}\"\n");
-        rules += &format!("SUBSYSTEM==\"block\", KERNEL==\"nbd0p*\", SYMLINK+=\"disk/by-id/{name}-part%n\"\n");
+        rules += &format!("SUBSYSTEM==\"block\", KERNEL==\"{device}\", SYMLINK+=\"disk/by-id/{name}\"\n");
+        rules += &format!("SUBSYSTEM==\"block\", KERNEL==\"{device}p*\", SYMLINK+=\"disk/by-id/{name}-part%n\"\n");
     }
     rules
 }
@@ -147,8 +190,8 @@ pub(crate) fn put_shutdown_program(run: &Path, program: &File, session: &SecretB
 #[cfg(test)]
 mod tests {
     use super::*;
-    use stiefel_shared::bundle::{ControlKey, DiskOffer, Transport};
-    use stiefel_shared::handover::DiskIdentity;
+    use stiefel_shared::bundle::{ControlKey, DiskOffer, LinkOffer, Transport};
+    use stiefel_shared::handover::{DiskIdentity, LinkMode};
 
     fn session() -> AttachSession {
         AttachSession {
@@ -169,7 +212,13 @@ mod tests {
                     export: "secret-export".to_owned(),
                 },
             },
-            tunnel: None,
+            link: LinkOffer {
+                mode: LinkMode::Dedicated,
+                address: std::net::Ipv6Addr::LOCALHOST,
+                laptop: std::net::Ipv6Addr::LOCALHOST,
+                grace: 900,
+                tunnel: None,
+            },
             control: ControlKey([0x5a; 32]),
             session: "name".to_owned(),
         }
@@ -178,7 +227,7 @@ mod tests {
     #[test]
     fn guards_name_the_link_by_address_and_hold_no_secret() {
         let run = tempfile::tempdir().unwrap();
-        assert!(write(run.path(), &session()).is_empty());
+        assert!(write(run.path(), &session(), "nbd0").is_empty());
         let nm = std::fs::read_to_string(run.path().join("NetworkManager/conf.d/90-stiefel.conf")).unwrap();
         assert!(nm.contains("mac:02:00:00:00:00:1f"), "{nm}");
         let rules = std::fs::read_to_string(run.path().join("udev/rules.d/61-stiefel.rules")).unwrap();
@@ -192,8 +241,8 @@ mod tests {
     fn a_guard_that_cannot_be_written_is_reported_and_the_others_are_written() {
         let run = tempfile::tempdir().unwrap();
         std::fs::write(run.path().join("systemd"), b"a file in the way").unwrap();
-        let failed = write(run.path(), &session());
-        assert_eq!(failed.len(), 3);
+        let failed = write(run.path(), &session(), "nbd0");
+        assert_eq!(failed.len(), 7);
         assert!(run.path().join("udev/rules.d/61-stiefel.rules").exists());
     }
 }

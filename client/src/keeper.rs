@@ -7,8 +7,11 @@
 //! - When the distribution mounts its own /run (which hides what was there before), it writes the guards that keep
 //!   network managers off the link, and puts the [shutdown program](crate::goodbye) into /run/initramfs.
 //! - When the NIC is plugged in again, it brings it back to its place and points the tunnel at it; when somebody takes the
-//!   tunnel's address or state away, it restores them.
-//! - When the kernel says that the disk's connection died, it makes a new one and hands it over: I/O that waited goes on.
+//!   link's address or state away, it restores them.
+//! - When the kernel says that NBD's connection died, it makes a new one and hands it over: I/O that waited goes on. (NVMe
+//!   connects anew by itself.)
+//! - It [exchanges signs of life](crate::pulse) with the laptop, says when that one is gone and when it is back, and ends
+//!   the desktop when [nothing else can](crate::life).
 //!
 //! No failure ends it: it says what failed, and goes on.
 
@@ -18,6 +21,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -27,13 +32,18 @@ use stiefel_shared::handover::secret_json;
 use stiefel_sys::console::Console;
 use stiefel_sys::link::{self as sys_link, LinkMonitor};
 use stiefel_sys::mount;
-use stiefel_sys::nbd::{NbdError, Reconfigure, Watch};
+use stiefel_sys::nbd::{NbdError, Watch};
 use stiefel_sys::netns::Namespace;
 use stiefel_sys::process;
 
-use crate::attach::{self, BACKEND, DEAD_CONNECTION, HOME, KEEPER_ARG0, NBD_INDEX, REQUEST};
+use crate::attach::{self, HOME, KEEPER_ARG0};
+use crate::disk::{self, NBD_INDEX};
+use crate::guards;
+use crate::leave::{self, Wishes};
+use crate::life::{Life, News};
 use crate::link::{self, Place};
-use crate::{guards, nbd};
+use crate::pulse::Heart;
+use crate::status::{STATUS_PATH, Status};
 
 /// Where the NIC's namespace is kept.
 const KEPT: &str = "/run/stiefel";
@@ -75,7 +85,7 @@ pub(crate) fn start(place: Place) -> anyhow::Result<()> {
 /// Runs the keeper; ends with the machine.
 #[must_use]
 pub fn run() -> std::process::ExitCode {
-    let console = Console::open(&home("dev"), &home("proc"));
+    let console = Arc::new(Console::open(&home("dev"), &home("proc")));
     let Err(error) = Keeper::new(&console).map(|mut keeper| keeper.keep());
     console.error(&format!("there is no keeper of the link: {error:#}"));
     std::process::ExitCode::FAILURE
@@ -85,49 +95,76 @@ fn home(name: &str) -> PathBuf {
     Path::new(HOME).join(name)
 }
 
+/// sysfs, which is unmounted by now, but for who works in it.
+fn sysfs() -> &'static Path {
+    Path::new(".")
+}
+
 /// Everything the keeper needs once the initramfs is gone, opened while it is there.
-struct Keeper<'a> {
-    console: &'a Console,
-    session: AttachSession,
+struct Keeper {
+    console: Arc<Console>,
+    session: Arc<AttachSession>,
     place: Place,
     /// Our program, for the shutdown folder.
     program: File,
     /// /proc/self/mountinfo; POLLPRI tells that it changed.
     mounts: File,
-    watch: Watch,
+    /// News of NBD's connection; NVMe has none to tell.
+    watch: Option<Watch>,
     links: LinkMonitor,
+    heart: Heart,
+    life: Life,
+    wishes: Wishes,
+    status: Status,
+    /// The laptop has asked the desktop to power off, and the system was told.
+    asked: bool,
     /// Whether the guards are written.
     guarded: bool,
-    /// Since when the disk's connection is lost.
-    lost: Option<Instant>,
+    /// Since when NBD's connection is dead.
+    dead: Option<Instant>,
+    /// A new one is being made.
+    reconnecting: Option<JoinHandle<anyhow::Result<()>>>,
     /// The link could not be mended at the last try, and why.
     mend: Option<String>,
-    /// The NIC's index, as far as the tunnel was told.
+    /// The NIC's index, as far as the link was told.
     nic: Option<u32>,
     /// procfs, which is unmounted by now, but for who has it open.
     proc: File,
 }
 
-impl<'a> Keeper<'a> {
-    fn new(console: &'a Console) -> anyhow::Result<Self> {
+impl Keeper {
+    fn new(console: &Arc<Console>) -> anyhow::Result<Self> {
         let namespace = match std::env::args().nth(1).as_deref() {
             Some(NAMESPACE) => Some(Namespace::from_fd(std::io::stdin().as_fd().try_clone_to_owned()?)?),
             _ => None,
         };
+        let session = attach::read_session()?;
+        let now = Instant::now();
+        let watch = match session.disk.transport {
+            Transport::Nbd { .. } => Some(Watch::open()?),
+            Transport::NvmeTcp { .. } => None,
+        };
         let keeper = Self {
-            console,
-            session: attach::read_session()?,
+            console: Arc::clone(console),
             place: Place::with(namespace, &home("proc")),
             program: File::open(attach::program()).context("cannot open our own program")?,
             mounts: File::open(home("proc/self/mountinfo")).context("cannot open the table of mounts")?,
-            watch: Watch::open()?,
+            watch,
             links: LinkMonitor::open()?,
+            heart: Heart::new(&session, now)?,
+            life: Life::new(now, Duration::from_secs(session.link.grace)),
+            wishes: Wishes::new(File::open(home("dev")).context("cannot open devtmpfs")?),
+            status: first_status(&session),
+            asked: false,
             guarded: false,
-            lost: None,
+            dead: None,
+            reconnecting: None,
             mend: None,
             nic: None,
             proc: File::open(home("proc")).context("cannot open proc")?,
+            session: Arc::new(session),
         };
+        std::env::set_current_dir(home("sys")).context("cannot open sysfs")?;
         process::lock_memory().context("cannot lock the keeper in memory")?;
         if let Err(error) = process::oom_protect(&home("proc")) {
             console.warn(&format!("the keeper can be killed when memory is short: {error}"));
@@ -147,9 +184,8 @@ impl<'a> Keeper<'a> {
             self.guard();
             self.hear_of_the_disk();
             self.hear_of_links();
-            if self.lost.is_some() {
-                self.reconnect();
-            }
+            self.reconnect();
+            self.live();
             if let Err(error) = self.wait() {
                 self.console.error(&format!("the keeper cannot wait for news: {error}"));
                 std::thread::sleep(AGAIN);
@@ -157,22 +193,95 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    /// Waits for news, or while the connection is lost until it is time for another try.
+    /// Waits for news, until the next sign of life is due, or until it is time for another try.
     fn wait(&self) -> rustix::io::Result<()> {
         let mut fds = vec![
-            PollFd::new(&self.watch, PollFlags::IN),
             PollFd::new(&self.links, PollFlags::IN),
+            PollFd::new(&self.heart, PollFlags::IN),
         ];
+        fds.extend(self.watch.as_ref().map(|watch| PollFd::new(watch, PollFlags::IN)));
         // mountinfo would report every mount for ever.
         if !self.guarded {
             fds.push(PollFd::new(&self.mounts, PollFlags::PRI));
         }
-        let again = self.lost.is_some() || self.mend.is_some();
-        let patience = if again { Timespec::try_from(AGAIN).ok() } else { None };
-        match poll(&mut fds, patience.as_ref()) {
+        let again = self.dead.is_some() || self.mend.is_some() || self.life.lost();
+        let rest = self.heart.rest(Instant::now());
+        let patience = if again { rest.min(AGAIN) } else { rest };
+        match poll(&mut fds, Timespec::try_from(patience).ok().as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Exchanges signs of life, and does what follows.
+    fn live(&mut self) {
+        let now = Instant::now();
+        if let Err(error) = self.heart.beat(now) {
+            self.console.warn(&format!("no sign of life for the laptop: {error:#}"));
+        }
+        let sign = self.heart.hear();
+        let back = sign.and_then(|_| self.life.heard(now));
+        let off = self.wishes.off(self.life.lost());
+        self.life.wish(now, off);
+        for news in back.into_iter().chain(self.life.tick(now)) {
+            self.tell(news);
+        }
+        if let Some(sign) = sign {
+            (self.status.battery, self.status.mains) = (sign.battery, sign.mains);
+            if sign.power_off && !std::mem::replace(&mut self.asked, true) {
+                self.power_off();
+            }
+        }
+        self.publish();
+    }
+
+    fn tell(&mut self, news: News) {
+        let hostname = &self.session.hostname;
+        match news {
+            News::Lost => self.console.warn(&format!(
+                "{hostname} is not heard any more; everything waits until it is back. To switch the desktop off without \
+                 it, press the power key"
+            )),
+            News::Back(after) => {
+                self.status.losses += 1;
+                self.console
+                    .warn(&format!("{hostname} is back after {} s", after.as_secs()));
+            }
+            News::Over => self.console.error(&format!(
+                "{hostname} was not heard for so long that it has gone back to its own system. This session is over: \
+                 nothing more can be written to its disk. The desktop is switched off in a minute"
+            )),
+            News::Off => leave::switch_off(&self.console, &self.session),
+        }
+    }
+
+    /// The laptop wants to go.
+    fn power_off(&self) {
+        self.console.warn(&format!(
+            "{} asks this desktop to power off (a key was pressed there, or its battery runs low)",
+            self.session.hostname
+        ));
+        if let Err(error) = process::ask_power_off(self.proc.as_fd()) {
+            self.console
+                .error(&format!("the system cannot be told to power off: {error}"));
+        }
+    }
+
+    /// Writes the status when it has changed.
+    fn publish(&mut self) {
+        let Some(run) = self.wishes.run() else { return };
+        let mut status = Status {
+            connected: !self.life.lost(),
+            state: disk::state(&self.session, sysfs()),
+            ..self.status.clone()
+        };
+        std::mem::swap(&mut status, &mut self.status);
+        if status == self.status {
+            return;
+        }
+        let written = serde_json::to_vec(&self.status).map_err(std::io::Error::from);
+        // Only people look at it.
+        let _ = written.and_then(|json| leave::replace(run, STATUS_PATH, &json));
     }
 
     /// Writes the guards, once, when a file system is mounted on /run: mount ids change when it is moved into the root, so
@@ -191,7 +300,11 @@ impl<'a> Keeper<'a> {
             }
         }
         self.guarded = true;
-        for error in guards::write(Path::new("/run"), &self.session) {
+        if let Err(error) = self.wishes.watch(Path::new("/run")) {
+            self.console.warn(&format!("a shutdown will not be seen: {error}"));
+        }
+        self.status.device = disk::device(&self.session, sysfs()).unwrap_or_default();
+        for error in guards::write(Path::new("/run"), &self.session, &self.status.device) {
             self.console
                 .error(&format!("a network manager may take the link away: {error}"));
         }
@@ -203,7 +316,7 @@ impl<'a> Keeper<'a> {
                 self.console.warn(&format!("the link ends with the keeper: {error:#}"));
             }
         }
-        let put = secret_json(&self.session)
+        let put = secret_json(&*self.session)
             .map_err(anyhow::Error::from)
             .and_then(|json| guards::put_shutdown_program(Path::new("/run"), &self.program, &json));
         if let Err(error) = put {
@@ -225,33 +338,29 @@ impl<'a> Keeper<'a> {
     }
 
     fn hear_of_the_disk(&mut self) {
+        let Some(watch) = &mut self.watch else { return };
         loop {
-            match self.watch.next(Some(Duration::ZERO)) {
+            match watch.next(Some(Duration::ZERO)) {
                 Ok(None) => return,
-                Ok(Some(dead)) if dead.index == NBD_INDEX => self.is_lost(),
-                Ok(Some(_)) => {}
+                Ok(Some(dead)) if dead.index == NBD_INDEX => {}
+                Ok(Some(_)) => continue,
+                // What was missed is not known: a new connection that nobody needs does no harm.
+                Err(NbdError::Lost) => {}
                 Err(error) => {
-                    // What was missed is not known: a new connection that nobody needs does no harm.
-                    self.is_lost();
-                    if !matches!(error, NbdError::Lost) {
-                        self.console
-                            .error(&format!("news of the disk cannot be heard: {error}"));
-                        match Watch::open() {
-                            Ok(watch) => self.watch = watch,
-                            Err(_) => std::thread::sleep(AGAIN),
-                        }
-                        return;
+                    self.console
+                        .error(&format!("news of the disk cannot be heard: {error}"));
+                    match Watch::open() {
+                        Ok(fresh) => *watch = fresh,
+                        Err(_) => std::thread::sleep(AGAIN),
                     }
+                    self.dead.get_or_insert_with(Instant::now);
+                    return;
                 }
             }
-        }
-    }
-
-    fn is_lost(&mut self) {
-        if self.lost.is_none() {
-            self.console
-                .warn("the link to the laptop is lost; everything waits until it is back");
-            self.lost = Some(Instant::now());
+            if self.dead.is_none() {
+                self.console.warn("the disk's connection is dead; making a new one");
+                self.dead = Some(Instant::now());
+            }
         }
     }
 
@@ -301,60 +410,58 @@ impl<'a> Keeper<'a> {
                 self.place.take(&nic, &self.session)?
             }
         };
-        let Some(tunnel) = &self.session.tunnel else {
-            return Ok(());
-        };
         if self.nic != Some(index) {
-            self.place.redirect(&self.session, tunnel, index)?;
+            if let Some(tunnel) = &self.session.link.tunnel {
+                self.place.redirect(&self.session, tunnel, index)?;
+            }
             self.nic = Some(index);
         }
-        link::repair(tunnel).or_else(|error| {
-            link::allow_ipv6(&self.proc).map_err(|_| error)?;
-            link::repair(tunnel)
+        link::repair(&self.session, index).or_else(|error| {
+            link::allow_ipv6(&self.session, &self.proc).map_err(|_| error)?;
+            link::repair(&self.session, index)
         })
     }
 
-    /// Tries once to make a new connection; gives up when the kernel has.
+    /// Has a new connection made while NBD's is dead; on a thread, for a laptop that has gone does not even refuse.
     fn reconnect(&mut self) {
-        let Some(lost) = self.lost else { return };
-        match self.reconnect_once() {
-            Ok(()) => {
-                self.console.warn(&format!(
-                    "the link to the laptop is back after {} s",
-                    lost.elapsed().as_secs()
-                ));
-                self.lost = None;
-            }
-            Err(error) if lost.elapsed() > DEAD_CONNECTION => {
-                self.console
-                    .error(&format!("the laptop is gone for good, its disk fails now: {error:#}"));
-                if let Err(error) = stiefel_sys::nbd::disconnect(NBD_INDEX) {
-                    self.console.error(&format!("{error}"));
+        let Some(dead) = self.dead else { return };
+        match self.reconnecting.take() {
+            Some(running) if !running.is_finished() => self.reconnecting = Some(running),
+            Some(done) => match done.join() {
+                Ok(Ok(())) => {
+                    self.status.reconnects += 1;
+                    self.console.warn(&format!(
+                        "the disk's connection was made anew after {} s",
+                        dead.elapsed().as_secs()
+                    ));
+                    self.dead = None;
                 }
-                self.lost = None;
+                Ok(Err(error)) => self.console.info(&format!("not yet: {error:#}")),
+                Err(_) => self.console.error("the keeper's thread has failed; trying again"),
+            },
+            None => {
+                let session = Arc::clone(&self.session);
+                let thread = std::thread::Builder::new().spawn(move || disk::reconnect(&session));
+                match thread {
+                    Ok(thread) => self.reconnecting = Some(thread),
+                    Err(error) => self.console.error(&format!("no thread: {error}")),
+                }
             }
-            Err(error) => self.console.info(&format!("not yet: {error:#}")),
         }
     }
+}
 
-    fn reconnect_once(&self) -> anyhow::Result<()> {
-        let nic = match &self.session.tunnel {
-            Some(_) => 0,
-            None => {
-                let links = sys_link::list()?;
-                let nic = links.iter().find(|nic| link::is_sessions(nic, &self.session));
-                nic.context("the NIC is not plugged in")?.index
-            }
-        };
-        let Transport::Nbd { export, .. } = &self.session.disk.transport;
-        let granted = nbd::connect(link::disk(&self.session, nic), export)?;
-        stiefel_sys::nbd::reconfigure(&Reconfigure {
-            index: NBD_INDEX,
-            timeout: REQUEST,
-            dead_conn_timeout: DEAD_CONNECTION,
-            backend_identifier: BACKEND,
-            sockets: &[granted.socket.as_fd()],
-        })?;
-        Ok(())
+fn first_status(session: &AttachSession) -> Status {
+    let transport = match session.disk.transport {
+        Transport::Nbd { .. } => "nbd",
+        Transport::NvmeTcp { .. } => "nvme-tcp",
+    };
+    Status {
+        laptop: session.hostname.clone(),
+        transport: transport.to_owned(),
+        encryption: session.link.tunnel.as_ref().map_or("none", |_| "wireguard").to_owned(),
+        mtu: session.link.tunnel.as_ref().map_or(1500, |tunnel| tunnel.mtu),
+        connected: true,
+        ..Status::default()
     }
 }

@@ -5,10 +5,15 @@
 pub mod attach;
 pub mod control;
 pub mod discovery;
+mod disk;
 pub mod fetch;
 pub mod goodbye;
 mod guards;
 pub mod keeper;
+mod leave;
+mod life;
 mod link;
 pub mod nbd;
+mod pulse;
 pub mod role;
+pub mod status;

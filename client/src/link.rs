@@ -5,14 +5,15 @@
 //! one (or where the kernel has no namespaces) the NIC stays in the root namespace, and the [guards](crate::guards) keep
 //! network managers off.
 
-use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use rustix::fs::{Mode, OFlags};
-use stiefel_shared::bundle::{AttachSession, Transport, Tunnel};
+use stiefel_shared::bundle::{AttachSession, Tunnel};
+use stiefel_shared::handover::LinkMode;
 use stiefel_sys::link::{self, Link};
 use stiefel_sys::netns::Namespace;
 use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, PrivateKey, PublicKey};
@@ -42,7 +43,8 @@ impl Place {
     /// A place for this session's NIC.
     pub(crate) fn new(session: &AttachSession, proc: &Path) -> (Self, Option<String>) {
         // Without a tunnel the disk's own socket must reach the NIC.
-        let made = session.tunnel.as_ref().map(|_| Namespace::new());
+        let hidden = session.link.tunnel.is_some() && session.link.mode == LinkMode::Dedicated;
+        let made = hidden.then(Namespace::new);
         let (namespace, error) = match made.transpose() {
             Ok(namespace) => (namespace, None),
             Err(error) => (
@@ -129,14 +131,14 @@ impl Place {
                 public_key: PublicKey::from_bytes(tunnel.laptop_key),
                 preshared_key: &PresharedKey::from_bytes(tunnel.preshared_key),
                 endpoint: Some(endpoint(session, tunnel, nic_index)),
-                allowed_ips: &[(IpAddr::V6(tunnel.laptop), 128)],
+                allowed_ips: &[(IpAddr::V6(session.link.laptop), 128)],
                 persistent_keepalive: Some(KEEPALIVE),
             },
             replace_peers: true,
         })?;
         let index = link::index_of(TUNNEL)?.context("the tunnel has vanished")?;
         link::set_mtu(index, tunnel.mtu)?;
-        repair(tunnel)
+        Ok(())
     }
 
     /// Points the tunnel at the laptop through another NIC, or the same one under another index.
@@ -154,38 +156,33 @@ fn endpoint(session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> SocketA
     SocketAddrV6::new(session.laptop, tunnel.port, 0, nic_index)
 }
 
-/// Gives the tunnel what it needs, also after a network manager has taken it away.
-pub(crate) fn repair(tunnel: &Tunnel) -> anyhow::Result<()> {
-    let index = link::index_of(TUNNEL)?.context("the tunnel is gone; only a restart of the desktop helps")?;
+/// The session's network holds its two ends (RFC 6164).
+const PREFIX: u8 = 127;
+
+/// Gives the link its address and what else it needs, also after a network manager has taken it away. Without a tunnel the
+/// address is the NIC's own.
+pub(crate) fn repair(session: &AttachSession, nic_index: u32) -> anyhow::Result<()> {
+    let index = match session.link.tunnel {
+        Some(_) => link::index_of(TUNNEL)?.context("the tunnel is gone; only a restart of the desktop helps")?,
+        None => nic_index,
+    };
     if !link::list()?.iter().any(|link| link.index == index && link.up) {
         link::set_up(index)?;
     }
-    let address = IpAddr::V6(tunnel.address);
+    let address = IpAddr::V6(session.link.address);
     // Only what is missing is added: what is replaced would be news again, for ever.
     if !link::addresses(index)?.iter().any(|have| have.addr == address) {
-        link::add_address(index, address, 127)?;
+        link::add_address(index, address, PREFIX)?;
     }
     Ok(())
 }
 
-/// Switches IPv6 on again on the tunnel, where a sysctl has switched it off; `proc` is an open folder of procfs.
-pub(crate) fn allow_ipv6(proc: impl AsFd) -> anyhow::Result<()> {
-    let path = format!("sys/net/ipv6/conf/{TUNNEL}/disable_ipv6");
+/// Switches IPv6 on again where a sysctl has switched it off: on the tunnel, or on the NIC. `proc` is an open folder of
+/// procfs.
+pub(crate) fn allow_ipv6(session: &AttachSession, proc: impl AsFd) -> anyhow::Result<()> {
+    let name = if session.link.tunnel.is_some() { TUNNEL } else { NIC };
+    let path = format!("sys/net/ipv6/conf/{name}/disable_ipv6");
     let file = rustix::fs::openat(proc, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     rustix::io::write(file, b"0")?;
     Ok(())
-}
-
-/// Where the laptop listens on TCP port `port`: in the tunnel, or through the NIC with this index.
-pub(crate) fn laptop(session: &AttachSession, port: u16, nic_index: u32) -> SocketAddr {
-    SocketAddr::V6(match &session.tunnel {
-        Some(tunnel) => SocketAddrV6::new(tunnel.laptop, port, 0, 0),
-        None => SocketAddrV6::new(session.laptop, port, 0, nic_index),
-    })
-}
-
-/// Where the laptop's disk is.
-pub(crate) fn disk(session: &AttachSession, nic_index: u32) -> SocketAddr {
-    let Transport::Nbd { port, .. } = session.disk.transport;
-    laptop(session, port, nic_index)
 }

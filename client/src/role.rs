@@ -191,6 +191,12 @@ async fn boot(console: &'static Console, handover: &ClientHandover, found: &Foun
         "received {} of {}",
         manifest.payload.version, manifest.hostname
     ));
+    ensure!(
+        manifest.link.tunnel.is_some() || !handover.encrypted_only,
+        "{} would send its disk in clear, and this stick forbids that; set link.encryption to wireguard in its \
+         config.yaml, or write the stick without --encrypted-only",
+        manifest.hostname
+    );
     append_session(&mut initrd, &manifest, found)?;
     let cmdline = manifest.payload.desktop_cmdline();
     kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &cmdline)?;
@@ -217,7 +223,7 @@ fn append_session(initrd: &mut File, manifest: &Manifest, found: &Found) -> anyh
         laptop: *found.address.ip(),
         http_port: found.address.port(),
         disk: manifest.disk.clone(),
-        tunnel: manifest.tunnel.clone(),
+        link: manifest.link.clone(),
         control: manifest.control.clone(),
         session: manifest.session.clone(),
     };

@@ -188,6 +188,8 @@ struct Parts {
     modules: ModuleSet,
     /// Whether it can make the tunnel.
     wireguard: bool,
+    /// Whether it can serve a disk by NVMe over TCP.
+    nvme_target: bool,
 }
 
 /// Builds kernel, ramdisk and manifest in `options.out_dir`. Neither root nor other programs are needed.
@@ -262,6 +264,7 @@ fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, Ramdisk
         busybox,
         extras,
         wireguard: tree.has(&selection, "wireguard"),
+        nvme_target: tree.has(&selection, "nvmet_tcp"),
         modules,
     })
 }
@@ -326,6 +329,7 @@ fn write(options: &RamdiskOptions, parts: &Parts, progress: Progress) -> io::Res
         unpacked_bytes: unpacked,
         modules: parts.modules.modules,
         wireguard: parts.wireguard,
+        nvme_target: parts.nvme_target,
         firmware: parts.modules.firmware.len(),
         missing_firmware: parts.modules.missing_firmware.len(),
         classes: options.classes.clone(),

@@ -15,7 +15,7 @@ use stiefel_initrd_builder::modules::{ModuleTree, ModulesError};
 use stiefel_initrd_builder::overlay::OverlayError;
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, ManifestError, RAMDISK};
 use stiefel_shared::config::{Auto, Config};
-use stiefel_shared::handover::{DiskIdentity, Encryption, HandoverError, Part};
+use stiefel_shared::handover::{DiskIdentity, DiskTransport, Encryption, HandoverError, Part};
 use stiefel_shared::key::{KeyError, StickKey};
 use stiefel_sys::block::{self, BlockError, Disk};
 
@@ -43,6 +43,14 @@ pub enum CollectError {
     NoTunnel {
         /// Which.
         kernel: String,
+    },
+    /// A kernel cannot do NVMe over TCP.
+    #[error(
+        "disk.transport is nvme-tcp, but {lacks}\n  next: set it to auto, or have `nvme` among `modules` and run `stiefel install`"
+    )]
+    NoNvme {
+        /// Which one lacks what.
+        lacks: String,
     },
     /// The modules cannot be looked at.
     #[error("the modules of the desktop's kernel cannot be read")]
@@ -190,8 +198,10 @@ pub struct Collected {
     pub payload: FoundPayload,
     /// What happens afterwards, and what the command line says about swap space.
     pub session: stiefel_shared::config::Session,
-    /// How the disk travels.
-    pub encryption: Encryption,
+    /// How the machines are connected.
+    pub link: stiefel_shared::config::Link,
+    /// How the disk is served.
+    pub transport: DiskTransport,
     /// What the configuration says of modules.
     modules: Vec<String>,
     /// Where firmware is looked for.
@@ -219,6 +229,7 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
     if config.link.encryption == Encryption::Wireguard {
         check_tunnel(&manifest, &payload)?;
     }
+    let transport = transport(config.disk.transport.given().copied(), &manifest, &payload)?;
     let disk = disk(&tree, &config.boot.disk)?;
     let firmware = ["/lib/firmware/updates", "/lib/firmware", "/usr/lib/firmware"];
     Ok(Collected {
@@ -233,7 +244,8 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         zstd: unpacks_zstd(&tree, &payload.version),
         payload,
         session: config.session.clone(),
-        encryption: config.link.encryption,
+        link: config.link.clone(),
+        transport,
         modules: config.modules.0.clone(),
         firmware: firmware
             .iter()
@@ -256,6 +268,27 @@ fn check_tunnel(manifest: &Manifest, payload: &FoundPayload) -> Result<(), Colle
         });
     }
     Ok(())
+}
+
+/// How the disk is served: as configured, if both kernels can; else NVMe where both can.
+fn transport(
+    wanted: Option<DiskTransport>,
+    manifest: &Manifest,
+    payload: &FoundPayload,
+) -> Result<DiskTransport, CollectError> {
+    if wanted == Some(DiskTransport::Nbd) {
+        return Ok(DiskTransport::Nbd);
+    }
+    let desktop = ModuleTree::open(&payload.modules)?.offers("nvme_tcp");
+    let lacks = match (manifest.nvme_target, desktop) {
+        (true, true) => return Ok(DiskTransport::NvmeTcp),
+        (false, _) => "the ramdisk's kernel has no NVMe target (nvmet, nvmet-tcp)".to_owned(),
+        (true, false) => format!("the kernel {} for the desktop has no nvme-tcp", payload.version),
+    };
+    match wanted {
+        Some(_) => Err(CollectError::NoNvme { lacks }),
+        None => Ok(DiskTransport::Nbd),
+    }
 }
 
 /// The laptop's name, for people.

@@ -17,7 +17,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Protocol, Socket, Type};
-use stiefel_shared::bundle::{Goodbye, Manifest};
+use stiefel_shared::bundle::{ControlKey, Goodbye, Manifest};
 use stiefel_shared::discovery::Responder;
 use stiefel_shared::session::{MachineId, SessionName};
 use tokio::net::{TcpListener, TcpStream};
@@ -182,14 +182,18 @@ pub fn bind(port: u16) -> Result<TcpListener, HttpError> {
 
 /// Serves until the future is dropped, which also closes all connections.
 ///
-/// `responder` is shared with [`crate::discovery`]: it knows what was offered to whom.
+/// `resumed` is a session that an earlier process has begun: it can say goodbye. `responder` is shared with [`crate::discovery`]: it knows what was offered to whom.
 pub async fn run<H: SessionHost>(
     listener: TcpListener,
     host: Arc<H>,
     responder: Arc<Mutex<Responder>>,
     limits: Limits,
+    resumed: Option<(SessionName, ControlKey)>,
 ) -> Infallible {
     let server = Arc::new(Server::new(host, responder, limits));
+    if let Some((session, control)) = resumed {
+        server.resume(session, control);
+    }
     let places = Places::new(limits.connections, limits.per_peer);
     let mut connections = JoinSet::new();
     loop {

@@ -11,4 +11,5 @@ pub mod install;
 pub mod nbd;
 pub mod payload;
 pub mod role;
+mod supply;
 mod tree;

@@ -3,8 +3,12 @@
 //! The pieces are [`crate::discovery`], [`crate::http`] and [`crate::nbd`]; what they may do is decided by
 //! `host::Host`, which owns the disk and the one session.
 
+mod disk;
 mod host;
-mod tunnel;
+mod link;
+mod machine;
+mod pulse;
+mod record;
 
 use std::net::{Ipv6Addr, TcpListener};
 use std::path::Path;
@@ -14,10 +18,13 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use stiefel_shared::bundle::{DISK_PORT, Goodbye};
 use stiefel_shared::discovery::{About, LinkEvent, PORT, Responder, State};
-use stiefel_shared::handover::{After, DiskIdentity, Encryption, ServerHandover};
+use stiefel_shared::handover::{After, DiskIdentity, DiskTransport, Encryption, ServerHandover};
 use stiefel_sys::block::{self, BlockError, Disk};
 use stiefel_sys::console::Console;
+use stiefel_sys::custody::Custody;
 use stiefel_sys::module::Loader;
+use stiefel_sys::mount::{self, MountFlags};
+use stiefel_sys::nvmet::CONFIGFS;
 use stiefel_sys::uevent::Monitor;
 use stiefel_sys::wired;
 use tokio::sync::mpsc;
@@ -25,8 +32,12 @@ use tokio::sync::mpsc;
 use crate::discovery;
 use crate::http;
 use crate::nbd;
+use crate::supply::Supply;
+use crate::tree::Tree;
 
-use host::{Door, Host, News};
+use host::{Door, Host, News, Setup};
+use machine::Laptop;
+use record::{RECORD, Records};
 
 /// How the laptop's turn ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,18 +51,20 @@ pub enum End {
 /// How long the disk's driver may take; USB and RAID controllers are slow.
 const DISK_PATIENCE: Duration = Duration::from_secs(60);
 
-/// Serves until a desktop's goodbye ends the laptop's turn.
+/// How often the battery is looked at.
+const SUPPLY: Duration = Duration::from_secs(10);
+
+/// Serves until a desktop's goodbye ends the laptop's turn. `status` is the exit status by which PID 1 knows an end.
 ///
 /// # Errors
 /// What makes serving impossible: no disk, no port, a disk that could not be closed in order. The caller then goes back to
 /// the laptop's own OS.
-pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow::Result<End> {
+pub async fn run(console: &'static Console, handover: ServerHandover, status: fn(End) -> u8) -> anyhow::Result<End> {
     let wanted = handover.disk.clone();
     let disk = tokio::task::spawn_blocking(move || wait_for_disk(console, &wanted)).await??;
     console.info(&format!("serving {} ({})", disk.path.display(), handover.disk));
-    if handover.encryption == Encryption::Wireguard {
-        tokio::task::spawn_blocking(load_wireguard).await??;
-    }
+    let needed = needed_modules(&handover);
+    tokio::task::spawn_blocking(move || load(&needed)).await??;
 
     let names: Vec<&str> = handover.keys.iter().map(|key| key.name.as_str()).collect();
     console.info(&format!("sticks with these keys may connect: {}", names.join(", ")));
@@ -73,12 +86,37 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
     let (gate, links_door): (Arc<dyn nbd::Gate>, _) = (Arc::<Door>::clone(&door), Arc::clone(&door));
     let server = nbd::Server::start(listener, gate, nbd::Limits::default()).context("cannot serve the disk")?;
     let after = handover.after;
-    let identity = handover.disk.clone();
-    let locate = Box::new(move || find_disk(console, &identity).map_err(anyhow::Error::from));
+    let machine = Box::new(Laptop {
+        console,
+        identity: handover.disk.clone(),
+    });
+    let records = Records::new(Path::new(RECORD), Custody::inherited(), status);
     let (tell, mut news) = mpsc::unbounded_channel();
-    let host = Arc::new(Host::new(console, handover, locate, Path::new("/"), door, server, tell));
+    let setup = Setup {
+        console,
+        machine,
+        records,
+        root: "/".into(),
+        door,
+        server,
+        news: tell,
+    };
+    let host = Arc::new(Host::new(setup, handover));
+    let resumed = {
+        let host = Arc::clone(&host);
+        tokio::task::spawn_blocking(move || host.resume()).await?
+    }
+    .context("the session that was there cannot go on")?;
 
-    let web = http::run(http::bind(PORT)?, host, Arc::clone(&responder), http::Limits::default());
+    follow_supply(Arc::clone(&host))?;
+    let pulse = pulse::run(pulse::bind()?, Arc::clone(&host));
+    let web = http::run(
+        http::bind(PORT)?,
+        host,
+        Arc::clone(&responder),
+        http::Limits::default(),
+        resumed,
+    );
     // Nobody is woken who is awake; the channel only has to stay open.
     let (woken, _woken) = mpsc::channel(1);
     let answers = discovery::run(
@@ -88,10 +126,11 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
         woken,
     );
     console.info("ready; waiting for the desktop");
-    tokio::pin!(web, answers);
+    tokio::pin!(web, answers, pulse);
     loop {
         tokio::select! {
             never = &mut web => match never {},
+            never = &mut pulse => match never {},
             () = &mut answers => anyhow::bail!("discovery ended"),
             Some(news) = news.recv() => match news {
                 News::Broken(why) => anyhow::bail!("the disk could not be closed in order, check it: {why}"),
@@ -99,6 +138,11 @@ pub async fn run(console: &'static Console, handover: ServerHandover) -> anyhow:
                     let (says, end) = after_goodbye(goodbye, after);
                     console.info(says);
                     if let Some(end) = end {
+                        return Ok(end);
+                    }
+                }
+                News::Silent => {
+                    if let (_, Some(end)) = after_goodbye(Goodbye::Poweroff, after) {
                         return Ok(end);
                     }
                 }
@@ -141,13 +185,48 @@ fn follow_links(console: &'static Console, door: Arc<Door>) -> anyhow::Result<mp
     Ok(followed)
 }
 
-/// The tunnel's module has no device that would load it.
-fn load_wireguard() -> anyhow::Result<()> {
+/// Looks at the battery, which tells of nothing by itself on many laptops.
+fn follow_supply(host: Arc<Host>) -> anyhow::Result<()> {
+    std::thread::Builder::new().name("supply".to_owned()).spawn(move || {
+        let tree = Tree::new(Path::new("/"));
+        loop {
+            host.supplied(Supply::read(&tree));
+            std::thread::sleep(SUPPLY);
+        }
+    })?;
+    Ok(())
+}
+
+/// Modules that have no device that would load them.
+fn needed_modules(handover: &ServerHandover) -> Vec<&'static str> {
+    let tunnel = (handover.encryption == Encryption::Wireguard).then_some("wireguard");
+    let nvme: &[&str] = match handover.transport {
+        DiskTransport::NvmeTcp => &["nvmet", "nvmet_tcp"],
+        DiskTransport::Nbd => &[],
+    };
+    tunnel.into_iter().chain(nvme.iter().copied()).collect()
+}
+
+/// Loads them, and mounts where the kernel's target is set up.
+fn load(modules: &[&str]) -> anyhow::Result<()> {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let folder = Path::new("/lib/modules").join(release);
-    Loader::open(&folder, &[])
-        .and_then(|mut loader| loader.load("wireguard"))
-        .context("the ramdisk has no WireGuard; build it anew, or set link.encryption to none for a cable you trust")?;
+    let mut loader = Loader::open(&folder, &[])?;
+    for module in modules {
+        loader.load(module).with_context(|| {
+            format!("the ramdisk lacks the module {module}; build it anew, or see link.encryption and disk.transport")
+        })?;
+    }
+    let target = Path::new(CONFIGFS);
+    if modules.contains(&"nvmet") && !target.join("nvmet").exists() {
+        mount::mount(
+            "configfs",
+            target,
+            "configfs",
+            MountFlags::NOEXEC | MountFlags::NOSUID,
+            None,
+        )?;
+    }
     Ok(())
 }
 

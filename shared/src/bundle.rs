@@ -7,13 +7,17 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::discovery::MAX_HOSTNAME;
-use crate::handover::{DiskIdentity, Part, Payload};
+use crate::handover::{DiskIdentity, LinkMode, Part, Payload};
 use crate::seal::SealError;
 
 /// TCP port of the laptop's disk.
 pub const DISK_PORT: u16 = 61571;
 /// UDP port of both ends of the tunnel.
 pub const TUNNEL_PORT: u16 = 61572;
+/// UDP port of the laptop's signs of life.
+pub const PULSE_PORT: u16 = 61573;
+/// TCP port of the laptop's disk by NVMe (IANA: nvme).
+pub const NVME_PORT: u16 = 4420;
 /// The largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: usize = 60 * 1024;
 
@@ -27,9 +31,8 @@ pub struct Manifest {
     pub payload: Payload,
     /// The disk it boots from.
     pub disk: DiskOffer,
-    /// The tunnel that leads there; without one the disk travels in clear.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tunnel: Option<Tunnel>,
+    /// The way there.
+    pub link: LinkOffer,
     /// The secret of this session.
     pub control: ControlKey,
     /// The session's public name: 128 random bits in hexadecimal digits, also in the URL.
@@ -170,6 +173,17 @@ pub enum Transport {
         /// The export's name; holds 128 random bits of the session, so that it cannot be guessed.
         export: String,
     },
+    /// The kernel's NVMe over TCP.
+    NvmeTcp {
+        /// TCP port at the laptop's address of this session.
+        port: u16,
+        /// The subsystem's name; holds 128 random bits of the session.
+        nqn: String,
+        /// The only host's name; as random.
+        host_nqn: String,
+        /// That host's UUID, which belongs to its name alone.
+        host_id: String,
+    },
 }
 
 impl std::fmt::Debug for Transport {
@@ -177,8 +191,27 @@ impl std::fmt::Debug for Transport {
         // The export's name is the session's secret.
         match self {
             Self::Nbd { port, .. } => write!(f, "Nbd(port {port}, ..)"),
+            Self::NvmeTcp { port, .. } => write!(f, "NvmeTcp(port {port}, ..)"),
         }
     }
+}
+
+/// The way to the disk: the two ends' addresses for this session, random and unique (RFC 4193), and the tunnel between
+/// them. Without a tunnel the addresses are the NICs' own, and everything travels in clear.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkOffer {
+    /// What the link is used for besides.
+    pub mode: LinkMode,
+    /// The desktop's address, in a /127.
+    pub address: std::net::Ipv6Addr,
+    /// The laptop's.
+    pub laptop: std::net::Ipv6Addr,
+    /// After how many seconds without a sign of life from the desktop the laptop goes home.
+    pub grace: u64,
+    /// The tunnel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<Tunnel>,
 }
 
 /// The desktop's end of the session's WireGuard tunnel. All keys are fresh, made by the laptop, sent only inside the
@@ -195,12 +228,6 @@ pub struct Tunnel {
     /// Mixed into the handshake.
     #[serde(with = "crate::key::hex32")]
     pub preshared_key: [u8; 32],
-    /// The desktop's address in the tunnel.
-    #[zeroize(skip)]
-    pub address: std::net::Ipv6Addr,
-    /// The laptop's.
-    #[zeroize(skip)]
-    pub laptop: std::net::Ipv6Addr,
     /// UDP port of both ends.
     pub port: u16,
     /// The tunnel's largest packet in bytes.
@@ -209,7 +236,7 @@ pub struct Tunnel {
 
 impl std::fmt::Debug for Tunnel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tunnel({} → {}, ..)", self.address, self.laptop)
+        write!(f, "Tunnel(UDP port {}, MTU {}, ..)", self.port, self.mtu)
     }
 }
 
@@ -251,9 +278,8 @@ pub struct AttachSession {
     pub http_port: u16,
     /// The disk.
     pub disk: DiskOffer,
-    /// The tunnel that leads there, if there is one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tunnel: Option<Tunnel>,
+    /// The way there.
+    pub link: LinkOffer,
     /// The session's secret.
     pub control: ControlKey,
     /// The session's public name.

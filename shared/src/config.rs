@@ -11,12 +11,14 @@ use std::time::Duration;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::handover::{After, Encryption};
+use crate::handover::{After, DiskTransport, Encryption, LinkMode};
 
 /// Where the configuration lies on the laptop.
 pub const CONFIG_PATH: &str = "/etc/stiefel/config.yaml";
 /// The largest configuration that is read, in bytes.
 pub const MAX_CONFIG: u64 = 256 * 1024;
+/// The shortest `session.grace`: a desktop's own restart of its link must fit.
+pub const MIN_GRACE: Duration = Duration::from_secs(30);
 /// The example, as it is installed.
 pub const EXAMPLE: &str = include_str!("../../config-example.yaml");
 
@@ -40,14 +42,26 @@ pub struct Config {
     pub trigger: Trigger,
     /// How the two machines are connected.
     pub link: Link,
+    /// How the disk is served.
+    pub disk: Disk,
     /// How a session goes and ends.
     pub session: Session,
+}
+
+/// `disk`: how the disk is served.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Disk {
+    /// `auto` is NVMe where both kernels have it, else NBD.
+    pub transport: Auto<DiskTransport>,
 }
 
 /// `link`: how the two machines are connected.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Link {
+    /// What the link is used for besides.
+    pub mode: LinkMode,
     /// Whether the disk travels inside a tunnel.
     pub encryption: Encryption,
 }
@@ -154,13 +168,25 @@ pub enum Wake {
 }
 
 /// `session`: how a session goes and ends.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Session {
     /// What the laptop does once the desktop was powered off.
     pub after: After,
+    /// How long the laptop waits for a desktop that is not heard any more before it goes home.
+    pub grace: Seconds,
     /// Whether the desktop uses the swap space on the laptop's disk; over a network it can deadlock.
     pub swap: bool,
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self {
+            after: After::default(),
+            grace: Seconds(Duration::from_mins(15)),
+            swap: false,
+        }
+    }
 }
 
 /// The original's `autokexec`.
@@ -207,6 +233,8 @@ struct Document {
     #[serde(default)]
     link: Link,
     #[serde(default)]
+    disk: Disk,
+    #[serde(default)]
     session: Session,
 }
 
@@ -233,12 +261,25 @@ impl Config {
             (None, Some(original)) => original.into(),
             (None, None) => Trigger::default(),
         };
+        if document.link.mode == LinkMode::Lan && document.link.encryption == Encryption::None {
+            return Err(fail(
+                "link: {mode: lan, encryption: none} would send the disk in clear over a network that others use; set \
+                 encryption to wireguard, or mode to dedicated for a cable of its own"
+                    .to_owned(),
+            ));
+        }
+        if document.session.grace.0 < MIN_GRACE {
+            return Err(fail(
+                "session.grace is too short: a cable must be allowed to be out for at least 30s".to_owned(),
+            ));
+        }
         Ok(Self {
             boot: document.boot,
             modules: document.modules,
             initrd: document.initrd,
             trigger,
             link: document.link,
+            disk: document.disk,
             session: document.session,
         })
     }
@@ -297,6 +338,17 @@ pub trait FromPlain: Sized {
     /// # Errors
     /// A sentence.
     fn from_plain(text: &str) -> Result<Self, String>;
+}
+
+impl FromPlain for DiskTransport {
+    const ACCEPTED: &'static str = "nvme-tcp or nbd";
+    fn from_plain(text: &str) -> Result<Self, String> {
+        match text {
+            "nvme-tcp" => Ok(Self::NvmeTcp),
+            "nbd" => Ok(Self::Nbd),
+            _ => Err("neither".to_owned()),
+        }
+    }
 }
 
 impl FromPlain for PathBuf {
@@ -556,7 +608,8 @@ mod tests {
                 None => lines.push(line.to_owned()),
             }
         }
-        let all = lines.join("\n");
+        // The one pair of examples that must not go together.
+        let all = lines.join("\n").replace("mode: lan", "mode: dedicated");
         let config = Config::parse(&all).unwrap();
         assert_ne!(config, Config::default());
         assert!(!config.trigger.macs.is_empty() && !config.trigger.usb.is_empty());
@@ -601,6 +654,8 @@ mod tests {
             ("trigger: {battery: 101%}", "10%"),
             ("link: {encryption: rot13}", "wireguard"),
             ("session: {after: sleep}", "poweroff"),
+            ("disk: {transport: iscsi}", "nvme-tcp or nbd"),
+            ("link: {mode: wan}", "dedicated"),
             ("session: {swap: maybe}", "bool"),
             ("modules: 5", "a list such as [default, debug]"),
             ("modules: debug", "a list such as [default, debug]"),
@@ -609,6 +664,12 @@ mod tests {
             assert!(text.contains(accepted), "{yaml}: {text}");
             assert!(text.contains("line 1"), "{yaml}: {text}");
         }
+    }
+
+    #[test]
+    fn what_would_endanger_the_disk_is_refused() {
+        assert!(error("link: {mode: lan, encryption: none}").contains("wireguard"));
+        assert!(error("session: {grace: 5s}").contains("30s"));
     }
 
     #[test]

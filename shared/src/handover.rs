@@ -58,6 +58,12 @@ pub struct ServerHandover {
     pub after: After,
     /// Whether the disk travels inside a tunnel.
     pub encryption: Encryption,
+    /// What the link is used for besides.
+    pub mode: LinkMode,
+    /// How the disk is served; both kernels can do it.
+    pub transport: DiskTransport,
+    /// How long the laptop waits for a desktop that is not heard any more, in seconds.
+    pub grace: u64,
 }
 
 /// What the desktop's ramdisk is told by its stick.
@@ -66,6 +72,9 @@ pub struct ServerHandover {
 pub struct ClientHandover {
     /// The stick's one key.
     pub key: StickKey,
+    /// Refuse a laptop that would send its disk in clear.
+    #[serde(default)]
+    pub encrypted_only: bool,
 }
 
 /// The laptop OS's own kernel, initrd and command line, to be booted on the desktop.
@@ -184,6 +193,27 @@ pub enum Encryption {
     Wireguard,
     /// In clear: only for a cable that its owner trusts.
     None,
+}
+
+/// `link.mode`: what the link is used for besides the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkMode {
+    /// Nothing: the desktop's system never sees its NIC.
+    #[default]
+    Dedicated,
+    /// The desktop's system uses the same NIC, too, for example to reach the internet.
+    Lan,
+}
+
+/// How the disk's blocks travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskTransport {
+    /// NVMe over TCP: both ends are the kernels'.
+    NvmeTcp,
+    /// NBD: our own server.
+    Nbd,
 }
 
 /// `session.after`: what the laptop does once the desktop was powered off.
@@ -346,7 +376,10 @@ mod tests {
     #[test]
     fn a_handover_survives_its_own_json_and_prints_no_key() {
         let key = StickKey::generate("blue").unwrap();
-        let handover = Handover::Client(ClientHandover { key: key.clone() });
+        let handover = Handover::Client(ClientHandover {
+            key: key.clone(),
+            encrypted_only: false,
+        });
         let json = handover.to_json().unwrap();
         assert!(matches!(Handover::parse(&json.0), Ok(Handover::Client(read)) if read.key.to_file() == key.to_file()));
         let secret = key.to_file();

@@ -18,11 +18,13 @@ use crate::key::{Purpose, StickKey};
 use crate::seal::{self, SealError};
 
 mod goodbye;
+mod pulse;
 mod stream;
 #[cfg(test)]
 mod tests;
 
 pub use goodbye::{Farewell, GoodbyeError, MAX_REASON, ReceivedGoodbye};
+pub use pulse::{Beat, LONGEST, Pulse, PulseError, SHORTEST, Sign};
 pub use stream::{CHUNK, Item, Receiver, Sender, StreamError};
 
 /// The Noise protocol's name.
@@ -33,6 +35,16 @@ pub const OPENING: usize = 1 + 16 + 32 + 16 + 16;
 pub const OPENED: usize = 32 + 16 + 16;
 /// Length of the request for the bundle, in bytes.
 pub const BEGIN: usize = 1 + 16;
+
+/// What is sealed after the handshake is bound to this; it is not sent.
+fn header(type_byte: u8, session: SessionName) -> [u8; 22] {
+    let mut header = [0; 22];
+    header[..4].copy_from_slice(b"stfl");
+    header[4] = VERSION;
+    header[5] = type_byte;
+    header[6..].copy_from_slice(&session.0);
+    header
+}
 
 /// The first and only byte of the desktop's first transport message.
 const BEGIN_WORD: u8 = 1;

@@ -127,6 +127,9 @@ pub(crate) struct StickArgs {
     /// The UEFI stub (package systemd-boot-efi).
     #[arg(long, value_name = "FILE")]
     pub(crate) stub: Option<PathBuf>,
+    /// Refuse a laptop that would send its disk in clear (`link.encryption: none`).
+    #[arg(long)]
+    pub(crate) encrypted_only: bool,
     /// Words for the kernel's command line on the desktop, besides `initrd.cmdline`.
     #[arg(long, value_name = "WORDS", default_value = "")]
     pub(crate) cmdline: String,

@@ -44,6 +44,9 @@ pub struct Manifest {
     pub modules: usize,
     /// Whether it can make the tunnel: WireGuard as a module, or in the kernel.
     pub wireguard: bool,
+    /// Whether it can serve a disk by NVMe over TCP.
+    #[serde(default)]
+    pub nvme_target: bool,
     /// Number of firmware files in it.
     pub firmware: usize,
     /// Number of firmware files that drivers ask for and that were not found.

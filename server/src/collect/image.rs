@@ -74,7 +74,10 @@ impl Collected {
             cmdline = insert(&cmdline, NO_SWAP);
         }
         Ok(ServerHandover {
-            encryption: self.encryption,
+            encryption: self.link.encryption,
+            mode: self.link.mode,
+            transport: self.transport,
+            grace: self.session.grace.0.as_secs(),
             keys: self.keys.clone(),
             hostname: self.hostname.clone(),
             disk: self.identity.clone(),
@@ -156,7 +159,7 @@ fn write(
 mod tests {
     use super::*;
     use std::path::PathBuf;
-    use stiefel_shared::handover::{DiskIdentity, Encryption};
+    use stiefel_shared::handover::{DiskIdentity, DiskTransport, Encryption};
 
     fn files(contents: &[&[u8]]) -> (tempfile::TempDir, Vec<PathBuf>) {
         let dir = tempfile::tempdir().unwrap();
@@ -235,7 +238,7 @@ mod tests {
         let part = serde_json::json!({"bytes": 0, "sha256": ""});
         let manifest = serde_json::json!({
             "stiefel_version": "0", "kernel_version": "6.1", "kernel": part, "ramdisk": part, "unpacked_bytes": 0,
-            "modules": 0, "wireguard": true, "firmware": 0, "missing_firmware": 0, "classes": [],
+            "modules": 0, "wireguard": true, "nvme_target": true, "firmware": 0, "missing_firmware": 0, "classes": [],
         });
         let mut collected = Collected {
             kernel: put("kernel", b"kernel"),
@@ -254,7 +257,11 @@ mod tests {
                 reason: String::new(),
             },
             session: stiefel_shared::config::Session::default(),
-            encryption: Encryption::None,
+            link: stiefel_shared::config::Link {
+                encryption: Encryption::None,
+                ..Default::default()
+            },
+            transport: DiskTransport::Nbd,
             modules: vec!["default".to_owned()],
             firmware: Vec::new(),
             zstd: false,

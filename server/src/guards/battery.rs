@@ -1,31 +1,13 @@
-//! Whether the battery lasts. Specification: Linux, Documentation/ABI/testing/sysfs-class-power.
+//! Whether the battery lasts.
 
 use super::Refusal;
+use crate::supply::Supply;
 use crate::tree::Tree;
 
-const SUPPLIES: &str = "/sys/class/power_supply";
-
 pub(super) fn check(tree: &Tree, limit: u8) -> Option<Refusal> {
-    let mut charges = Vec::new();
-    for name in tree.names(SUPPLIES) {
-        let get = |attribute: &str| tree.line(format!("{SUPPLIES}/{name}/{attribute}"));
-        if get("type").as_deref() != Some("Battery") {
-            // Mains, USB and the like.
-            if get("online").as_deref() == Some("1") {
-                return None;
-            }
-        } else if get("scope").as_deref() != Some("Device") && get("present").as_deref() != Some("0") {
-            // A mouse's battery is of scope `Device`. Not every laptop tells of its mains, so the battery's state counts too.
-            if matches!(get("status").as_deref(), Some("Charging" | "Full" | "Not charging")) {
-                return None;
-            }
-            charges.extend(get("capacity").and_then(|percent| percent.parse::<u8>().ok()));
-        }
-    }
-    let count = u32::try_from(charges.len()).ok().filter(|count| *count > 0)?;
-    let sum: u32 = charges.iter().copied().map(u32::from).sum();
-    let percent = u8::try_from(sum / count).unwrap_or(u8::MAX);
-    (percent < limit).then_some(Refusal::Battery { percent, limit })
+    let supply = Supply::read(tree);
+    let percent = supply.percent.filter(|_| supply.is_low(limit))?;
+    Some(Refusal::Battery { percent, limit })
 }
 
 #[cfg(test)]

@@ -96,6 +96,11 @@ impl<H: SessionHost> Server<H> {
         }
     }
 
+    /// Lets a session say goodbye that an earlier process has begun.
+    pub fn resume(&self, session: SessionName, control: ControlKey) {
+        self.sessions.insert(session, control);
+    }
+
     /// Answers a request.
     pub async fn answer(&self, request: Request<Incoming>, wire: Wire) -> Reply {
         let path = request.uri().path().to_owned();

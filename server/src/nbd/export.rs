@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use stiefel_shared::nbd::{
     BlockSizes, Extent, FLAG_CAN_MULTI_CONN, FLAG_HAS_FLAGS, FLAG_READ_ONLY, FLAG_ROTATIONAL, FLAG_SEND_CACHE,
@@ -124,10 +124,20 @@ pub struct Export {
     synced: Condvar,
     /// A flush has failed: the same as `syncs.failure`, to be seen without its lock.
     failed: AtomicBool,
+    told: OnceLock<Told>,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
     requests: AtomicU64,
     errors: AtomicU64,
+}
+
+/// Who is told of a failed flush.
+struct Told(Box<dyn Fn(&str) + Send + Sync>);
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Told(..)")
+    }
 }
 
 /// Concurrent flushes share one `fdatasync`: one that begins after the flush was asked for covers it.
@@ -150,6 +160,28 @@ impl Export {
         Self::of(Arc::new(store), path, options)
     }
 
+    /// Exports an open file or device that the caller holds (exclusively, if it may be written); `path` is only shown.
+    ///
+    /// # Errors
+    /// See [`ExportError`].
+    pub fn of_file(file: File, path: &Path, options: ExportOptions) -> Result<Arc<Self>, ExportError> {
+        let store = FileStore::of(file, path)?;
+        Self::of(Arc::new(store), path, options)
+    }
+
+    /// Has `told` called with the reason when a flush fails, before any client hears of it. Only the first call counts.
+    pub fn on_failure(&self, told: Box<dyn Fn(&str) + Send + Sync>) {
+        // A second one would be another's.
+        let _ = self.told.set(Told(told));
+    }
+
+    /// Behaves as after a failed flush, as one that an earlier process has seen.
+    pub fn fail(&self, why: &str) {
+        let mut syncs = self.syncs.lock().unwrap_or_else(PoisonError::into_inner);
+        syncs.failure.get_or_insert_with(|| why.to_owned());
+        self.failed.store(true, Ordering::Release);
+    }
+
     /// Exports any store; `path` is only shown.
     ///
     /// # Errors
@@ -170,6 +202,7 @@ impl Export {
             syncs: Mutex::default(),
             synced: Condvar::new(),
             failed: AtomicBool::new(false),
+            told: OnceLock::new(),
             bytes_read: AtomicU64::new(0),
             bytes_written: AtomicU64::new(0),
             requests: AtomicU64::new(0),
@@ -259,7 +292,11 @@ impl Export {
             syncs.running = false;
             syncs.ended = syncs.begun;
             if let Err(error) = result {
-                syncs.failure.get_or_insert(error.to_string());
+                let why = error.to_string();
+                if let Some(Told(told)) = self.told.get() {
+                    told(&why);
+                }
+                syncs.failure.get_or_insert(why);
                 self.failed.store(true, Ordering::Release);
             }
             self.synced.notify_all();

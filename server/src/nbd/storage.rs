@@ -116,13 +116,22 @@ impl FileStore {
         }
         let exclusive = kind.is_block_device() && access != Access::Read;
         let flags = if exclusive { OFlags::EXCL } else { OFlags::empty() };
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
             .custom_flags(flags.bits().cast_signed())
             .open(path)
             .map_err(failed)?;
         lock(&file, path, read_only)?;
+        Self::of(file, path)
+    }
+
+    /// Takes an open file or device, whose holder has seen to it that nobody else writes it.
+    pub(super) fn of(mut file: File, path: &Path) -> Result<Self, ExportError> {
+        let failed = |source| ExportError::Open {
+            path: path.to_owned(),
+            source,
+        };
         let medium = Medium::of(&file).map_err(failed)?;
         let medium = medium.ok_or_else(|| ExportError::WrongKind { path: path.to_owned() })?;
         let size = file.seek(io::SeekFrom::End(0)).map_err(failed)?;

@@ -10,8 +10,9 @@ use stiefel_client::discovery::{Event, Found};
 use stiefel_client::fetch::{FetchError, Patience, Progress, Source};
 use stiefel_server::http::{self, Begin, Bundle, FeedError, Limits, Refusal, SessionHost};
 use stiefel_server::{discovery, http::run};
-use stiefel_shared::bundle::{ControlKey, DiskOffer, Goodbye, Manifest, Transport};
+use stiefel_shared::bundle::{ControlKey, DiskOffer, Goodbye, LinkOffer, Manifest, Transport};
 use stiefel_shared::discovery::{About, LinkEvent, Random, Responder, State, Woken};
+use stiefel_shared::handover::LinkMode;
 use stiefel_shared::handover::{DiskIdentity, Part, PartSize, Payload};
 use stiefel_shared::key::StickKey;
 use stiefel_shared::session::{MachineId, SessionName};
@@ -107,7 +108,13 @@ impl FakeHost {
                     export: "x".into(),
                 },
             },
-            tunnel: None,
+            link: LinkOffer {
+                mode: LinkMode::Dedicated,
+                address: std::net::Ipv6Addr::LOCALHOST,
+                laptop: std::net::Ipv6Addr::LOCALHOST,
+                grace: 900,
+                tunnel: None,
+            },
             control: self.control.clone(),
             session: session.to_string(),
         };
@@ -221,7 +228,7 @@ impl Laptop {
         tasks.spawn(discovery::run(socket, Arc::clone(&responder), links_seen, wakes));
         let shared = Arc::clone(&responder);
         tasks.spawn(async move {
-            run(listener, Arc::new(host), shared, plan.limits).await;
+            run(listener, Arc::new(host), shared, plan.limits, None).await;
         });
         let http = SocketAddrV6::new(std::net::Ipv6Addr::LOCALHOST, http_port, 0, 0);
         Self {

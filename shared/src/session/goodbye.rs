@@ -5,11 +5,11 @@
 //! bound to the very request. A goodbye is honoured once per session: the laptop keeps what it answered.
 
 use crate::bundle::{ControlKey, Goodbye};
-use crate::discovery::{Random, VERSION};
+use crate::discovery::Random;
 use crate::key::derive;
 use crate::seal::{self, OVERHEAD, SealError, SealKey};
 
-use super::SessionName;
+use super::{SessionName, header};
 
 /// The longest reason of a refusal, in bytes of UTF-8.
 pub const MAX_REASON: usize = 200;
@@ -169,15 +169,6 @@ impl ReceivedGoodbye {
             .seal_with_nonce(nonce, &header(TYPE_ANSWER, session), &plain)
             .map_err(GoodbyeError::Seal)
     }
-}
-
-fn header(type_byte: u8, session: SessionName) -> [u8; 22] {
-    let mut header = [0; 22];
-    header[..4].copy_from_slice(b"stfl");
-    header[4] = VERSION;
-    header[5] = type_byte;
-    header[6..].copy_from_slice(&session.0);
-    header
 }
 
 fn desktop_key(control: &ControlKey) -> SealKey {

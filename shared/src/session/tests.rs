@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::bundle::{ControlKey, DiskOffer, Goodbye, Manifest, ManifestError, Transport};
+use crate::bundle::{ControlKey, DiskOffer, Goodbye, LinkOffer, Manifest, ManifestError, Transport};
+use crate::handover::LinkMode;
 use crate::handover::{DiskIdentity, Part, PartSize, Payload};
 use crate::key;
 use crate::vectors;
@@ -51,7 +52,13 @@ fn manifest(sizes: &[(Part, u64)]) -> Manifest {
                 export: "x".into(),
             },
         },
-        tunnel: None,
+        link: LinkOffer {
+            mode: LinkMode::Dedicated,
+            address: std::net::Ipv6Addr::LOCALHOST,
+            laptop: std::net::Ipv6Addr::LOCALHOST,
+            grace: 900,
+            tunnel: None,
+        },
         control: control(),
         session: NAME.to_string(),
     }
@@ -416,6 +423,26 @@ fn a_refusal_cannot_disturb_the_screen() {
         panic!()
     };
     assert!(!reason.contains('\x1b') && reason.len() <= 1024);
+}
+
+#[test]
+fn signs_of_life_are_the_pinned_ones() {
+    let pulse = Pulse::new(&control(), NAME, 0);
+    let beat = Beat {
+        number: 5,
+        mtu: 1420,
+        random: counting(0x70),
+        length: SHORTEST,
+    };
+    assert_eq!(pulse.beat_with(&beat, counting(0x80)).unwrap(), vector("beat"));
+    assert_eq!(pulse.hear(&vector("beat")).unwrap(), beat);
+    let sign = Sign {
+        battery: Some(42),
+        mains: false,
+        power_off: true,
+    };
+    assert_eq!(pulse.sign_with(&beat, sign, counting(0x81)).unwrap(), vector("sign"));
+    assert_eq!(pulse.read(&vector("sign")).unwrap(), (counting(0x70), sign));
 }
 
 #[test]

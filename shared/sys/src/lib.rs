@@ -7,6 +7,8 @@
 
 pub mod block;
 pub mod console;
+pub mod custody;
+pub mod input;
 pub mod kexec;
 pub mod kmsg;
 pub mod link;

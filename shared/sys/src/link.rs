@@ -398,13 +398,28 @@ pub fn add_address(index: u32, addr: IpAddr, prefix: u8) -> Result<(), LinkError
         .map_err(refused("add an address to", index))
 }
 
+/// Takes an address from an interface.
+///
+/// # Errors
+/// [`LinkError::Refused`]: EADDRNOTAVAIL if it has not got it.
+pub fn delete_address(index: u32, addr: IpAddr, prefix: u8) -> Result<(), LinkError> {
+    let body = address_body(index, addr, prefix);
+    request(libc::RTM_DELADDR, 0, &body)
+        .map(drop)
+        .map_err(refused("take an address from", index))
+}
+
+/// `linux/if_addr.h`.
+const IFA_F_NODAD: u8 = 2;
+
 fn address_body(index: u32, addr: IpAddr, prefix: u8) -> Body {
     let (family, bytes) = match addr {
         IpAddr::V4(addr) => (libc::AF_INET, addr.octets().to_vec()),
         IpAddr::V6(addr) => (libc::AF_INET6, addr.octets().to_vec()),
     };
     let family = u8::try_from(family).unwrap_or_default();
-    Body::new(&[[family, prefix, 0, 0], index.to_ne_bytes()].concat())
+    // Ours are random or made by us: asking whether another has them would only cost a second (IFA_F_NODAD).
+    Body::new(&[[family, prefix, IFA_F_NODAD, 0], index.to_ne_bytes()].concat())
         .attr(libc::IFA_LOCAL, &bytes)
         .attr(libc::IFA_ADDRESS, &bytes)
 }

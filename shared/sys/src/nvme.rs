@@ -316,6 +316,26 @@ fn number(text: &str) -> Option<u32> {
     if text.is_empty() { None } else { decimal(text) }
 }
 
+/// The controller of a subsystem, if there is one.
+///
+/// # Errors
+/// [`NvmeError::Read`] if the controllers cannot be listed; a kernel without NVMe has none.
+pub fn find(sysfs: &Path, nqn: &str) -> Result<Option<u32>, NvmeError> {
+    let path = sysfs.join("class/nvme");
+    let entries = match std::fs::read_dir(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries.map_err(|source| NvmeError::Read { path, source })?,
+    };
+    let instances = entries
+        .flatten()
+        .filter_map(|entry| number(entry.file_name().to_str()?.strip_prefix("nvme")?));
+    Ok(instances.into_iter().find(|instance| {
+        let name = folder(sysfs, *instance).join("subsysnqn");
+        // One that goes away while it is looked at is not it.
+        read::bounded(&name, 4096).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).trim() == nqn)
+    }))
+}
+
 /// How a controller is.
 ///
 /// # Errors

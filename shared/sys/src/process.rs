@@ -58,6 +58,31 @@ pub fn ignore_signals(signals: &[i32]) -> io::Result<()> {
     Ok(())
 }
 
+/// Asks the first process to power the machine off in order, as its `procfs` folder says what it is: systemd starts its
+/// poweroff.target (`SIGRTMIN+4`, systemd(1) "Signals"), others take `SIGPWR` for a failing supply of power.
+///
+/// # Errors
+/// EPERM without CAP_KILL.
+pub fn ask_power_off(procfs: BorrowedFd<'_>) -> io::Result<()> {
+    use std::io::Read;
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+    let mut name = String::new();
+    rustix::fs::openat(procfs, "1/comm", flags, rustix::fs::Mode::empty())
+        .map(std::fs::File::from)?
+        .take(64)
+        .read_to_string(&mut name)?;
+    let signal = if name.trim() == "systemd" {
+        libc::SIGRTMIN() + 4
+    } else {
+        libc::SIGPWR
+    };
+    // SAFETY: sending a signal touches no memory of ours.
+    if unsafe { libc::kill(1, signal) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Reaps all children that have ended, but for those in `skip` (someone else waits for these, e.g. tokio), and
 /// returns them with their status. Never blocks. `procfs` is only looked at while a child in `skip` has ended and
 /// was not yet waited for, for it hides the others.

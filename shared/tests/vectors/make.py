@@ -145,6 +145,7 @@ def session():
         "disk": {"identity": {"gpt_guid": None, "wwid": None, "serial": "S1", "model": None, "size": 4096},
                  "logical_block_size": 512,
                  "transport": {"kind": "nbd", "port": 10809, "export": "x"}},
+        "link": {"mode": "dedicated", "address": "::1", "laptop": "::1", "grace": 900},
         "control": CONTROL.hex(),
         "session": SESSION.hex(),
     }
@@ -170,6 +171,8 @@ def session():
         "goodbye_poweroff": control(5, 0x50, b"goodbye desktop to laptop", counting(0x70) + b"\x01"),
         "goodbye_reboot": control(5, 0x51, b"goodbye desktop to laptop", counting(0x70) + b"\x02"),
         "answer_done": control(6, 0x60, b"goodbye laptop to desktop", counting(0x70) + b"\x00"),
+        "beat": control(7, 0x80, b"pulse desktop to laptop", (5).to_bytes(8, "big") + counting(0x70) + b"\x05\x8c" + bytes(6)),
+        "sign": control(8, 0x81, b"pulse laptop to desktop", counting(0x70) + b"\x02\x2a" + bytes(14)),
         "answer_refused": control(6, 0x61, b"goodbye laptop to desktop", counting(0x70) + b"\x01disk full"),
     })
 

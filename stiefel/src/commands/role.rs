@@ -34,17 +34,26 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
                 stiefel_client::role::run(console, &client).await?;
                 Ok(RoleEnd::Kexec)
             }
-            Handover::Server(server) => Ok(match stiefel_server::role::run(console, *server).await {
-                Ok(End::Restart) => RoleEnd::Restart,
-                Ok(End::PowerOff) => RoleEnd::PowerOff,
-                Err(error) => {
-                    console.error(&format!("{error:#}"));
-                    RoleEnd::GiveUp
-                }
-            }),
+            Handover::Server(server) => Ok(
+                match stiefel_server::role::run(console, *server, |end| of(end) as u8).await {
+                    Ok(end) => of(end),
+                    Err(error) => {
+                        console.error(&format!("{error:#}"));
+                        RoleEnd::GiveUp
+                    }
+                },
+            ),
         }
     });
     // A thread that waits for a disk that hangs must not keep the laptop from going home.
     runtime.shutdown_background();
     end
+}
+
+/// What the server's end means to PID 1.
+const fn of(end: End) -> RoleEnd {
+    match end {
+        End::Restart => RoleEnd::Restart,
+        End::PowerOff => RoleEnd::PowerOff,
+    }
 }

@@ -32,6 +32,7 @@ pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<(
     manifest.verify(&args.ramdisk)?;
     let handover = Handover::Client(ClientHandover {
         key: read_key(&args.key)?,
+        encrypted_only: args.encrypted_only,
     })
     .to_cpio()?;
     let options = StickOptions {

@@ -3,11 +3,13 @@ use super::*;
 use std::io::{Read, Write};
 use std::net::{Ipv6Addr, TcpListener, TcpStream};
 
-use stiefel_shared::handover::{DiskIdentity, Part, PartSize, Payload};
+use stiefel_shared::bundle::Transport;
+use stiefel_shared::handover::{After, DiskIdentity, DiskTransport, Encryption, LinkMode, Part, PartSize, Payload};
 use stiefel_shared::nbd::{
     GoAnswer, INFO_BLOCK_SIZE, InfoRequest, OPT_GO, OptionReplyHeader, encode_client_flags, encode_option,
     parse_greeting,
 };
+use stiefel_sys::block::Disk;
 
 const SIZE: u64 = 1 << 20;
 
@@ -44,6 +46,9 @@ impl Fixture {
             },
             after,
             encryption: Encryption::None,
+            mode: LinkMode::Dedicated,
+            transport: DiskTransport::Nbd,
+            grace: 900,
         };
         let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
@@ -51,9 +56,18 @@ impl Fixture {
         let server = nbd::Server::start(listener, door.clone(), nbd::Limits::default()).unwrap();
         let console = Box::leak(Box::new(Console::open(dir.path(), dir.path())));
         let (tell, news) = mpsc::unbounded_channel();
-        let path = disk.clone();
-        let locate = Box::new(move || Ok(a_disk(&path)));
-        let host = Host::new(console, handover, locate, dir.path(), door, server, tell);
+        let machine = Box::new(AFile { path: disk.clone() });
+        let records = Records::new(&dir.path().join("record"), None, |_| 0);
+        let setup = Setup {
+            console,
+            machine,
+            records,
+            root: dir.path().to_owned(),
+            door,
+            server,
+            news: tell,
+        };
+        let host = Host::new(setup, handover);
         Self {
             host,
             news,
@@ -78,7 +92,9 @@ impl Fixture {
 
     /// Whether the disk is granted under this bundle's name; the connection.
     fn connect(&self, bundle: &Bundle) -> Option<TcpStream> {
-        let Transport::Nbd { export, .. } = &bundle.manifest.disk.transport;
+        let Transport::Nbd { export, .. } = &bundle.manifest.disk.transport else {
+            return None;
+        };
         let mut stream = TcpStream::connect(self.address).unwrap();
         let mut greeting = [0; 18];
         // A gate that is closed closes the connection without a byte.
@@ -104,6 +120,40 @@ impl Fixture {
                 return Some(stream);
             }
         }
+    }
+}
+
+/// A machine whose disk is a file.
+struct AFile {
+    path: PathBuf,
+}
+
+impl Machine for AFile {
+    fn disk(&self) -> anyhow::Result<Disk> {
+        Ok(a_disk(&self.path))
+    }
+
+    fn open(&self, disk: &Disk) -> anyhow::Result<File> {
+        Ok(File::options().read(true).write(true).open(&disk.path)?)
+    }
+
+    fn link(&self, wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
+        let offer = LinkOffer {
+            mode: wanted.mode,
+            address: *wanted.peer.ip(),
+            laptop: Ipv6Addr::LOCALHOST,
+            grace: wanted.grace,
+            tunnel: None,
+        };
+        Ok((Up::loopback(wanted.peer), offer))
+    }
+
+    fn publish(&self, _: &stiefel_sys::nvmet::Publish<'_>) -> anyhow::Result<()> {
+        anyhow::bail!("no target here")
+    }
+
+    fn withdraw(&self) -> anyhow::Result<()> {
+        Ok(())
     }
 }
 

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use stiefel_shared::cpio;
 use stiefel_shared::handover::{
-    After, ClientHandover, DiskIdentity, Encryption, Handover, Part, PartSize, Payload, ServerHandover, ramdisk_cmdline,
+    After, ClientHandover, DiskIdentity, DiskTransport, Encryption, Handover, LinkMode, Part, PartSize, Payload,
+    ServerHandover, ramdisk_cmdline,
 };
 use stiefel_shared::key::StickKey;
 use stiefel_tests::kit::CONSOLE;
@@ -39,6 +40,10 @@ pub(crate) struct Server {
     pub(crate) serial: &'static str,
     /// How the disk travels.
     pub(crate) encryption: Encryption,
+    /// How it is served.
+    pub(crate) transport: DiskTransport,
+    /// How long it waits for a silent desktop, in seconds.
+    pub(crate) grace: u64,
     /// The payload; by default something that does not boot.
     pub(crate) parts: Vec<(Part, Vec<u8>)>,
     /// Its NIC.
@@ -51,6 +56,8 @@ impl Server {
             key: key.clone(),
             serial: SERIAL,
             encryption: Encryption::None,
+            transport: DiskTransport::Nbd,
+            grace: 900,
             parts: Vec::new(),
             nic: NicModel::VirtioPlain,
         }
@@ -87,6 +94,9 @@ impl Server {
             },
             after: After::Return,
             encryption: self.encryption,
+            mode: LinkMode::Dedicated,
+            transport: self.transport,
+            grace: self.grace,
         }));
         let mut archive = cpio::Writer::new(handover.to_cpio()?.0.clone());
         archive.dir("stiefel/payload", 0o700)?;
@@ -115,7 +125,11 @@ pub(crate) fn client(bench: &Bench, key: &StickKey, cable: &Netdev) -> Result<Vm
 
 /// The desktop's ramdisk, still without a NIC.
 pub(crate) fn client_without_nic(bench: &Bench, key: &StickKey) -> Result<VmBuilder, Failure> {
-    let handover = Handover::Client(ClientHandover { key: key.clone() }).to_cpio()?;
+    let handover = Handover::Client(ClientHandover {
+        key: key.clone(),
+        encrypted_only: false,
+    })
+    .to_cpio()?;
     Ok(machine(bench, "desktop", &handover.0))
 }
 

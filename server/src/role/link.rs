@@ -1,0 +1,227 @@
+//! The laptop's end of the session's link: its address, and the WireGuard tunnel.
+//!
+//! Counterpart: `client::link`. All keys are made here, for one session, and die with it: the desktop's are sent inside the
+//! encrypted bundle. The laptop keeps the tunnel alive as well as the desktop does: WireGuard refuses handshakes whose time
+//! stamp is not newer than the last one's, so after the desktop's clock was set back only the laptop can renew the keys.
+//!
+//! Without a tunnel the session's address is given to the NIC itself: a link-local one could not be reached any more after
+//! a re-plug (NVMe keeps the old scope).
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddrV6};
+
+use serde::{Deserialize, Serialize};
+use stiefel_shared::bundle::{LinkOffer, TUNNEL_PORT, Tunnel};
+use stiefel_shared::discovery::LinkEvent;
+use stiefel_shared::handover::{Encryption, LinkMode};
+use stiefel_shared::seal;
+use stiefel_sys::link;
+use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, PrivateKey, PublicKey};
+
+/// The tunnel's interface, on both machines.
+const NAME: &str = "stiefel0";
+/// Seconds between two signs of life.
+const KEEPALIVE: u16 = 5;
+/// What fits a frame of 1500 bytes with WireGuard's 80 around it over IPv6.
+const MTU: u32 = 1420;
+/// The session's network holds its two ends (RFC 6164).
+const PREFIX: u8 = 127;
+
+/// What a link is to be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    /// Where the desktop is: link-local, with the scope id of our interface.
+    pub(super) peer: SocketAddrV6,
+    pub(super) encryption: Encryption,
+    pub(super) mode: LinkMode,
+    /// In seconds.
+    pub(super) grace: u64,
+}
+
+/// How the link is known again after the server's process was restarted. The kernel has all else.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Known {
+    pub(super) peer: SocketAddrV6,
+    pub(super) laptop: Ipv6Addr,
+    pub(super) desktop: Ipv6Addr,
+    /// The desktop's public key, with a tunnel.
+    tunnel: Option<[u8; 32]>,
+}
+
+/// A link that is up; gone when dropped.
+pub(super) struct Up {
+    known: Known,
+    /// Whether dropping it takes it down.
+    down: bool,
+}
+
+impl Up {
+    /// The link that an earlier process of ours set up.
+    pub(super) fn adopt(known: Known) -> Self {
+        Self { known, down: true }
+    }
+
+    /// How it is known again.
+    pub(super) fn known(&self) -> &Known {
+        &self.known
+    }
+
+    /// Follows the interfaces: when the one to the desktop is gone, the next that comes up is taken. Then nothing that the
+    /// desktop says need be the first word.
+    pub(super) fn follow(&mut self, event: &LinkEvent) -> anyhow::Result<()> {
+        let peer = &mut self.known.peer;
+        let scope = match event {
+            // Zero is no interface.
+            LinkEvent::Removed { index } if *index == peer.scope_id() => 0,
+            LinkEvent::Added { index, .. } if peer.scope_id() == 0 => *index,
+            _ => return Ok(()),
+        };
+        let before = peer.scope_id();
+        peer.set_scope_id(scope);
+        if scope == 0 {
+            if self.known.tunnel.is_none() {
+                // Gone with the NIC, unless only the cable was pulled.
+                let _ = link::delete_address(before, IpAddr::V6(self.known.laptop), PREFIX);
+            }
+            return Ok(());
+        }
+        match self.known.tunnel {
+            Some(desktop) => wireguard::set_endpoint(NAME, &PublicKey::from_bytes(desktop), self.known.peer)?,
+            None => link::add_address(scope, IpAddr::V6(self.known.laptop), PREFIX)?,
+        }
+        Ok(())
+    }
+
+    /// Sets what the tunnel carries in one packet, in bytes.
+    pub(super) fn set_mtu(&self, mtu: u32) -> anyhow::Result<()> {
+        if self.known.tunnel.is_some()
+            && let Some(index) = link::index_of(NAME)?
+        {
+            link::set_mtu(index, mtu)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        if !self.down {
+            return;
+        }
+        // These fail only if it is gone already.
+        if self.known.tunnel.is_none() {
+            let _ = link::delete_address(self.known.peer.scope_id(), IpAddr::V6(self.known.laptop), PREFIX);
+        } else if let Ok(Some(index)) = link::index_of(NAME) {
+            let _ = link::delete(index);
+        }
+    }
+}
+
+/// Sets the laptop's end up; the desktop's end is returned, to be sent to it.
+///
+/// # Errors
+/// What the kernel says: no wireguard module, no interface.
+pub(super) fn set_up(wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
+    let [laptop, address] = addresses(seal::random()?);
+    let mut known = Known {
+        peer: SocketAddrV6::new(*wanted.peer.ip(), TUNNEL_PORT, 0, wanted.peer.scope_id()),
+        laptop,
+        desktop: address,
+        tunnel: None,
+    };
+    let tunnel = match wanted.encryption {
+        Encryption::Wireguard => {
+            let (desktop, tunnel) = make_tunnel(&known)?;
+            known.tunnel = Some(desktop);
+            Some(tunnel)
+        }
+        Encryption::None => {
+            link::add_address(wanted.peer.scope_id(), IpAddr::V6(laptop), PREFIX)?;
+            None
+        }
+    };
+    let offer = LinkOffer {
+        mode: wanted.mode,
+        address,
+        laptop,
+        grace: wanted.grace,
+        tunnel,
+    };
+    Ok((Up { known, down: true }, offer))
+}
+
+/// Makes the tunnel; the desktop's public key, and its end.
+fn make_tunnel(known: &Known) -> anyhow::Result<([u8; 32], Tunnel)> {
+    let own = PrivateKey::from_bytes(seal::random()?);
+    let desktop_bytes: [u8; 32] = seal::random()?;
+    let desktop = PrivateKey::from_bytes(desktop_bytes);
+    let preshared_bytes: [u8; 32] = seal::random()?;
+    let preshared = PresharedKey::from_bytes(preshared_bytes);
+
+    // An earlier session may have left one behind.
+    if let Some(index) = link::index_of(NAME)? {
+        link::delete(index)?;
+    }
+    let index = wireguard::create(NAME)?;
+    wireguard::configure(&Device {
+        interface: Interface::Index(index),
+        private_key: &own,
+        listen_port: Some(TUNNEL_PORT),
+        peer: Peer {
+            public_key: desktop.public(),
+            preshared_key: &preshared,
+            endpoint: Some(known.peer),
+            allowed_ips: &[(IpAddr::V6(known.desktop), 128)],
+            persistent_keepalive: Some(KEEPALIVE),
+        },
+        replace_peers: true,
+    })?;
+    link::set_mtu(index, MTU)?;
+    link::add_address(index, IpAddr::V6(known.laptop), PREFIX)?;
+    link::set_up(index)?;
+    let tunnel = Tunnel {
+        private_key: *desktop.as_bytes(),
+        laptop_key: *own.public().as_bytes(),
+        preshared_key: preshared_bytes,
+        port: TUNNEL_PORT,
+        mtu: MTU,
+    };
+    Ok((*desktop.public().as_bytes(), tunnel))
+}
+
+/// The two addresses of a /127 in a random unique local prefix (RFC 4193; RFC 6164 for /127): laptop, desktop.
+fn addresses(random: [u8; 16]) -> [Ipv6Addr; 2] {
+    let mut bytes = random;
+    bytes[0] = 0xfd;
+    [0, 1].map(|end| {
+        bytes[15] = (bytes[15] & 0xfe) | end;
+        Ipv6Addr::from(bytes)
+    })
+}
+
+#[cfg(test)]
+impl Up {
+    /// A link between two ends on this machine, with nothing to take down.
+    pub(super) fn loopback(peer: SocketAddrV6) -> Self {
+        let known = Known {
+            peer,
+            laptop: Ipv6Addr::LOCALHOST,
+            desktop: *peer.ip(),
+            tunnel: None,
+        };
+        Self { known, down: false }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_two_addresses_are_one_unique_local_127() {
+        for last in [0, 0xff] {
+            let [laptop, desktop] = addresses([last; 16]);
+            assert!(laptop.is_unique_local() && desktop.is_unique_local());
+            assert_eq!(u128::from(laptop) ^ u128::from(desktop), 1);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What the server's role needs of the machine that it runs on; a seam, so that its rules can be tried without one.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::Context;
+use stiefel_shared::bundle::LinkOffer;
+use stiefel_shared::handover::DiskIdentity;
+use stiefel_sys::block::{self, Disk};
+use stiefel_sys::console::Console;
+use stiefel_sys::nvmet::{self, CONFIGFS, Publish};
+
+use super::find_disk;
+use super::link::{self, Up, Wanted};
+
+/// How long the kernel may take to let a disk go that it serves.
+const WITHDRAW: Duration = Duration::from_secs(60);
+
+/// The machine.
+pub(super) trait Machine: Send + Sync {
+    /// Finds the disk by its identity, each time anew: names such as /dev/sda change their meaning when a disk is
+    /// re-plugged.
+    fn disk(&self) -> anyhow::Result<Disk>;
+    /// Opens the disk exclusively.
+    fn open(&self, disk: &Disk) -> anyhow::Result<File>;
+    /// Sets the laptop's end of the link up.
+    fn link(&self, wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)>;
+    /// Publishes a disk by NVMe.
+    fn publish(&self, disk: &Publish<'_>) -> anyhow::Result<()>;
+    /// Takes back all that is published: nobody is served any more when this succeeds.
+    fn withdraw(&self) -> anyhow::Result<()>;
+}
+
+/// The one that we run on.
+pub(super) struct Laptop {
+    pub(super) console: &'static Console,
+    pub(super) identity: DiskIdentity,
+}
+
+impl Machine for Laptop {
+    fn disk(&self) -> anyhow::Result<Disk> {
+        Ok(find_disk(self.console, &self.identity)?)
+    }
+
+    fn open(&self, disk: &Disk) -> anyhow::Result<File> {
+        let path = &disk.path;
+        block::open_exclusive(path, true).with_context(|| {
+            format!(
+                "cannot open {} for this session alone; something uses it",
+                path.display()
+            )
+        })
+    }
+
+    fn link(&self, wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
+        link::set_up(wanted)
+    }
+
+    fn publish(&self, disk: &Publish<'_>) -> anyhow::Result<()> {
+        // What an earlier session left would be in the way.
+        nvmet::recover(Path::new(CONFIGFS))?;
+        let published = nvmet::Target::new(CONFIGFS.into()).publish(disk)?;
+        if !published.missing().is_empty() {
+            self.console.warn(&format!(
+                "the desktop will see the disk under another name: this kernel does not know {}",
+                published.missing().join(", ")
+            ));
+        }
+        Ok(())
+    }
+
+    fn withdraw(&self) -> anyhow::Result<()> {
+        within(WITHDRAW, || Ok(nvmet::recover(Path::new(CONFIGFS)).map(drop)?))
+            .context("the kernel does not let the disk go")
+    }
+}
+
+/// Does something that a broken disk could make last for ever, but waits for it only so long.
+pub(super) fn within(
+    limit: Duration,
+    work: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let (done, result) = mpsc::channel();
+    std::thread::Builder::new()
+        .name("bounded".to_owned())
+        .spawn(move || {
+            // Nobody listens any more once the time is over.
+            let _ = done.send(work());
+        })
+        .context("no thread; free some memory")?;
+    result
+        .recv_timeout(limit)
+        .with_context(|| format!("not done after {} s; the disk may be hanging", limit.as_secs()))?
+}

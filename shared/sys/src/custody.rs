@@ -1,0 +1,230 @@
+//! What a role gives to PID 1 to keep: the descriptor of the disk that it serves, and how the machine's turn will end.
+//!
+//! A role that is killed loses its descriptors, and with the last one of a disk the kernel forgets what it could not write to
+//! it. PID 1 holds a copy, and gives it to the role that it starts next. The two speak through a socket of packets, which
+//! is the role's standard input: a tag, perhaps a descriptor; each is answered.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_type};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+
+/// How long the other side may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a role asks for.
+#[derive(Debug)]
+pub enum Request {
+    /// Keep this descriptor, instead of an earlier one.
+    Hold(OwnedFd),
+    /// Close what is kept.
+    Release,
+    /// This is how it will end: an exit status of the role. Counts also if the role never exits.
+    Verdict(u8),
+    /// Give back a copy of what is kept.
+    Fetch,
+}
+
+const HOLD: u8 = 1;
+const RELEASE: u8 = 2;
+const VERDICT: u8 = 3;
+const FETCH: u8 = 4;
+
+/// The role's end.
+#[derive(Debug)]
+pub struct Custody(OwnedFd);
+
+impl Custody {
+    /// The one that PID 1 gave to this process as its standard input; `None` if that is something else.
+    #[must_use]
+    pub fn inherited() -> Option<Self> {
+        let stdin = std::io::stdin().as_fd().try_clone_to_owned().ok()?;
+        let is_ours = socket_type(&stdin).is_ok_and(|kind| kind == SocketType::SEQPACKET);
+        is_ours.then_some(Self(stdin))
+    }
+
+    /// Has a copy of a descriptor kept, instead of an earlier one.
+    ///
+    /// # Errors
+    /// PID 1 does not answer.
+    pub fn hold(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.ask(&[HOLD], Some(fd)).map(drop)
+    }
+
+    /// Has what is kept closed: it is when this returns.
+    ///
+    /// # Errors
+    /// PID 1 does not answer.
+    pub fn release(&self) -> io::Result<()> {
+        self.ask(&[RELEASE], None).map(drop)
+    }
+
+    /// Says how the machine's turn will end, before it does: an exit status of the role.
+    ///
+    /// # Errors
+    /// PID 1 does not answer.
+    pub fn verdict(&self, status: u8) -> io::Result<()> {
+        self.ask(&[VERDICT, status], None).map(drop)
+    }
+
+    /// A copy of what an earlier role has had kept.
+    ///
+    /// # Errors
+    /// PID 1 does not answer.
+    pub fn fetch(&self) -> io::Result<Option<OwnedFd>> {
+        self.ask(&[FETCH], None)
+    }
+
+    fn ask(&self, request: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<Option<OwnedFd>> {
+        set_socket_timeout(&self.0, Timeout::Recv, Some(PATIENCE))?;
+        send(&self.0, request, fd)?;
+        match receive(&self.0)? {
+            Some((answer, fd)) if answer.first() == request.first() => Ok(fd),
+            Some(_) => Err(io::ErrorKind::InvalidData.into()),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+/// PID 1's end.
+#[derive(Debug)]
+pub struct Custodian(OwnedFd);
+
+impl Custodian {
+    /// Makes both ends; the second is for the role's standard input.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn pair() -> io::Result<(Self, OwnedFd)> {
+        let (own, role) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        Ok((Self(own), role))
+    }
+
+    /// Waits for the role's next request; `None` when the role has gone.
+    ///
+    /// # Errors
+    /// What the kernel says; a request that is none is passed over.
+    pub fn next(&self) -> io::Result<Option<Request>> {
+        loop {
+            let Some((bytes, fd)) = receive(&self.0)? else {
+                return Ok(None);
+            };
+            let request = match (bytes.as_slice(), fd) {
+                ([HOLD], Some(fd)) => Request::Hold(fd),
+                ([RELEASE], None) => Request::Release,
+                ([VERDICT, status], None) => Request::Verdict(*status),
+                ([FETCH], None) => Request::Fetch,
+                _ => continue,
+            };
+            return Ok(Some(request));
+        }
+    }
+
+    /// Answers a request that was done; [`Request::Fetch`] with what is kept.
+    ///
+    /// # Errors
+    /// The role has gone.
+    pub fn answer(&self, request: &Request, kept: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let (tag, fd) = match request {
+            Request::Hold(_) => (HOLD, None),
+            Request::Release => (RELEASE, None),
+            Request::Verdict(_) => (VERDICT, None),
+            Request::Fetch => (FETCH, kept),
+        };
+        send(&self.0, &[tag], fd)
+    }
+}
+
+fn send(socket: &OwnedFd, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
+    sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// One packet and the descriptor that came with it; `None` at the end.
+fn receive(socket: &OwnedFd) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
+    let mut bytes = [0; 8];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received =
+        rustix::io::retry_on_intr(|| recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags))?;
+    let mut fd = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            // More than one is not asked for: the rest is closed here.
+            fds.for_each(|received| {
+                fd.get_or_insert(received);
+            });
+        }
+    }
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    Ok(Some((bytes.get(..received.bytes).unwrap_or_default().to_vec(), fd)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Seek, Write};
+
+    fn keep(custodian: Custodian) -> std::thread::JoinHandle<Vec<u8>> {
+        std::thread::spawn(move || {
+            let (mut kept, mut verdicts) = (None, Vec::new());
+            while let Some(request) = custodian.next().unwrap() {
+                custodian.answer(&request, kept.as_ref().map(AsFd::as_fd)).unwrap();
+                match request {
+                    Request::Hold(fd) => kept = Some(fd),
+                    Request::Release => kept = None,
+                    Request::Verdict(status) => verdicts.push(status),
+                    Request::Fetch => {}
+                }
+            }
+            verdicts
+        })
+    }
+
+    #[test]
+    fn what_is_kept_is_the_same_open_file_and_is_released_on_demand() {
+        let (custodian, role) = Custodian::pair().unwrap();
+        let (keeper, role) = (keep(custodian), Custody(role));
+        assert!(role.fetch().unwrap().is_none());
+        let mut file = tempfile::tempfile().unwrap();
+        role.hold(file.as_fd()).unwrap();
+        file.write_all(b"abc").unwrap();
+        let mut again = std::fs::File::from(role.fetch().unwrap().unwrap());
+        // One position for both: it is the same open file description.
+        assert_eq!(again.stream_position().unwrap(), 3);
+        again.rewind().unwrap();
+        let mut text = String::new();
+        again.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "abc");
+        role.release().unwrap();
+        assert!(role.fetch().unwrap().is_none());
+        role.verdict(10).unwrap();
+        drop(role);
+        assert_eq!(keeper.join().unwrap(), [10]);
+    }
+
+    #[test]
+    fn what_is_no_request_is_passed_over() {
+        let (custodian, role) = Custodian::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        send(&role, &[HOLD], None).unwrap();
+        send(&role, &[9, 9, 9], Some(file.as_fd())).unwrap();
+        send(&role, &[FETCH], None).unwrap();
+        assert!(matches!(custodian.next().unwrap(), Some(Request::Fetch)));
+    }
+}
