@@ -413,13 +413,13 @@ pub fn delete_address(index: u32, addr: IpAddr, prefix: u8) -> Result<(), LinkEr
 const IFA_F_NODAD: u8 = 2;
 
 fn address_body(index: u32, addr: IpAddr, prefix: u8) -> Body {
-    let (family, bytes) = match addr {
-        IpAddr::V4(addr) => (libc::AF_INET, addr.octets().to_vec()),
-        IpAddr::V6(addr) => (libc::AF_INET6, addr.octets().to_vec()),
+    // Ours are random or made by us: asking whether another has them would only cost a second.
+    let (family, flags, bytes) = match addr {
+        IpAddr::V4(addr) => (libc::AF_INET, 0, addr.octets().to_vec()),
+        IpAddr::V6(addr) => (libc::AF_INET6, IFA_F_NODAD, addr.octets().to_vec()),
     };
     let family = u8::try_from(family).unwrap_or_default();
-    // Ours are random or made by us: asking whether another has them would only cost a second (IFA_F_NODAD).
-    Body::new(&[[family, prefix, IFA_F_NODAD, 0], index.to_ne_bytes()].concat())
+    Body::new(&[[family, prefix, flags, 0], index.to_ne_bytes()].concat())
         .attr(libc::IFA_LOCAL, &bytes)
         .attr(libc::IFA_ADDRESS, &bytes)
 }

@@ -2,6 +2,7 @@ use super::*;
 
 use std::io::{Read, Write};
 use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::path::Path;
 
 use stiefel_shared::bundle::Transport;
 use stiefel_shared::handover::{After, DiskIdentity, DiskTransport, Encryption, LinkMode, Part, PartSize, Payload};
