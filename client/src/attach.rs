@@ -93,7 +93,8 @@ fn attach(console: &Console) -> anyhow::Result<()> {
     if let Some(tunnel) = &session.link.tunnel {
         place.make_tunnel(&session, tunnel, nic_index)?;
     }
-    link::repair(&session, nic_index)?;
+    let proc = std::fs::File::open(home("proc")).context("cannot open proc")?;
+    link::repair(&session, nic_index, proc)?;
     console.info(&format!("the link is {}", nic.name));
     // Back to the kernel's default: later drivers find their firmware in the root file system.
     if let Err(error) = std::fs::write(firmware_path(), b"\n") {

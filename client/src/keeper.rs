@@ -416,10 +416,7 @@ impl Keeper {
             }
             self.nic = Some(index);
         }
-        link::repair(&self.session, index).or_else(|error| {
-            link::allow_ipv6(&self.session, &self.proc).map_err(|_| error)?;
-            link::repair(&self.session, index)
-        })
+        link::repair(&self.session, index, &self.proc)
     }
 
     /// Has a new connection made while NBD's is dead; on a thread, for a laptop that has gone does not even refuse.

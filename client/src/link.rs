@@ -5,6 +5,7 @@
 //! one (or where the kernel has no namespaces) the NIC stays in the root namespace, and the [guards](crate::guards) keep
 //! network managers off.
 
+use std::fs::File;
 use std::net::{IpAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -94,7 +95,10 @@ impl Place {
                 // Renaming works only while it is down; the name is for people, so a refusal does no harm.
                 let named = here.name == NIC || link::rename(here.index, NIC).is_ok();
                 // Saves a second or two; the keeper has no proc any more when it does this after a re-plug.
-                let _ = link::disable_dad(&self.proc, if named { NIC } else { &here.name });
+                let name = if named { NIC } else { &here.name };
+                let _ = link::disable_dad(&self.proc, name);
+                // Off for the whole system where its owner wanted that.
+                let _ = File::open(&self.proc).map(|proc| allow_ipv6(name, proc));
                 link::set_up(here.index)?;
             }
             Ok(Some(here.index))
@@ -159,28 +163,32 @@ fn endpoint(session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> SocketA
 /// The session's network holds its two ends (RFC 6164).
 const PREFIX: u8 = 127;
 
-/// Gives the link its address and what else it needs, also after a network manager has taken it away. Without a tunnel the
-/// address is the NIC's own.
-pub(crate) fn repair(session: &AttachSession, nic_index: u32) -> anyhow::Result<()> {
+/// Gives the link its address and what else it needs, also after a network manager or a sysctl has taken it away. Without
+/// a tunnel the address is the NIC's own. `proc` is an open folder of procfs.
+pub(crate) fn repair(session: &AttachSession, nic_index: u32, proc: impl AsFd) -> anyhow::Result<()> {
     let index = match session.link.tunnel {
         Some(_) => link::index_of(TUNNEL)?.context("the tunnel is gone; only a restart of the desktop helps")?,
         None => nic_index,
     };
-    if !link::list()?.iter().any(|link| link.index == index && link.up) {
+    let links = link::list()?;
+    let this = links.iter().find(|link| link.index == index);
+    let this = this.context("the link's interface has vanished")?;
+    if !this.up {
         link::set_up(index)?;
     }
     let address = IpAddr::V6(session.link.address);
     // Only what is missing is added: what is replaced would be news again, for ever.
-    if !link::addresses(index)?.iter().any(|have| have.addr == address) {
-        link::add_address(index, address, PREFIX)?;
+    if link::addresses(index)?.iter().any(|have| have.addr == address) {
+        return Ok(());
     }
-    Ok(())
+    link::add_address(index, address, PREFIX).or_else(|error| {
+        allow_ipv6(&this.name, proc).map_err(|_| error)?;
+        Ok(link::add_address(index, address, PREFIX)?)
+    })
 }
 
-/// Switches IPv6 on again where a sysctl has switched it off: on the tunnel, or on the NIC. `proc` is an open folder of
-/// procfs.
-pub(crate) fn allow_ipv6(session: &AttachSession, proc: impl AsFd) -> anyhow::Result<()> {
-    let name = if session.link.tunnel.is_some() { TUNNEL } else { NIC };
+/// Switches IPv6 on where it is off: by a sysctl, or for the whole system.
+fn allow_ipv6(name: &str, proc: impl AsFd) -> anyhow::Result<()> {
     let path = format!("sys/net/ipv6/conf/{name}/disable_ipv6");
     let file = rustix::fs::openat(proc, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
     rustix::io::write(file, b"0")?;

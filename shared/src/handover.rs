@@ -99,7 +99,12 @@ impl Payload {
     /// half written. (Whether swap is used is the laptop's configuration, so it is in the payload's words already.)
     #[must_use]
     pub fn desktop_cmdline(&self) -> String {
-        let mut line = self.cmdline.clone();
+        // Without IPv6 there is no way to the laptop; the system's own interfaces stay without it.
+        let words = self.cmdline.split(' ').map(|word| match word {
+            "ipv6.disable=1" => "ipv6.disable_ipv6=1",
+            word => word,
+        });
+        let mut line = words.collect::<Vec<_>>().join(" ");
         let masks = [
             "sleep",
             "suspend",
@@ -360,6 +365,12 @@ mod tests {
             "{line}"
         );
         assert!(line.contains("systemd.mask=hibernate.target"), "{line}");
+    }
+
+    #[test]
+    fn a_system_without_ipv6_still_gets_the_links_own() {
+        let line = payload("ro ipv6.disable=1 quiet").desktop_cmdline();
+        assert!(line.starts_with("ro ipv6.disable_ipv6=1 quiet "), "{line}");
     }
 
     #[test]

@@ -204,6 +204,11 @@ pub const LOAD_BLOCKS: u64 = 32;
 /// See [`LOAD_BLOCKS`].
 pub const LOAD_TIMES: u64 = 3;
 
+/// The word on its command line that has it step the clock by so many hours, before it writes block [`CLOCK_AT`].
+pub const CLOCK_WORD: &str = "load.clock=";
+/// See [`CLOCK_WORD`].
+pub const CLOCK_AT: u64 = 6;
+
 /// What it writes into block `number` the `time`th time: the same 64 bytes over and over.
 #[must_use]
 pub fn pattern(number: u64, time: u64) -> Vec<u8> {

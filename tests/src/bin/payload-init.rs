@@ -1,7 +1,7 @@
 //! A payload for tests of the link: instead of a distribution's `/init`, it writes to the disk, block by block, each flushed,
 //! says so on the console, reads all back, and waits.
 //!
-//! Block n (of 1 MiB) of /dev/nbd0 gets several [`pattern`]s, one after the other; the end-to-end tests check that the laptop's disk image has the last one:
+//! Block n (of 1 MiB) of the disk gets several [`pattern`]s, one after the other; the end-to-end tests check that the laptop's disk image has the last one:
 //! an older write that comes late would show.
 
 use std::fs::File;
@@ -10,7 +10,8 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount};
-use stiefel_tests::scenario::{LOAD_BLOCKS, LOAD_TIMES, pattern};
+use rustix::time::{ClockId, clock_gettime, clock_settime};
+use stiefel_tests::scenario::{CLOCK_AT, CLOCK_WORD, LOAD_BLOCKS, LOAD_TIMES, pattern};
 
 fn main() {
     if let Err(error) = run() {
@@ -27,9 +28,16 @@ fn run() -> std::io::Result<()> {
         std::fs::create_dir_all(target)?;
         mount(fstype, target, fstype, MountFlags::empty(), None)?;
     }
-    let disk = File::options().read(true).write(true).open("/dev/nbd0")?;
+    let disk = File::options().read(true).write(true).open(device()?)?;
+    let words = std::fs::read_to_string("/proc/cmdline")?;
+    let step = words
+        .split_ascii_whitespace()
+        .find_map(|word| word.strip_prefix(CLOCK_WORD)?.parse().ok());
     say("load: begin");
     for number in 0..LOAD_BLOCKS {
+        if let Some(hours) = step.filter(|_| number == CLOCK_AT) {
+            step_clock(hours)?;
+        }
         for time in 0..LOAD_TIMES {
             disk.write_all_at(&pattern(number, time), number << 20)?;
             disk.sync_all()?;
@@ -44,6 +52,23 @@ fn run() -> std::io::Result<()> {
         }
     }
     say("load: done");
+    Ok(())
+}
+
+/// The laptop's disk, whichever way it comes.
+fn device() -> std::io::Result<&'static str> {
+    let found = ["/dev/nbd0", "/dev/nvme0n1"]
+        .into_iter()
+        .find(|path| std::path::Path::new(path).exists());
+    found.ok_or_else(|| std::io::Error::other("there is no disk"))
+}
+
+/// Sets the clock forward or back, as a time server or a wrong time zone does.
+fn step_clock(hours: i64) -> std::io::Result<()> {
+    let mut now = clock_gettime(ClockId::Realtime);
+    now.tv_sec += hours * 3600;
+    clock_settime(ClockId::Realtime, now)?;
+    say(&format!("load: clock stepped by {hours} h"));
     Ok(())
 }
 

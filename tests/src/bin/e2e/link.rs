@@ -4,12 +4,12 @@
 
 use std::path::Path;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stiefel_initrd_builder::overlay;
 use stiefel_shared::cpio;
-use stiefel_shared::handover::{Encryption, Part};
-use stiefel_tests::scenario::{Failure, LOAD_BLOCKS, LOAD_TIMES, patience, pattern};
+use stiefel_shared::handover::{DiskTransport, Encryption, Part};
+use stiefel_tests::scenario::{CLOCK_WORD, Failure, LOAD_BLOCKS, LOAD_TIMES, patience, pattern};
 use stiefel_tests::{NicModel, Vm, Wire, re};
 
 use crate::Bench;
@@ -17,6 +17,17 @@ use crate::tiny::{DESKTOP_MAC, LAPTOP_MAC, Server, client_without_nic, key};
 
 /// The most of the traffic that is recorded, in bytes: more than there is.
 const RECORD: u64 = 400 << 20;
+
+/// How the disk travels.
+type Way = (DiskTransport, Encryption);
+
+/// All ways, the default first.
+const WAYS: [Way; 4] = [
+    (DiskTransport::NvmeTcp, Encryption::Wireguard),
+    (DiskTransport::Nbd, Encryption::Wireguard),
+    (DiskTransport::NvmeTcp, Encryption::None),
+    (DiskTransport::Nbd, Encryption::None),
+];
 
 /// Two machines, and the cable between them.
 struct Pair {
@@ -28,13 +39,21 @@ struct Pair {
 
 impl Pair {
     /// Boots both up to where the desktop has begun to write.
-    fn writing(bench: &Bench, encryption: Encryption) -> Result<Self, Failure> {
+    fn writing(bench: &Bench, way: Way) -> Result<Self, Failure> {
+        Self::with(bench, way, "", 900)
+    }
+
+    /// As [`Pair::writing`], with `words` on the desktop's command line and the session's grace in seconds.
+    fn with(bench: &Bench, (transport, encryption): Way, words: &str, grace: u64) -> Result<Self, Failure> {
         let dir = tempfile::tempdir_in(bench.kit.dir())?;
         let wire = Wire::relayed(RECORD)?;
         let key = key(bench, "stick")?;
         let parts = payload(bench)?;
         let laptop = Server {
             encryption,
+            transport,
+            grace,
+            words: words.to_owned(),
             parts,
             nic: NicModel::Usb,
             ..Server::new(&key)
@@ -58,10 +77,18 @@ impl Pair {
         })
     }
 
+    /// The link is there: nothing was said of a loss, and the disk still answers.
+    fn still_there(self) -> Result<(), Failure> {
+        if self.desktop.serial().said("is not heard any more")? {
+            return Err("the laptop was lost after the clock's step".into());
+        }
+        Ok(())
+    }
+
     /// Waits until all is written, and checks it: on the desktop, in its kernel's log, and on the laptop's disk.
     fn all_is_written(self) -> Result<(), Failure> {
         self.desktop.serial().expect("load: done", Duration::from_secs(60))?;
-        for bad in ["load: ERROR", "I/O error", "Buffer I/O"] {
+        for bad in ["load: ERROR", "I/O error", "Buffer I/O", "blk_update_request"] {
             if self.desktop.serial().said(bad)? {
                 return Err(format!(
                     "the desktop says {bad:?}; its console: {}",
@@ -102,67 +129,92 @@ fn payload(bench: &Bench) -> Result<Vec<(Part, Vec<u8>)>, Failure> {
     ])
 }
 
-/// The short run, or with `--full` all of them.
-fn chosen<T: Copy>(bench: &Bench, all: &[T]) -> Vec<T> {
-    let count = if bench.full { all.len() } else { 1 };
-    all.iter().copied().take(count).collect()
+/// The short run has the two transports in the tunnel; `--full` all ways.
+fn ways(bench: &Bench) -> Vec<Way> {
+    WAYS.into_iter().take(if bench.full { 4 } else { 2 }).collect()
 }
 
-/// The cable is out for 20 s, with and without the tunnel; and for longer than the kernel waits for an answer.
+/// The cable is out for 20 s; with `--full` also for 2 min, longer than the kernel waits for an answer, and for 10 min.
 pub(crate) fn cable_out(bench: &Bench) -> Result<(), Failure> {
-    let all = [
-        (Encryption::Wireguard, 20),
-        (Encryption::Wireguard, 100),
-        (Encryption::None, 20),
-        (Encryption::None, 100),
-    ];
-    for (encryption, seconds) in chosen(bench, &all) {
-        let pair = Pair::writing(bench, encryption)?;
-        pair.wire.set_cut(true)?;
-        sleep(Duration::from_secs(seconds));
-        pair.wire.set_cut(false)?;
-        pair.all_is_written()?;
+    let long: &[u64] = if bench.full { &[20, 120, 600] } else { &[20] };
+    for way in ways(bench) {
+        for seconds in long {
+            let pair = Pair::writing(bench, way)?;
+            pair.wire.set_cut(true)?;
+            sleep(Duration::from_secs(*seconds));
+            pair.wire.set_cut(false)?;
+            pair.all_is_written()
+                .map_err(|error| format!("{way:?}, {seconds} s: {error}"))?;
+        }
     }
     Ok(())
 }
 
 /// The desktop's adapter is pulled out and plugged in again: it has another interface index then.
 pub(crate) fn desktop_replug(bench: &Bench) -> Result<(), Failure> {
-    for encryption in chosen(bench, &[Encryption::Wireguard, Encryption::None]) {
-        let pair = Pair::writing(bench, encryption)?;
+    for way in ways(bench) {
+        let pair = Pair::writing(bench, way)?;
         pair.desktop.unplug_usb_nic("cable")?;
         // The adapter is there before the cable is: longer than the keeper waits at a time.
         pair.wire.set_cut(true)?;
         pair.desktop.plug_usb_nic("cable", &pair.wire.b(), DESKTOP_MAC)?;
         sleep(Duration::from_secs(15));
         pair.wire.set_cut(false)?;
-        pair.all_is_written()?;
+        pair.all_is_written().map_err(|error| format!("{way:?}: {error}"))?;
     }
     Ok(())
 }
 
 /// The laptop's adapter is.
 pub(crate) fn laptop_replug(bench: &Bench) -> Result<(), Failure> {
-    for encryption in chosen(bench, &[Encryption::Wireguard, Encryption::None]) {
-        let pair = Pair::writing(bench, encryption)?;
+    for way in ways(bench) {
+        let pair = Pair::writing(bench, way)?;
         pair.laptop.unplug_usb_nic("cable")?;
         sleep(Duration::from_secs(5));
         pair.laptop.plug_usb_nic("cable", &pair.wire.a(), LAPTOP_MAC)?;
-        pair.all_is_written()?;
+        pair.all_is_written().map_err(|error| format!("{way:?}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// The desktop's clock is set back and forward by half a day while it writes: WireGuard's handshakes carry its time.
+pub(crate) fn clock_step(bench: &Bench) -> Result<(), Failure> {
+    for hours in [-12, 12] {
+        let word = format!("{CLOCK_WORD}{hours}");
+        let pair = Pair::with(bench, WAYS[0], &word, 900)?;
+        pair.desktop
+            .serial()
+            .expect("load: clock stepped", Duration::from_secs(60))?;
+        // Twice as long as WireGuard uses one pair of keys: the load must have gone on through a handshake.
+        let begun = Instant::now();
+        pair.desktop.serial().expect("load: done", Duration::from_secs(120))?;
+        sleep(Duration::from_secs(240).saturating_sub(begun.elapsed()));
+        pair.still_there()?;
+    }
+    Ok(())
+}
+
+/// A system that is told to do without IPv6 has the link all the same.
+pub(crate) fn without_ipv6(bench: &Bench) -> Result<(), Failure> {
+    for way in [WAYS[0], WAYS[3]] {
+        Pair::with(bench, way, "ipv6.disable=1", 900)?
+            .all_is_written()
+            .map_err(|error| format!("{way:?}: {error}"))?;
     }
     Ok(())
 }
 
 /// Who records the traffic finds nothing of the disk in it with the tunnel; without, the same search finds it.
 pub(crate) fn recorded(bench: &Bench) -> Result<(), Failure> {
-    for (encryption, found) in [(Encryption::Wireguard, false), (Encryption::None, true)] {
-        let pair = Pair::writing(bench, encryption)?;
+    for way in WAYS {
+        let found = way.1 == Encryption::None;
+        let pair = Pair::writing(bench, way)?;
         pair.desktop
             .serial()
             .expect(re("load: wrote 8"), Duration::from_secs(60))?;
         if pair.wire.carried(&pattern(6, 0)[..64])? != found {
             let what = if found { "is not" } else { "is" };
-            return Err(format!("what was written to the disk {what} in the recorded traffic ({encryption:?})").into());
+            return Err(format!("what was written to the disk {what} in the recorded traffic ({way:?})").into());
         }
     }
     Ok(())

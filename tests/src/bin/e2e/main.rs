@@ -33,7 +33,7 @@ struct Test {
     run: fn(&Bench) -> Result<(), Failure>,
 }
 
-const TESTS: [Test; 13] = [
+const TESTS: &[Test] = &[
     Test {
         name: "ramdisk_of_debians_kernel_is_small_and_has_all_drivers",
         run: image::ramdisk,
@@ -73,6 +73,14 @@ const TESTS: [Test; 13] = [
     Test {
         name: "adapter_of_the_laptop_replugged_under_load_loses_nothing",
         run: link::laptop_replug,
+    },
+    Test {
+        name: "clock_stepped_by_half_a_day_under_load_stops_nothing",
+        run: link::clock_step,
+    },
+    Test {
+        name: "system_without_ipv6_has_the_link_all_the_same",
+        run: link::without_ipv6,
     },
     Test {
         name: "recorded_traffic_shows_nothing_of_the_disk_inside_the_tunnel",

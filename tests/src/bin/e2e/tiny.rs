@@ -46,6 +46,8 @@ pub(crate) struct Server {
     pub(crate) grace: u64,
     /// The payload; by default something that does not boot.
     pub(crate) parts: Vec<(Part, Vec<u8>)>,
+    /// More words on the payload's command line.
+    pub(crate) words: String,
     /// Its NIC.
     pub(crate) nic: NicModel,
 }
@@ -59,6 +61,7 @@ impl Server {
             transport: DiskTransport::Nbd,
             grace: 900,
             parts: Vec::new(),
+            words: String::new(),
             nic: NicModel::VirtioPlain,
         }
     }
@@ -89,7 +92,7 @@ impl Server {
             },
             payload: Payload {
                 version: bench.kit.installed().version.clone(),
-                cmdline: CONSOLE.join(" "),
+                cmdline: format!("{} {}", CONSOLE.join(" "), self.words),
                 parts: sizes.collect(),
             },
             after: After::Return,
