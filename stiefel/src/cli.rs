@@ -47,6 +47,8 @@ enum Command {
     Serve(ServeArgs),
     /// Show what the desktop would boot, and why.
     Payload(PayloadArgs),
+    /// Show how the session is, on a desktop that runs from a laptop's disk.
+    Status(StatusArgs),
     /// Serve a file or a device over NBD: just the server, in clear.
     Nbd(NbdArgs),
     /// Try stiefel in virtual machines.
@@ -198,6 +200,13 @@ pub(crate) struct PayloadArgs {
 }
 
 #[derive(Args)]
+pub(crate) struct StatusArgs {
+    /// Print as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
 pub(crate) struct NbdArgs {
     /// What to serve.
     pub(crate) target: PathBuf,
@@ -257,6 +266,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Autokexec(args) => commands::serve::autokexec(config, &args),
         Command::Serve(args) => commands::serve::serve(config, &args),
         Command::Payload(args) => commands::serve::payload(config, &args),
+        Command::Status(args) => commands::status::status(&args),
         Command::Nbd(args) => commands::nbd::nbd(&args),
         Command::TestQemu(args) => commands::test_qemu::run(args),
         Command::Generate(args) => generate(&args.what),

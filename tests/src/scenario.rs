@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::disk::LaptopDisk;
+use crate::disk::{ExtraFile, LaptopDisk};
 use crate::kit::{CONSOLE, DEDICATED_MAC, DESKTOP_MAC, Kit};
 use crate::net::{Netdev, Wire};
 use crate::serial::{Pattern, re};
@@ -123,11 +123,19 @@ pub fn wait_until_serving(laptop: &Vm) -> Result<(), Failure> {
 /// # Errors
 /// When QEMU does not start.
 pub fn desktop(stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm, Failure> {
+    desktop_with(NicModel::E1000e, stick, cable, live)
+}
+
+/// As [`desktop`], with another NIC.
+///
+/// # Errors
+/// As there.
+pub fn desktop_with(nic: NicModel, stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm, Failure> {
     Ok(VmBuilder::new("desktop")
         .memory_mib(1536)
         .boot(Boot::Uefi)
         .stick(stick)
-        .nic("cable", NicModel::E1000e, cable, DESKTOP_MAC)
+        .nic("cable", nic, cable, DESKTOP_MAC)
         .live(live)
         .start()?)
 }
@@ -156,11 +164,7 @@ pub fn desktop_boots_after_asking(desktop: &Vm, milestones: &mut Milestones) -> 
             patience::SERVING + patience::BUNDLE,
         ),
         ("desktop: kexec", re(r"stiefel: starting "), patience::BUNDLE),
-        (
-            "desktop: disk attached",
-            re(r"is attached as /dev/nbd0"),
-            patience::ATTACH,
-        ),
+        ("desktop: disk attached", re(r"is attached as /dev/"), patience::ATTACH),
         ("desktop: login prompt", re(r"laptop login:"), patience::LOGIN),
     ] {
         let found = desktop.serial().expect_any(&[marker], patience)?;
@@ -186,8 +190,16 @@ impl Machines {
     /// # Errors
     /// When something cannot be made.
     pub fn prepare(kit: &Kit, wire: Wire) -> Result<Self, Failure> {
+        Self::with(kit, wire, "", Vec::new())
+    }
+
+    /// Makes them, with more in the laptop's configuration and on its disk.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with(kit: &Kit, wire: Wire, config: &str, files: Vec<ExtraFile>) -> Result<Self, Failure> {
         let dir = tempfile::tempdir_in(kit.dir())?;
-        let disk = kit.laptop_disk(&dir.path().join("laptop.img"), &kit.config(""), Vec::new())?;
+        let disk = kit.laptop_disk(&dir.path().join("laptop.img"), &kit.config(config), files)?;
         let stick = dir.path().join("stick.img");
         kit.stick(&stick, "stick")?;
         Ok(Self {

@@ -6,6 +6,7 @@ pub(crate) mod key;
 pub(crate) mod nbd;
 pub(crate) mod role;
 pub(crate) mod serve;
+pub(crate) mod status;
 pub(crate) mod stick;
 pub(crate) mod test_qemu;
 

@@ -56,8 +56,8 @@ pub(crate) fn plug(bench: &Bench) -> Result<(), Failure> {
 fn use_desktop(desktop: &Vm) -> Result<String, Failure> {
     desktop.login("root", PASSWORD, Duration::from_secs(30))?;
     let root = desktop.run_ok("findmnt --noheadings --output SOURCE /")?;
-    if !root.contains("/dev/nbd0") {
-        return Err(format!("the desktop's root is {root:?}, not the laptop's disk").into());
+    if !root.contains("/dev/nvme0n1") {
+        return Err(format!("the desktop's root is {root:?}, not the laptop's disk by NVMe").into());
     }
     for (command, why) in [
         (
