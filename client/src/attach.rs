@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use stiefel_shared::bundle::AttachSession;
-use stiefel_shared::handover::{MAX_DOCUMENT, PROGRAM_PATH, SESSION_PATH, SecretBytes};
+use stiefel_shared::handover::{LinkMode, MAX_DOCUMENT, PROGRAM_PATH, SESSION_PATH, SecretBytes};
 use stiefel_sys::console::Console;
 use stiefel_sys::kmsg;
 use stiefel_sys::link::{self as sys_link, Link};
@@ -185,6 +185,11 @@ fn load_by_name(session: &AttachSession) -> anyhow::Result<Loader> {
     loader
         .load(disk::module(session))
         .context("the laptop's kernel cannot attach the disk")?;
+    if session.link.mode == LinkMode::Lan {
+        loader.load("macvlan").context(
+            "the laptop's kernel cannot share a NIC (module macvlan); set link.mode to dedicated in its config.yaml",
+        )?;
+    }
     if session.link.tunnel.is_some() {
         loader.load("wireguard").context(
             "the laptop's kernel has no WireGuard; set link.encryption to none in its config.yaml if you trust the cable",

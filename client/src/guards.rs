@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use stiefel_shared::bundle::AttachSession;
 use stiefel_shared::config::Mac;
-use stiefel_shared::handover::SecretBytes;
+use stiefel_shared::handover::{LinkMode, SecretBytes};
 use stiefel_sys::mount::{self, MountFlags};
 
 use crate::link::{NIC, TUNNEL};
@@ -28,29 +28,25 @@ pub struct GuardError {
 pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<GuardError> {
     let mac = Mac(session.link_mac);
     let disk = &session.disk.identity;
-    let files = [
-        (
-            "NetworkManager/conf.d/90-stiefel.conf",
+    let mut files = vec![
+        ("NetworkManager/conf.d/90-stiefel.conf", {
+            // In a LAN the NIC is the system's, and only the tunnel ours.
+            let nic = match session.link.mode {
+                LinkMode::Dedicated => vec![format!("interface-name:{NIC}"), format!("mac:{mac}")],
+                LinkMode::Lan => Vec::new(),
+            };
+            let devices = [vec![format!("interface-name:{TUNNEL}")], nic].concat();
             format!(
                 "# Written by stiefel: the root file system comes over this NIC.\n\
-                 [keyfile]\nunmanaged-devices+=interface-name:{NIC};interface-name:{TUNNEL};mac:{mac}\n\
-                 [device-stiefel]\nmatch-device=interface-name:{NIC},interface-name:{TUNNEL},mac:{mac}\nmanaged=0\n"
-            ),
-        ),
-        (
-            "systemd/network/00-stiefel.network",
-            format!(
-                "# Written by stiefel: the root file system comes over this NIC.\n\
-                 [Match]\nMACAddress={mac}\n[Link]\nUnmanaged=yes\n"
-            ),
-        ),
+                     [keyfile]\nunmanaged-devices+={}\n\
+                     [device-stiefel]\nmatch-device={}\nmanaged=0\n",
+                devices.join(";"),
+                devices.join(",")
+            )
+        }),
         (
             "systemd/network/00-stiefel-tunnel.network",
             format!("# Written by stiefel.\n[Match]\nName={TUNNEL}\n[Link]\nUnmanaged=yes\n"),
-        ),
-        (
-            "systemd/network/00-stiefel.link",
-            format!("# Written by stiefel.\n[Match]\nMACAddress={mac}\n[Link]\nNamePolicy=\nName={NIC}\n"),
         ),
         (
             "udev/rules.d/61-stiefel.rules",
@@ -69,6 +65,19 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
             String::new(),
         ),
     ];
+    if session.link.mode == LinkMode::Dedicated {
+        files.push((
+            "systemd/network/00-stiefel.network",
+            format!(
+                "# Written by stiefel: the root file system comes over this NIC.\n\
+                 [Match]\nMACAddress={mac}\n[Link]\nUnmanaged=yes\n"
+            ),
+        ));
+        files.push((
+            "systemd/network/00-stiefel.link",
+            format!("# Written by stiefel.\n[Match]\nMACAddress={mac}\n[Link]\nNamePolicy=\nName={NIC}\n"),
+        ));
+    }
     let mut failed: Vec<GuardError> = files
         .into_iter()
         .filter_map(|(name, text)| write_file(&run.join(name), &text).err())
@@ -191,7 +200,7 @@ pub(crate) fn put_shutdown_program(run: &Path, program: &File, session: &SecretB
 mod tests {
     use super::*;
     use stiefel_shared::bundle::{ControlKey, DiskOffer, LinkOffer, Transport};
-    use stiefel_shared::handover::{DiskIdentity, LinkMode};
+    use stiefel_shared::handover::DiskIdentity;
 
     fn session() -> AttachSession {
         AttachSession {
@@ -235,6 +244,17 @@ mod tests {
         for text in [nm, rules] {
             assert!(!text.contains("secret-export") && !text.contains("5a5a"));
         }
+    }
+
+    #[test]
+    fn in_a_lan_the_nic_stays_the_systems() {
+        let run = tempfile::tempdir().unwrap();
+        let mut session = session();
+        session.link.mode = LinkMode::Lan;
+        assert!(write(run.path(), &session, "nbd0").is_empty());
+        let nm = std::fs::read_to_string(run.path().join("NetworkManager/conf.d/90-stiefel.conf")).unwrap();
+        assert!(nm.contains("interface-name:stiefel0") && !nm.contains("mac:"), "{nm}");
+        assert!(!run.path().join("systemd/network/00-stiefel.link").exists());
     }
 
     #[test]

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use stiefel_shared::bundle::{AttachSession, Transport};
-use stiefel_shared::handover::secret_json;
+use stiefel_shared::handover::{LinkMode, secret_json};
 use stiefel_sys::console::Console;
 use stiefel_sys::link::{self as sys_link, LinkMonitor};
 use stiefel_sys::mount;
@@ -42,6 +42,7 @@ use crate::guards;
 use crate::leave::{self, Wishes};
 use crate::life::{Life, News};
 use crate::link::{self, Place};
+use crate::mtu::{self, TUNNEL_OVERHEAD};
 use crate::pulse::Heart;
 use crate::status::{STATUS_PATH, Status};
 
@@ -144,9 +145,9 @@ impl Keeper {
             Transport::Nbd { .. } => Some(Watch::open()?),
             Transport::NvmeTcp { .. } => None,
         };
-        let keeper = Self {
+        let mut keeper = Self {
             console: Arc::clone(console),
-            place: Place::with(namespace, &home("proc")),
+            place: Place::with(&session, namespace, &home("proc")),
             program: File::open(attach::program()).context("cannot open our own program")?,
             mounts: File::open(home("proc/self/mountinfo")).context("cannot open the table of mounts")?,
             watch,
@@ -164,6 +165,7 @@ impl Keeper {
             proc: File::open(home("proc")).context("cannot open proc")?,
             session: Arc::new(session),
         };
+        keeper.agree_on_packets();
         std::env::set_current_dir(home("sys")).context("cannot open sysfs")?;
         process::lock_memory().context("cannot lock the keeper in memory")?;
         if let Err(error) = process::oom_protect(&home("proc")) {
@@ -177,6 +179,19 @@ impl Keeper {
             .and_then(|()| stdout.flush())
             .context("nobody waits for the keeper")?;
         Ok(keeper)
+    }
+
+    /// Before the disk's connection is made, whose packets are as large as they may be at that moment.
+    fn agree_on_packets(&mut self) {
+        // A network that others use has its own idea of packets.
+        if self.session.link.mode == LinkMode::Lan {
+            return;
+        }
+        if let Ok(Some(nic)) = self.place.bring_up(&self.session) {
+            let mtu = mtu::agree(&self.console, &self.session, &self.place, nic, &mut self.heart);
+            let overhead = self.session.link.tunnel.as_ref().map_or(0, |_| TUNNEL_OVERHEAD);
+            self.status.mtu = mtu - overhead;
+        }
     }
 
     fn keep(&mut self) -> std::convert::Infallible {
@@ -396,6 +411,7 @@ impl Keeper {
     }
 
     fn mend_links(&mut self) -> anyhow::Result<()> {
+        self.place.keep_parent(&self.session)?;
         let there = self.place.bring_up(&self.session)?;
         let index = match (there, &self.place.namespace) {
             (Some(index), _) => index,

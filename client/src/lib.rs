@@ -13,6 +13,7 @@ pub mod keeper;
 mod leave;
 mod life;
 mod link;
+mod mtu;
 pub mod nbd;
 mod pulse;
 pub mod role;

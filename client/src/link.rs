@@ -1,14 +1,16 @@
 //! The desktop's end of the link: the NIC that leads to the laptop, and the tunnel through it.
 //!
-//! Counterpart: `server::role::tunnel`. With a tunnel, the NIC and WireGuard's socket live in a network namespace of their
-//! own, where no network manager, firewall or user sees them, and only the tunnel's interface in the root namespace. Without
-//! one (or where the kernel has no namespaces) the NIC stays in the root namespace, and the [guards](crate::guards) keep
+//! Counterpart: `server::role::link`. With a tunnel, the NIC and WireGuard's socket live in a network namespace of their
+//! own, where no network manager, firewall or user sees them, and only the tunnel's interface in the root namespace. In a LAN
+//! (`link.mode`), where the desktop's system uses the NIC, too, a second interface on it (macvlan) lives there instead. Without
+//! a tunnel (or where the kernel has no namespaces) the NIC stays in the root namespace, and the [guards](crate::guards) keep
 //! network managers off.
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -36,6 +38,10 @@ pub(crate) fn is_sessions(link: &Link, session: &AttachSession) -> bool {
 pub(crate) struct Place {
     /// Its own namespace; `None` is the root one.
     pub(crate) namespace: Option<Namespace>,
+    /// What the link is used for besides.
+    mode: LinkMode,
+    /// The packet size that was agreed upon, in bytes.
+    mtu: AtomicU32,
     /// Where proc is mounted.
     proc: PathBuf,
 }
@@ -44,8 +50,7 @@ impl Place {
     /// A place for this session's NIC.
     pub(crate) fn new(session: &AttachSession, proc: &Path) -> (Self, Option<String>) {
         // Without a tunnel the disk's own socket must reach the NIC.
-        let hidden = session.link.tunnel.is_some() && session.link.mode == LinkMode::Dedicated;
-        let made = hidden.then(Namespace::new);
+        let made = session.link.tunnel.as_ref().map(|_| Namespace::new());
         let (namespace, error) = match made.transpose() {
             Ok(namespace) => (namespace, None),
             Err(error) => (
@@ -53,13 +58,15 @@ impl Place {
                 Some(format!("the link stays in sight of network managers: {error}")),
             ),
         };
-        (Self::with(namespace, proc), error)
+        (Self::with(session, namespace, proc), error)
     }
 
     /// A place that exists already.
-    pub(crate) fn with(namespace: Option<Namespace>, proc: &Path) -> Self {
+    pub(crate) fn with(session: &AttachSession, namespace: Option<Namespace>, proc: &Path) -> Self {
         Self {
             namespace,
+            mode: session.link.mode,
+            mtu: AtomicU32::new(0),
             proc: proc.to_owned(),
         }
     }
@@ -71,18 +78,60 @@ impl Place {
         }
     }
 
-    /// The session's NIC, if it is there.
+    /// Whether the NIC itself stays in the root namespace, for the desktop's system, and only a second interface on it
+    /// is ours.
+    const fn shares(&self) -> bool {
+        matches!(self.mode, LinkMode::Lan) && self.namespace.is_some()
+    }
+
+    /// The session's interface, if it is there.
     fn find(&self, session: &AttachSession) -> anyhow::Result<Option<Link>> {
-        self.inside(|| Ok(link::list()?.into_iter().find(|link| is_sessions(link, session))))
+        let ours = |link: &Link| {
+            if self.shares() {
+                link.name == NIC
+            } else {
+                is_sessions(link, session)
+            }
+        };
+        self.inside(|| Ok(link::list()?.into_iter().find(ours)))
+    }
+
+    /// An interface by its index at its place.
+    pub(crate) fn look(&self, index: u32) -> anyhow::Result<Option<Link>> {
+        self.inside(|| Ok(link::list()?.into_iter().find(|link| link.index == index)))
+    }
+
+    /// Sets the packet size of the NIC, now and after a re-plug.
+    pub(crate) fn set_mtu(&self, index: u32, mtu: u32) -> anyhow::Result<()> {
+        self.mtu.store(mtu, Ordering::Relaxed);
+        self.inside(|| Ok(link::set_mtu(index, mtu)?))
     }
 
     /// Takes the NIC that appeared in the root namespace to its place, and brings it up; its index there.
     pub(crate) fn take(&self, nic: &Link, session: &AttachSession) -> anyhow::Result<u32> {
         if let Some(namespace) = &self.namespace {
+            let index = if self.shares() {
+                if !nic.up {
+                    link::set_up(nic.index)?;
+                }
+                link::create_macvlan(NIC, nic.index).context("cannot share the NIC with the desktop's system")?
+            } else {
+                nic.index
+            };
             // The kernel takes it down on the way.
-            link::set_namespace(nic.index, namespace.as_fd()).context("cannot move the NIC out of sight")?;
+            link::set_namespace(index, namespace.as_fd()).context("cannot move the NIC out of sight")?;
         }
         self.bring_up(session)?.context("the NIC has vanished")
+    }
+
+    /// Keeps a NIC that is shared with the desktop's system up, whatever that does.
+    pub(crate) fn keep_parent(&self, session: &AttachSession) -> anyhow::Result<()> {
+        if self.shares() {
+            for nic in link::list()?.iter().filter(|nic| is_sessions(nic, session) && !nic.up) {
+                link::set_up(nic.index)?;
+            }
+        }
+        Ok(())
     }
 
     /// Brings the NIC up where it is, if it is there; its index.
@@ -99,6 +148,10 @@ impl Place {
                 let _ = link::disable_dad(&self.proc, name);
                 // Off for the whole system where its owner wanted that.
                 let _ = File::open(&self.proc).map(|proc| allow_ipv6(name, proc));
+                let mtu = self.mtu.load(Ordering::Relaxed);
+                if mtu != 0 && here.max_mtu.is_some_and(|most| most >= mtu) {
+                    link::set_mtu(here.index, mtu)?;
+                }
                 link::set_up(here.index)?;
             }
             Ok(Some(here.index))

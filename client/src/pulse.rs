@@ -9,6 +9,7 @@ use stiefel_shared::bundle::{AttachSession, PULSE_PORT};
 use stiefel_shared::discovery::Random;
 use stiefel_shared::seal;
 use stiefel_shared::session::{Beat, LONGEST, Pulse, SHORTEST, Sign};
+use stiefel_sys::process;
 
 /// Between two beats.
 const EVERY: Duration = Duration::from_secs(2);
@@ -51,12 +52,16 @@ impl Heart {
             return Ok(());
         }
         self.next = now + EVERY;
+        self.send(0, SHORTEST)
+    }
+
+    fn send(&mut self, mtu: u16, length: usize) -> anyhow::Result<()> {
         self.number += 1;
         let beat = Beat {
             number: self.number,
-            mtu: 0,
+            mtu,
             random: seal::random()?,
-            length: SHORTEST,
+            length,
         };
         let datagram = self.pulse.beat(&beat)?;
         if self.open.len() >= OPEN {
@@ -66,6 +71,22 @@ impl Heart {
         // A link that is down for the moment is what the silence will tell.
         let _ = self.socket.send_to(&datagram, self.laptop);
         Ok(())
+    }
+
+    /// Sends a beat of `length` bytes that asks for an MTU (0: for none), and waits for its sign.
+    pub(crate) fn ask(&mut self, mtu: u16, length: usize, patience: Duration) -> Option<Sign> {
+        self.open.clear();
+        self.send(mtu, length).ok()?;
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let readable = process::poll(&[self.socket.as_fd()], Some(left)).ok()?;
+            match self.hear() {
+                Some(sign) => return Some(sign),
+                None if !readable.contains(&true) => return None,
+                None => {}
+            }
+        }
     }
 
     /// The latest sign that has come, if one has.

@@ -13,7 +13,7 @@ use crate::modules::{Class, DEFAULT, ModuleTree, ModulesError};
 /// What a desktop needs before it can reach the disk. (HID: a passphrase may be asked.)
 const CLASSES: [&str; 3] = ["nic", "usb", "hid"];
 /// How the disk comes. NBD always works, so it must be there.
-const TRANSPORTS: [&str; 2] = ["nvme_tcp", "wireguard"];
+const TRANSPORTS: [&str; 3] = ["nvme_tcp", "wireguard", "macvlan"];
 /// zstd: about 400 MB/s, and most of what the higher levels save.
 const LEVEL: i32 = 3;
 

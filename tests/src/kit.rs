@@ -13,7 +13,7 @@ pub const DEDICATED_MAC: &str = "52:54:00:57:1e:01";
 /// Hardware address of the desktop's NIC.
 pub const DESKTOP_MAC: &str = "52:54:00:57:1e:02";
 /// Words that every kernel in a test machine needs.
-pub const CONSOLE: [&str; 2] = ["console=ttyS0,115200", "no_timer_check"];
+pub const CONSOLE: [&str; 3] = ["console=ttyS0,115200", "no_timer_check", "sysrq_always_enabled=1"];
 
 /// Something could not be prepared.
 #[derive(Debug, thiserror::Error)]

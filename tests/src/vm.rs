@@ -272,6 +272,16 @@ impl Vm {
         self.execute("send-key", json!({ "keys": keys })).map(drop)
     }
 
+    /// Has the guest's kernel do what the magic SysRq `key` means (Linux, Documentation/admin-guide/sysrq.rst): a break on the
+    /// serial console, then the key. The guest needs `sysrq_always_enabled=1`.
+    ///
+    /// # Errors
+    /// When QEMU has ended.
+    pub fn sysrq(&self, key: char) -> Result<(), VmError> {
+        self.execute("chardev-send-break", json!({ "id": command::SERIAL }))?;
+        Ok(self.serial.send(&key.to_string())?)
+    }
+
     /// Presses the reset button.
     ///
     /// # Errors

@@ -64,11 +64,11 @@ impl Door {
         }
     }
 
-    /// Sets the packet size of the session's tunnel, in bytes.
-    pub(super) fn set_mtu(&self, mtu: u32) -> anyhow::Result<()> {
-        match self.lock().as_ref().and_then(|open| open.link.as_ref()) {
+    /// Sets the packet size of the session's link, in bytes; what it is then.
+    pub(super) fn set_mtu(&self, mtu: u32) -> anyhow::Result<u32> {
+        match self.lock().as_mut().and_then(|open| open.link.as_mut()) {
             Some(link) => link.set_mtu(mtu),
-            None => Ok(()),
+            None => Ok(0),
         }
     }
 
@@ -496,17 +496,21 @@ impl Inner {
         if std::mem::take(&mut life.counting) {
             self.setup.console.info("the desktop is back");
         }
-        if beat.mtu != 0
-            && let Err(error) = self.setup.door.set_mtu(u32::from(beat.mtu))
-        {
+        let mtu = match beat.mtu {
+            0 => Ok(0),
+            wanted => self.setup.door.set_mtu(u32::from(wanted)),
+        };
+        let mtu = mtu.unwrap_or_else(|error| {
             self.setup
                 .console
-                .warn(&format!("the tunnel's packet size stays: {error:#}"));
-        }
+                .warn(&format!("the link's packet size stays: {error:#}"));
+            0
+        });
         let supply = *self.supply.lock().unwrap_or_else(PoisonError::into_inner);
         let sign = Sign {
             battery: supply.percent,
             mains: supply.mains,
+            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
             power_off: self.ask.load(Ordering::Acquire),
         };
         life.pulse.sign(&beat, sign).ok()

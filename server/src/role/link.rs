@@ -9,6 +9,7 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddrV6};
 
+use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use stiefel_shared::bundle::{LinkOffer, TUNNEL_PORT, Tunnel};
 use stiefel_shared::discovery::LinkEvent;
@@ -22,7 +23,11 @@ const NAME: &str = "stiefel0";
 /// Seconds between two signs of life.
 const KEEPALIVE: u16 = 5;
 /// What fits a frame of 1500 bytes with WireGuard's 80 around it over IPv6.
-const MTU: u32 = 1420;
+const MTU: u32 = USUAL - OVERHEAD;
+/// Every Ethernet adapter's packets, in bytes.
+const USUAL: u32 = 1500;
+/// What WireGuard adds over IPv6, in bytes.
+const OVERHEAD: u32 = 80;
 /// The session's network holds its two ends (RFC 6164).
 const PREFIX: u8 = 127;
 
@@ -50,14 +55,20 @@ pub(super) struct Known {
 /// A link that is up; gone when dropped.
 pub(super) struct Up {
     known: Known,
+    /// The NIC's packet size that the desktop has asked for, in bytes.
+    mtu: u32,
     /// Whether dropping it takes it down.
     down: bool,
 }
 
 impl Up {
-    /// The link that an earlier process of ours set up.
+    /// The link that is set up, perhaps by an earlier process of ours.
     pub(super) fn adopt(known: Known) -> Self {
-        Self { known, down: true }
+        Self {
+            known,
+            mtu: USUAL,
+            down: true,
+        }
     }
 
     /// How it is known again.
@@ -84,6 +95,10 @@ impl Up {
             }
             return Ok(());
         }
+        if self.mtu != USUAL {
+            // Another adapter may not be able to; the kernel then cuts what the tunnel sends into pieces.
+            let _ = link::set_mtu(scope, self.mtu);
+        }
         match self.known.tunnel {
             Some(desktop) => wireguard::set_endpoint(NAME, &PublicKey::from_bytes(desktop), self.known.peer)?,
             None => link::add_address(scope, IpAddr::V6(self.known.laptop), PREFIX)?,
@@ -91,14 +106,24 @@ impl Up {
         Ok(())
     }
 
-    /// Sets what the tunnel carries in one packet, in bytes.
-    pub(super) fn set_mtu(&self, mtu: u32) -> anyhow::Result<()> {
+    /// Lets the NIC send packets of up to `wanted` bytes, if its driver can, and the tunnel those that fit inside; what
+    /// the NIC sends then.
+    pub(super) fn set_mtu(&mut self, wanted: u32) -> anyhow::Result<u32> {
+        let nic = link::list()?
+            .into_iter()
+            .find(|link| link.index == self.known.peer.scope_id())
+            .context("the NIC is gone")?;
+        let mtu = wanted.clamp(USUAL, nic.max_mtu.unwrap_or(USUAL).max(USUAL));
+        if nic.mtu != mtu {
+            link::set_mtu(nic.index, mtu)?;
+        }
         if self.known.tunnel.is_some()
             && let Some(index) = link::index_of(NAME)?
         {
-            link::set_mtu(index, mtu)?;
+            link::set_mtu(index, mtu - OVERHEAD)?;
         }
-        Ok(())
+        self.mtu = mtu;
+        Ok(mtu)
     }
 }
 
@@ -146,7 +171,7 @@ pub(super) fn set_up(wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
         grace: wanted.grace,
         tunnel,
     };
-    Ok((Up { known, down: true }, offer))
+    Ok((Up::adopt(known), offer))
 }
 
 /// Makes the tunnel; the desktop's public key, and its end.
@@ -208,7 +233,11 @@ impl Up {
             desktop: *peer.ip(),
             tunnel: None,
         };
-        Self { known, down: false }
+        Self {
+            known,
+            mtu: USUAL,
+            down: false,
+        }
     }
 }
 

@@ -42,7 +42,7 @@ pub enum PulseError {
 pub struct Beat {
     /// Larger than that of all beats before; begins with 1.
     pub number: u64,
-    /// The packet size of the tunnel that the laptop shall set, in bytes; 0 leaves it.
+    /// The largest packet that the laptop's NIC shall send, if it can, in bytes; the tunnel's is 80 less. 0 leaves it.
     pub mtu: u16,
     /// Echoed by the sign.
     pub random: Random,
@@ -59,6 +59,8 @@ pub struct Sign {
     pub mains: bool,
     /// The desktop shall power off, in order.
     pub power_off: bool,
+    /// The largest packet that the laptop's NIC sends now, in bytes; 0 if that is not known.
+    pub mtu: u16,
 }
 
 /// The two keys of one session's pulse.
@@ -135,7 +137,12 @@ impl Pulse {
     pub(super) fn sign_with(&self, beat: &Beat, sign: Sign, nonce: [u8; seal::NONCE]) -> Result<Vec<u8>, PulseError> {
         let mut plain = vec![0; beat.length.clamp(SHORTEST, LONGEST) - OVERHEAD];
         let flags = u8::from(sign.mains) | u8::from(sign.power_off) << 1;
-        let said = [beat.random.as_slice(), &[flags, sign.battery.unwrap_or(0xff)]].concat();
+        let said = [
+            beat.random.as_slice(),
+            &[flags, sign.battery.unwrap_or(0xff)],
+            &sign.mtu.to_be_bytes(),
+        ]
+        .concat();
         plain[..said.len()].copy_from_slice(&said);
         self.laptop
             .seal_with_nonce(nonce, &header(TYPE_SIGN, self.session), &plain)
@@ -150,12 +157,13 @@ impl Pulse {
         let plain = open(&self.laptop, &header(TYPE_SIGN, self.session), datagram)?;
         let (random, rest) = plain.split_first_chunk().ok_or(PulseError::Unverified)?;
         match rest {
-            [flags, battery, zeros @ ..] if *flags < 4 && zeros.iter().all(|byte| *byte == 0) => Ok((
+            [flags, battery, high, low, zeros @ ..] if *flags < 4 && zeros.iter().all(|byte| *byte == 0) => Ok((
                 *random,
                 Sign {
                     battery: (*battery <= 100).then_some(*battery),
                     mains: flags & 1 != 0,
                     power_off: flags & 2 != 0,
+                    mtu: u16::from_be_bytes([*high, *low]),
                 },
             )),
             _ => Err(PulseError::Unverified),
@@ -207,6 +215,7 @@ mod tests {
             battery: Some(42),
             mains: false,
             power_off: true,
+            mtu: 1500,
         };
         let heard = beat(1, 4000);
         let datagram = pulse.sign(&heard, sign).unwrap();

@@ -440,6 +440,7 @@ fn signs_of_life_are_the_pinned_ones() {
         battery: Some(42),
         mains: false,
         power_off: true,
+        mtu: 9000,
     };
     assert_eq!(pulse.sign_with(&beat, sign, counting(0x81)).unwrap(), vector("sign"));
     assert_eq!(pulse.read(&vector("sign")).unwrap(), (counting(0x70), sign));

@@ -21,6 +21,12 @@ pub const ARPHRD_ETHER: u16 = 1;
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
 const IFLA_PARENT_DEV_NAME: u16 = 56;
+const IFLA_MAX_MTU: u16 = 51;
+/// `linux/if_ether.h`: as much as a length field holds; a driver that names no limit has it.
+const ETH_MAX_MTU: u32 = 0xffff;
+/// `linux/if_link.h`: interfaces on the same parent do not talk to each other.
+const IFLA_MACVLAN_MODE: u16 = 1;
+const MACVLAN_MODE_PRIVATE: u32 = 1;
 const IFLA_PERM_ADDRESS: u16 = 54;
 const IFLA_NET_NS_FD: u16 = 28;
 const RTNLGRP_LINK: u32 = 1;
@@ -129,6 +135,11 @@ pub struct Link {
     pub devtype: Option<String>,
     /// It stands on a device of a bus (PCI, USB, virtio).
     pub physical: bool,
+    /// The largest packet that it sends now, in bytes.
+    pub mtu: u32,
+    /// The largest that its driver allows, in bytes, where that is a limit of the hardware and not only of Ethernet's
+    /// numbers (`ETH_MAX_MTU` says nothing).
+    pub max_mtu: Option<u32>,
     /// The index of the bridge or bond that it belongs to.
     pub controller: Option<u32>,
 }
@@ -178,6 +189,8 @@ fn parse_link(body: &[u8]) -> Option<Link> {
             libc::IFLA_IFNAME => link.name = text(value),
             libc::IFLA_ADDRESS => link.mac = value.try_into().unwrap_or_default(),
             IFLA_PERM_ADDRESS => link.permanent_mac = value.try_into().ok(),
+            libc::IFLA_MTU => link.mtu = u32_at(value, 0).unwrap_or_default(),
+            IFLA_MAX_MTU => link.max_mtu = u32_at(value, 0).filter(|mtu| (1..ETH_MAX_MTU).contains(mtu)),
             libc::IFLA_MASTER => link.controller = u32_at(value, 0),
             libc::IFLA_LINKINFO => {
                 link.kind = attributes(value, 0)
@@ -267,6 +280,34 @@ pub(crate) fn create(name: &str, kind: &'static str) -> Result<u32, LinkError> {
     };
     request(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &create_body(name, kind)).map_err(failed)?;
     index_of(name)?.ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ENODEV)))
+}
+
+/// Makes a second interface on the Ethernet adapter `parent`, with a MAC address of its own (macvlan), and answers its
+/// index. It goes with its parent.
+///
+/// # Errors
+/// [`LinkError::Name`]; [`LinkError::Create`]: EOPNOTSUPP without the module macvlan, EEXIST if the name is taken.
+pub fn create_macvlan(name: &str, parent: u32) -> Result<u32, LinkError> {
+    check_name(name)?;
+    let failed = |source| LinkError::Create {
+        name: name.to_owned(),
+        kind: "macvlan",
+        source,
+    };
+    let body = macvlan_body(name, parent);
+    request(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &body).map_err(failed)?;
+    index_of(name)?.ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ENODEV)))
+}
+
+fn macvlan_body(name: &str, parent: u32) -> Body {
+    let mode = Body::default().attr(IFLA_MACVLAN_MODE, &MACVLAN_MODE_PRIVATE.to_ne_bytes());
+    let info = Body::default()
+        .attr_string(libc::IFLA_INFO_KIND, "macvlan")
+        .nest(libc::IFLA_INFO_DATA, &mode);
+    link_body(0, 0, 0)
+        .attr_string(libc::IFLA_IFNAME, name)
+        .attr(libc::IFLA_LINK, &parent.to_ne_bytes())
+        .nest(libc::IFLA_LINKINFO, &info)
 }
 
 fn create_body(name: &str, kind: &str) -> Body {

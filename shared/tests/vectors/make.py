@@ -172,7 +172,7 @@ def session():
         "goodbye_reboot": control(5, 0x51, b"goodbye desktop to laptop", counting(0x70) + b"\x02"),
         "answer_done": control(6, 0x60, b"goodbye laptop to desktop", counting(0x70) + b"\x00"),
         "beat": control(7, 0x80, b"pulse desktop to laptop", (5).to_bytes(8, "big") + counting(0x70) + b"\x05\x8c" + bytes(6)),
-        "sign": control(8, 0x81, b"pulse laptop to desktop", counting(0x70) + b"\x02\x2a" + bytes(14)),
+        "sign": control(8, 0x81, b"pulse laptop to desktop", counting(0x70) + b"\x02\x2a\x23\x28" + bytes(12)),
         "answer_refused": control(6, 0x61, b"goodbye laptop to desktop", counting(0x70) + b"\x01disk full"),
     })
 

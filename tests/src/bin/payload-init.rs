@@ -24,7 +24,12 @@ fn main() {
 }
 
 fn run() -> std::io::Result<()> {
-    for (fstype, target) in [("proc", "/proc"), ("devtmpfs", "/dev"), ("tmpfs", "/run")] {
+    for (fstype, target) in [
+        ("proc", "/proc"),
+        ("devtmpfs", "/dev"),
+        ("tmpfs", "/run"),
+        ("sysfs", "/sys"),
+    ] {
         std::fs::create_dir_all(target)?;
         mount(fstype, target, fstype, MountFlags::empty(), None)?;
     }
@@ -33,6 +38,11 @@ fn run() -> std::io::Result<()> {
     let step = words
         .split_ascii_whitespace()
         .find_map(|word| word.strip_prefix(CLOCK_WORD)?.parse().ok());
+    let links = std::fs::read_dir("/sys/class/net")?.flatten();
+    let links: Vec<_> = links
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    say(&format!("load: interfaces {}", links.join(" ")));
     say("load: begin");
     for number in 0..LOAD_BLOCKS {
         if let Some(hours) = step.filter(|_| number == CLOCK_AT) {

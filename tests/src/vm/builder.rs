@@ -93,6 +93,8 @@ pub enum NicModel {
     Virtio,
     /// virtio-net without any offload: every frame on the wire is whole and has its checksum.
     VirtioPlain,
+    /// virtio-net without any offload whose driver names a limit for its packets: 9000 bytes. It has them from the start.
+    VirtioJumbo,
     /// Intel e1000e, a wired PCI NIC.
     E1000e,
     /// A USB NIC (CDC Ethernet).

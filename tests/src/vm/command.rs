@@ -224,10 +224,11 @@ fn nic_args(nic: &Nic) -> [String; 4] {
     let net = netdev_id(&nic.id);
     let model = match nic.model {
         NicModel::Virtio | NicModel::VirtioPlain => "virtio-net-pci",
+        NicModel::VirtioJumbo => "virtio-net-pci,host_mtu=9000",
         NicModel::E1000e => "e1000e",
         NicModel::Usb => "usb-net,bus=xhci.0",
     };
-    let options = if nic.model == NicModel::VirtioPlain {
+    let options = if matches!(nic.model, NicModel::VirtioPlain | NicModel::VirtioJumbo) {
         NO_OFFLOADS
     } else {
         ""

@@ -4,6 +4,7 @@
 //! one line; the last line counts them. Exit status 1 if one failed, 2 if none could be run or a signal came. Serial logs
 //! stay in the harness's log folder.
 
+mod endure;
 mod faults;
 mod image;
 mod journey;
@@ -51,6 +52,18 @@ const TESTS: &[Test] = &[
         run: journey::wake,
     },
     Test {
+        name: "everything_that_happens_to_the_link_leaves_debians_root_whole",
+        run: endure::link_faults,
+    },
+    Test {
+        name: "desktop_reboots_is_reset_and_powers_off_without_its_laptop",
+        run: endure::desktop_comes_and_goes,
+    },
+    Test {
+        name: "laptop_reset_in_mid_session_ends_the_desktop_and_nothing_is_written_later",
+        run: endure::laptop_reset,
+    },
+    Test {
         name: "wrong_key_finds_nothing_and_changes_nothing",
         run: faults::wrong_key,
     },
@@ -81,6 +94,14 @@ const TESTS: &[Test] = &[
     Test {
         name: "system_without_ipv6_has_the_link_all_the_same",
         run: link::without_ipv6,
+    },
+    Test {
+        name: "nic_stays_the_systems_in_a_lan_and_is_hidden_on_a_cable_of_its_own",
+        run: link::lan,
+    },
+    Test {
+        name: "packets_are_large_where_the_whole_way_carries_them",
+        run: link::packets,
     },
     Test {
         name: "recorded_traffic_shows_nothing_of_the_disk_inside_the_tunnel",

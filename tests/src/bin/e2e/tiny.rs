@@ -40,6 +40,8 @@ pub(crate) struct Server {
     pub(crate) serial: &'static str,
     /// How the disk travels.
     pub(crate) encryption: Encryption,
+    /// What the link is used for besides.
+    pub(crate) mode: LinkMode,
     /// How it is served.
     pub(crate) transport: DiskTransport,
     /// How long it waits for a silent desktop, in seconds.
@@ -58,6 +60,7 @@ impl Server {
             key: key.clone(),
             serial: SERIAL,
             encryption: Encryption::None,
+            mode: LinkMode::Dedicated,
             transport: DiskTransport::Nbd,
             grace: 900,
             parts: Vec::new(),
@@ -97,7 +100,7 @@ impl Server {
             },
             after: After::Return,
             encryption: self.encryption,
-            mode: LinkMode::Dedicated,
+            mode: self.mode,
             transport: self.transport,
             grace: self.grace,
         }));
@@ -139,7 +142,8 @@ pub(crate) fn client_without_nic(bench: &Bench, key: &StickKey) -> Result<VmBuil
 fn machine(bench: &Bench, name: &str, handover: &[u8]) -> VmBuilder {
     let ramdisk = bench.kit.ramdisk();
     let cmdline = ramdisk_cmdline(&CONSOLE.join(" "));
-    let words: Vec<&str> = cmdline.split(' ').collect();
+    // For [`stiefel_tests::Vm::sysrq`].
+    let words: Vec<&str> = cmdline.split(' ').chain(["sysrq_always_enabled=1"]).collect();
     tiny(
         name,
         &ramdisk.join("kernel"),
