@@ -78,6 +78,8 @@ mod tests {
             name: format!("eth{index}"),
             mac: [2, 0, 0, 0, 0, 1],
             permanent_mac: None,
+            mtu: 1500,
+            max_mtu: None,
             up: true,
             carrier,
             kind: None,
