@@ -125,22 +125,14 @@ impl Session {
     }
 }
 
-/// Everything that can happen to the link, one after the other: on the default way; with `--full` on all.
-pub(crate) fn link_faults(bench: &Bench) -> Result<(), Failure> {
-    for way in WAYS.into_iter().take(if bench.full { 4 } else { 1 }) {
-        faults(bench, way).map_err(|error| format!("{way:?}: {error}"))?;
-    }
-    Ok(())
-}
-
-fn faults(bench: &Bench, way: Way) -> Result<(), Failure> {
+/// Everything that can happen to the link, one after the other.
+pub(crate) fn link_faults(bench: &Bench, way: Way) -> Result<(), Failure> {
     let session = Session::begin(machines(bench, way, "", networkd())?)?;
     let (laptop, desktop, wire) = (&session.laptop, &session.desktop, &session.machines.wire);
-    let lengths: &[u64] = if bench.full { &[20, 120] } else { &[20] };
-    for seconds in lengths {
+    for seconds in [20, 120] {
         desktop.set_link("cable", false)?;
         wire.set_cut(true)?;
-        sleep(Duration::from_secs(*seconds));
+        sleep(Duration::from_secs(seconds));
         wire.set_cut(false)?;
         desktop.set_link("cable", true)?;
         session.load_goes_on(&format!("after the cable was out for {seconds} s"))?;
@@ -212,14 +204,7 @@ pub(crate) fn desktop_comes_and_goes(bench: &Bench) -> Result<(), Failure> {
 
 /// The laptop is reset in the middle of the session: it boots its own system and writes. The desktop says that its session is
 /// over and ends; nothing that it still had to write appears on the disk.
-pub(crate) fn laptop_reset(bench: &Bench) -> Result<(), Failure> {
-    for way in WAYS.into_iter().take(if bench.full { 4 } else { 1 }) {
-        reset(bench, way).map_err(|error| format!("{way:?}: {error}"))?;
-    }
-    Ok(())
-}
-
-fn reset(bench: &Bench, way: Way) -> Result<(), Failure> {
+pub(crate) fn laptop_reset(bench: &Bench, way: Way) -> Result<(), Failure> {
     let machines = machines(bench, way, "session: {grace: 30s}\n", Vec::new())?;
     let session = Session::begin(machines)?;
     let (laptop, desktop) = (&session.laptop, &session.desktop);

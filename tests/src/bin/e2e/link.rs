@@ -174,66 +174,48 @@ fn payload(bench: &Bench) -> Result<Vec<(Part, Vec<u8>)>, Failure> {
     ])
 }
 
-/// The short run has the two transports in the tunnel; `--full` all ways.
-fn ways(bench: &Bench) -> Vec<Way> {
-    WAYS.into_iter().take(if bench.full { 4 } else { 2 }).collect()
-}
-
-/// The cable is out for 20 s; with `--full` also for 2 min, longer than the kernel waits for an answer, and for 10 min.
-pub(crate) fn cable_out(bench: &Bench) -> Result<(), Failure> {
-    let long: &[u64] = if bench.full { &[20, 120, 600] } else { &[20] };
-    for way in ways(bench) {
-        for seconds in long {
-            let pair = Pair::writing(bench, way)?;
-            pair.wire.set_cut(true)?;
-            sleep(Duration::from_secs(*seconds));
-            pair.wire.set_cut(false)?;
-            pair.all_is_written()
-                .map_err(|error| format!("{way:?}, {seconds} s: {error}"))?;
-        }
-    }
-    Ok(())
+/// The cable is out for so many seconds.
+pub(crate) fn cable_out(bench: &Bench, way: Way, seconds: u64) -> Result<(), Failure> {
+    let pair = Pair::writing(bench, way)?;
+    pair.wire.set_cut(true)?;
+    sleep(Duration::from_secs(seconds));
+    pair.wire.set_cut(false)?;
+    pair.all_is_written()
 }
 
 /// The desktop's adapter is pulled out and plugged in again: it has another interface index then.
-pub(crate) fn desktop_replug(bench: &Bench) -> Result<(), Failure> {
-    for way in ways(bench) {
-        let pair = Pair::writing(bench, way)?;
-        pair.desktop.unplug_usb_nic("cable")?;
-        // The adapter is there before the cable is: longer than the keeper waits at a time.
-        pair.wire.set_cut(true)?;
-        pair.desktop.plug_usb_nic("cable", &pair.wire.b(), DESKTOP_MAC)?;
-        sleep(Duration::from_secs(15));
-        pair.wire.set_cut(false)?;
-        pair.all_is_written().map_err(|error| format!("{way:?}: {error}"))?;
-    }
-    Ok(())
+pub(crate) fn desktop_replug(bench: &Bench, way: Way) -> Result<(), Failure> {
+    let pair = Pair::writing(bench, way)?;
+    pair.desktop.unplug_usb_nic("cable")?;
+    // The adapter is there before the cable is: longer than the keeper waits at a time.
+    pair.wire.set_cut(true)?;
+    pair.desktop.plug_usb_nic("cable", &pair.wire.b(), DESKTOP_MAC)?;
+    sleep(Duration::from_secs(15));
+    pair.wire.set_cut(false)?;
+    pair.all_is_written()
 }
 
 /// The laptop's adapter is.
-pub(crate) fn laptop_replug(bench: &Bench) -> Result<(), Failure> {
-    for way in ways(bench) {
-        let pair = Pair::writing(bench, way)?;
-        pair.laptop.unplug_usb_nic("cable")?;
-        sleep(Duration::from_secs(5));
-        pair.laptop.plug_usb_nic("cable", &pair.wire.a(), LAPTOP_MAC)?;
-        pair.all_is_written().map_err(|error| format!("{way:?}: {error}"))?;
-    }
-    Ok(())
+pub(crate) fn laptop_replug(bench: &Bench, way: Way) -> Result<(), Failure> {
+    let pair = Pair::writing(bench, way)?;
+    pair.laptop.unplug_usb_nic("cable")?;
+    sleep(Duration::from_secs(5));
+    pair.laptop.plug_usb_nic("cable", &pair.wire.a(), LAPTOP_MAC)?;
+    pair.all_is_written()
 }
 
 /// The desktop's clock is set back and forward by half a day while it writes: WireGuard's handshakes carry its time.
-pub(crate) fn clock_step(bench: &Bench) -> Result<(), Failure> {
+pub(crate) fn clock_step(bench: &Bench, way: Way) -> Result<(), Failure> {
     for hours in [-12, 12] {
         let plan = Plan {
             words: format!("{CLOCK_WORD}{hours}"),
-            ..Plan::of(WAYS[0])
+            ..Plan::of(way)
         };
         let pair = Pair::with(bench, &plan)?;
         pair.desktop
             .serial()
             .expect("load: clock stepped", Duration::from_secs(60))?;
-        // Twice as long as WireGuard uses one pair of keys: the load must have gone on through a handshake.
+        // Longer than WireGuard uses one pair of keys: the link must have gone on through a handshake.
         let begun = Instant::now();
         pair.desktop.serial().expect("load: done", Duration::from_secs(120))?;
         sleep(Duration::from_secs(240).saturating_sub(begun.elapsed()));
@@ -301,17 +283,15 @@ pub(crate) fn packets(bench: &Bench) -> Result<(), Failure> {
 }
 
 /// Who records the traffic finds nothing of the disk in it with the tunnel; without, the same search finds it.
-pub(crate) fn recorded(bench: &Bench) -> Result<(), Failure> {
-    for way in WAYS {
-        let found = way.1 == Encryption::None;
-        let pair = Pair::writing(bench, way)?;
-        pair.desktop
-            .serial()
-            .expect(re("load: wrote 8"), Duration::from_secs(60))?;
-        if pair.wire.carried(&pattern(6, 0)[..64])? != found {
-            let what = if found { "is not" } else { "is" };
-            return Err(format!("what was written to the disk {what} in the recorded traffic ({way:?})").into());
-        }
+pub(crate) fn recorded(bench: &Bench, way: Way) -> Result<(), Failure> {
+    let found = way.1 == Encryption::None;
+    let pair = Pair::writing(bench, way)?;
+    pair.desktop
+        .serial()
+        .expect(re("load: wrote 8"), Duration::from_secs(60))?;
+    if pair.wire.carried(&pattern(6, 0)[..64])? != found {
+        let what = if found { "is not" } else { "is" };
+        return Err(format!("what was written to the disk {what} in the recorded traffic").into());
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! The end-to-end tests: stiefel in virtual machines, as its users run it.
 //!
-//! `e2e --program FILE [--full] [--list] [NAME …]` runs the tests whose names contain one of the given words, or all. Each prints
-//! one line; the last line counts them. Exit status 1 if one failed, 2 if none could be run or a signal came. Serial logs
+//! `e2e --program FILE [--full] [--resume] [--list] [NAME …]` runs the tests whose names contain one of the given words, or all;
+//! long ones only with `--full` or by name. With `--resume` those are left out that have passed with the same two programs.
+//! Each prints one line; the last line counts them. Exit status 1 if one failed, 2 if none could be run or a signal came. Serial logs
 //! stay in the harness's log folder.
 
 mod endure;
@@ -11,10 +12,13 @@ mod journey;
 mod link;
 mod tiny;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use link::{WAYS, Way};
 use stiefel_tests::kit::Kit;
 use stiefel_tests::scenario::Failure;
 use stiefel_tests::tools::{self, Job};
@@ -25,103 +29,121 @@ struct Bench {
     kit: Kit,
     /// The program under test.
     program: PathBuf,
-    /// Whether the long matrices run, too.
-    full: bool,
 }
 
 struct Test {
-    name: &'static str,
-    run: fn(&Bench) -> Result<(), Failure>,
+    name: String,
+    /// Only with `--full`.
+    long: bool,
+    run: Box<Run>,
 }
 
-const TESTS: &[Test] = &[
-    Test {
-        name: "ramdisk_of_debians_kernel_is_small_and_has_all_drivers",
-        run: image::ramdisk,
-    },
-    Test {
-        name: "overlay_of_debians_kernel_has_all_that_reaches_the_laptop",
-        run: image::session_overlay,
-    },
-    Test {
-        name: "plug_boots_the_desktop_and_power_off_brings_the_laptop_home",
-        run: journey::plug,
-    },
-    Test {
-        name: "wake_boots_the_desktop_without_a_plug",
-        run: journey::wake,
-    },
-    Test {
-        name: "everything_that_happens_to_the_link_leaves_debians_root_whole",
-        run: endure::link_faults,
-    },
-    Test {
-        name: "desktop_reboots_is_reset_and_powers_off_without_its_laptop",
-        run: endure::desktop_comes_and_goes,
-    },
-    Test {
-        name: "laptop_reset_in_mid_session_ends_the_desktop_and_nothing_is_written_later",
-        run: endure::laptop_reset,
-    },
-    Test {
-        name: "wrong_key_finds_nothing_and_changes_nothing",
-        run: faults::wrong_key,
-    },
-    Test {
-        name: "altered_bundle_is_refused_and_fetched_anew",
-        run: faults::altered_bundle,
-    },
-    Test {
-        name: "server_killed_during_the_fetch_is_said_and_searched_again",
-        run: faults::server_killed,
-    },
-    Test {
-        name: "cable_out_under_load_loses_nothing",
-        run: link::cable_out,
-    },
-    Test {
-        name: "adapter_of_the_desktop_replugged_under_load_loses_nothing",
-        run: link::desktop_replug,
-    },
-    Test {
-        name: "adapter_of_the_laptop_replugged_under_load_loses_nothing",
-        run: link::laptop_replug,
-    },
-    Test {
-        name: "clock_stepped_by_half_a_day_under_load_stops_nothing",
-        run: link::clock_step,
-    },
-    Test {
-        name: "system_without_ipv6_has_the_link_all_the_same",
-        run: link::without_ipv6,
-    },
-    Test {
-        name: "nic_stays_the_systems_in_a_lan_and_is_hidden_on_a_cable_of_its_own",
-        run: link::lan,
-    },
-    Test {
-        name: "packets_are_large_where_the_whole_way_carries_them",
-        run: link::packets,
-    },
-    Test {
-        name: "recorded_traffic_shows_nothing_of_the_disk_inside_the_tunnel",
-        run: link::recorded,
-    },
-    Test {
-        name: "absent_disk_is_said_and_the_laptop_goes_home",
-        run: faults::absent_disk,
-    },
-    Test {
-        name: "ramdisk_reaches_its_role_in_256_mib",
-        run: faults::small_memory,
-    },
-];
+/// What a test does.
+type Run = dyn Fn(&Bench) -> Result<(), Failure>;
+
+#[derive(Default)]
+struct Tests(Vec<Test>);
+
+impl Tests {
+    fn add(&mut self, name: &str, run: impl Fn(&Bench) -> Result<(), Failure> + 'static) {
+        self.0.push(Test {
+            name: name.to_owned(),
+            long: false,
+            run: Box::new(run),
+        });
+    }
+
+    /// A test for each way that the disk may travel; the first `short` of them in every run.
+    fn ways(&mut self, name: &str, short: usize, run: fn(&Bench, Way) -> Result<(), Failure>) {
+        for (number, way) in WAYS.into_iter().enumerate() {
+            let (transport, encryption) = (format!("{:?}", way.0), format!("{:?}", way.1));
+            self.0.push(Test {
+                name: format!("{name} ({}, {})", transport.to_lowercase(), encryption.to_lowercase()),
+                long: number >= short,
+                run: Box::new(move |bench| run(bench, way)),
+            });
+        }
+    }
+}
+
+fn tests() -> Vec<Test> {
+    let mut tests = Tests::default();
+    tests.add("ramdisk_of_debians_kernel_is_small_and_has_all_drivers", image::ramdisk);
+    tests.add(
+        "overlay_of_debians_kernel_has_all_that_reaches_the_laptop",
+        image::session_overlay,
+    );
+    tests.add(
+        "plug_boots_the_desktop_and_power_off_brings_the_laptop_home",
+        journey::plug,
+    );
+    tests.add("wake_boots_the_desktop_without_a_plug", journey::wake);
+    tests.ways(
+        "everything_that_happens_to_the_link_leaves_debians_root_whole",
+        1,
+        endure::link_faults,
+    );
+    tests.add(
+        "desktop_reboots_is_reset_and_powers_off_without_its_laptop",
+        endure::desktop_comes_and_goes,
+    );
+    tests.ways(
+        "laptop_reset_in_mid_session_ends_the_desktop_and_nothing_is_written_later",
+        1,
+        endure::laptop_reset,
+    );
+    tests.add("wrong_key_finds_nothing_and_changes_nothing", faults::wrong_key);
+    tests.add("altered_bundle_is_refused_and_fetched_anew", faults::altered_bundle);
+    tests.add(
+        "server_killed_during_the_fetch_is_said_and_searched_again",
+        faults::server_killed,
+    );
+    tests.ways("cable_out_for_20_s_under_load_loses_nothing", 2, |bench, way| {
+        link::cable_out(bench, way, 20)
+    });
+    tests.ways("cable_out_for_120_s_under_load_loses_nothing", 0, |bench, way| {
+        link::cable_out(bench, way, 120)
+    });
+    tests.ways("cable_out_for_10_min_under_load_loses_nothing", 0, |bench, way| {
+        link::cable_out(bench, way, 600)
+    });
+    tests.ways(
+        "adapter_of_the_desktop_replugged_under_load_loses_nothing",
+        2,
+        link::desktop_replug,
+    );
+    tests.ways(
+        "adapter_of_the_laptop_replugged_under_load_loses_nothing",
+        1,
+        link::laptop_replug,
+    );
+    tests.ways(
+        "clock_stepped_by_half_a_day_under_load_stops_nothing",
+        0,
+        link::clock_step,
+    );
+    tests.add("system_without_ipv6_has_the_link_all_the_same", link::without_ipv6);
+    tests.add(
+        "nic_stays_the_systems_in_a_lan_and_is_hidden_on_a_cable_of_its_own",
+        link::lan,
+    );
+    tests.add("packets_are_large_where_the_whole_way_carries_them", link::packets);
+    tests.ways(
+        "recorded_traffic_shows_nothing_of_the_disk_inside_the_tunnel_and_all_without",
+        4,
+        link::recorded,
+    );
+    tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
+    tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
+    tests.0
+}
 
 struct Arguments {
     program: PathBuf,
     words: Vec<String>,
     list: bool,
     full: bool,
+    resume: bool,
 }
 
 fn arguments() -> Result<Arguments, Failure> {
@@ -130,6 +152,7 @@ fn arguments() -> Result<Arguments, Failure> {
         words: Vec::new(),
         list: false,
         full: false,
+        resume: false,
     };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -137,9 +160,12 @@ fn arguments() -> Result<Arguments, Failure> {
             "--program" => parsed.program = args.next().ok_or("--program wants a file")?.into(),
             "--list" => parsed.list = true,
             "--full" => parsed.full = true,
+            "--resume" => parsed.resume = true,
             word if !word.starts_with('-') => parsed.words.push(word.to_owned()),
             other => {
-                return Err(format!("{other} is not known; accepted: --program FILE, --full, --list, names").into());
+                return Err(
+                    format!("{other} is not known; accepted: --program FILE, --full, --resume, --list, names").into(),
+                );
             }
         }
     }
@@ -175,11 +201,11 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 
 fn run() -> Result<bool, Failure> {
     let arguments = arguments()?;
-    let chosen: Vec<&Test> = TESTS
+    let tests = tests();
+    let named = |test: &Test| arguments.words.iter().any(|word| test.name.contains(word.as_str()));
+    let chosen: Vec<&Test> = tests
         .iter()
-        .filter(|test| {
-            arguments.words.is_empty() || arguments.words.iter().any(|word| test.name.contains(word.as_str()))
-        })
+        .filter(|test| named(test) || (arguments.words.is_empty() && (arguments.full || !test.long)))
         .collect();
     if arguments.list {
         chosen.iter().for_each(|test| println!("{}", test.name));
@@ -201,7 +227,6 @@ fn run() -> Result<bool, Failure> {
     );
     let begun = Instant::now();
     let bench = Bench {
-        full: arguments.full,
         kit: Kit::prepare(&arguments.program, None)?,
         program: arguments.program,
     };
@@ -209,20 +234,60 @@ fn run() -> Result<bool, Failure> {
         "prepared in {:.0} s: installed system, ramdisk, key",
         begun.elapsed().as_secs_f64()
     );
-    let mut failed = 0;
+    let passed = Passed::open(&bench.program)?;
+    let (mut failed, mut before) = (0, 0);
     for test in &chosen {
+        if arguments.resume && passed.has(&test.name)? {
+            before += 1;
+            continue;
+        }
         let begun = Instant::now();
         let result = (test.run)(&bench);
         stop::check()?;
         let seconds = begun.elapsed().as_secs_f64();
         match result {
-            Ok(()) => println!("ok      {} ({seconds:.0} s)", test.name),
+            Ok(()) => {
+                passed.add(&test.name)?;
+                println!("ok      {} ({seconds:.0} s)", test.name);
+            }
             Err(failure) => {
                 failed += 1;
                 println!("FAILED  {} ({seconds:.0} s)\n{}", test.name, chain(&*failure));
             }
         }
     }
-    println!("{} passed, {failed} failed", chosen.len() - failed);
+    println!("{} passed, {failed} failed", chosen.len() - failed - before);
+    if before > 0 {
+        println!("{before} had passed before with the same programs");
+    }
+    let left_out = tests.iter().filter(|test| test.long && !arguments.full).count();
+    if arguments.words.is_empty() && left_out > 0 {
+        println!("{left_out} long tests were left out; --full runs them, too");
+    }
     Ok(failed == 0)
+}
+
+/// The tests that have passed with these very programs.
+struct Passed(PathBuf);
+
+impl Passed {
+    fn open(program: &std::path::Path) -> Result<Self, Failure> {
+        let mut hasher = DefaultHasher::new();
+        for program in [program, &std::env::current_exe()?] {
+            std::fs::read(program)?.hash(&mut hasher);
+        }
+        Ok(Self(cache::dir()?.join(format!("passed-{:016x}", hasher.finish()))))
+    }
+
+    fn has(&self, name: &str) -> Result<bool, Failure> {
+        match std::fs::read_to_string(&self.0) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            text => Ok(text?.lines().any(|line| line == name)),
+        }
+    }
+
+    fn add(&self, name: &str) -> Result<(), Failure> {
+        let mut file = std::fs::File::options().append(true).create(true).open(&self.0)?;
+        Ok(writeln!(file, "{name}")?)
+    }
 }
