@@ -1,23 +1,26 @@
 //! The last program of a desktop's session: systemd pivots to `/run/initramfs` and runs this as PID 1.
 //!
-//! The kernel still has the link and the disk. What is left to do, in this order: unmount the old root, so that the file
-//! systems on the laptop's disk are clean; flush; let go of the disk; tell the laptop which way the desktop goes, so that
-//! it can go home; end the machine. Every step is bounded in time: a laptop that has gone must not keep the desktop from
-//! switching off.
+//! The kernel still has the link and the disk; systemd has taken down all but the root file system and what that stands on.
+//! What is left to do, in this order: unmount the old root, so that the file systems on the laptop's disk are clean, and
+//! take its volumes down; at a reboot, see whether the laptop boots something else by now (`anew`); flush; let go of
+//! the disk; tell the laptop which way the desktop goes, so that it can go home; end the machine. Every step is bounded in
+//! time: a laptop that has gone must not keep the desktop from switching off.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::Context;
 use stiefel_shared::bundle::{AttachSession, Goodbye};
+use stiefel_shared::handover::BootFolder;
 use stiefel_sys::console::Console;
 use stiefel_sys::power::{self, Power};
+use stiefel_sys::stack::{self, Stays};
 use stiefel_sys::{block, mount};
 
-use crate::{attach, control, disk};
+use crate::{anew, attach, control, disk};
 
 /// Where systemd puts what was the root.
 const OLD_ROOT: &str = "/oldroot";
@@ -25,6 +28,11 @@ const OLD_ROOT: &str = "/oldroot";
 const UNMOUNT: Duration = Duration::from_mins(10);
 /// For each step that is only a message or a command to the kernel.
 const STEP: Duration = Duration::from_secs(20);
+
+/// For a look at what the laptop boots, twice.
+const LOOK: Duration = Duration::from_mins(1);
+/// Where partitions are mounted for it; made beforehand, in case our own root is read-only by then.
+pub(crate) const LOOK_AT: &str = "boot";
 
 /// How long the screen shows what failed.
 const READ: Duration = Duration::from_secs(15);
@@ -34,16 +42,29 @@ pub fn run() -> ! {
     let console: Arc<Console> = Arc::new(Console::open(Path::new("/dev"), Path::new("/proc")));
     let verb = std::env::args().nth(1).unwrap_or_default();
     let (way, power) = direction(&verb);
-    let unmounted = {
-        let console = Arc::clone(&console);
-        bounded(UNMOUNT, move || unmount_old_root(&console))
+    let session = attach::session_at(Path::new("/session.json")).map(Arc::new);
+    let known = session.as_ref().ok();
+    // While the root file system is there; the others are gone.
+    let in_root = known
+        .filter(|_| way == Goodbye::Reboot)
+        .map(|session| look(session, |session| anew::in_root(folders(session)?, Path::new(OLD_ROOT))));
+    let cleared = {
+        let (console, session) = (Arc::clone(&console), known.cloned());
+        bounded(UNMOUNT, move || clear(&console, session.as_deref()))
     };
-    let unmounted = report(&console, "unmount the old root", unmounted);
-    let clean = match attach::session_at(Path::new("/session.json")) {
-        Ok(session) => [unmounted, part(&console, session, way)],
+    let cleared = report(&console, "unmount the old root and take its volumes down", cleared);
+    let clean = match session {
+        Ok(session) => {
+            let way = if in_root.is_some_and(|seen| has_changed(&console, &session, seen)) {
+                Goodbye::RebootAnew
+            } else {
+                way
+            };
+            [cleared, part(&console, &session, way)]
+        }
         Err(error) => {
             console.error(&format!("the laptop cannot be told: {error:#}"));
-            [unmounted, false]
+            [cleared, false]
         }
     };
     if clean.contains(&false) {
@@ -58,10 +79,9 @@ pub fn run() -> ! {
 }
 
 /// Lets go of the disk and tells the laptop; whether all went well.
-fn part(console: &Console, session: AttachSession, way: Goodbye) -> bool {
-    let session = Arc::new(session);
+fn part(console: &Console, session: &Arc<AttachSession>, way: Goodbye) -> bool {
     let step = |what, limit, work: fn(&AttachSession, Goodbye) -> anyhow::Result<()>| {
-        let session = Arc::clone(&session);
+        let session = Arc::clone(session);
         report(console, what, bounded(limit, move || work(&session, way)))
     };
     let done = [
@@ -85,8 +105,42 @@ fn direction(verb: &str) -> (Goodbye, Power) {
     }
 }
 
+/// What the laptop boots from.
+fn folders(session: &AttachSession) -> anyhow::Result<&[BootFolder]> {
+    let folders = session.boot.as_deref();
+    folders.context("not all of what the laptop boots from can be seen from here")
+}
+
+/// Looks at what the laptop boots, but not for ever.
+fn look(session: &Arc<AttachSession>, work: fn(&AttachSession) -> anyhow::Result<bool>) -> anyhow::Result<bool> {
+    let session = Arc::clone(session);
+    bounded(LOOK, move || work(&session))
+}
+
+/// Whether the laptop has to collect anew; if that cannot be seen, it does. `in_root` is what was seen in the old root.
+fn has_changed(console: &Console, session: &Arc<AttachSession>, in_root: anyhow::Result<bool>) -> bool {
+    let seen = match in_root {
+        Ok(false) => look(session, |session| {
+            let device = Path::new("/dev").join(disk::device(session, Path::new("/sys"))?);
+            anew::on_partitions(folders(session)?, &device, &Path::new("/").join(LOOK_AT))
+        }),
+        known => known,
+    };
+    match &seen {
+        Ok(false) => {}
+        Ok(true) => console.info("the kernel or its initrd was changed: the laptop goes home first to take the new one"),
+        Err(error) => console.warn(&format!(
+            "it cannot be seen whether the kernel was changed ({error:#}); the laptop goes home first to take what is there"
+        )),
+    }
+    seen.unwrap_or(true)
+}
+
 /// Runs a step on a thread and waits for it, but not for ever.
-fn bounded(limit: Duration, step: impl FnOnce() -> anyhow::Result<()> + Send + 'static) -> anyhow::Result<()> {
+fn bounded<T: Send + 'static>(
+    limit: Duration,
+    step: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
     let (done, result) = mpsc::channel();
     std::thread::Builder::new().spawn(move || {
         // Nobody listens any more once the time is over.
@@ -106,30 +160,45 @@ fn report(console: &Console, what: &str, result: anyhow::Result<()>) -> bool {
     result.is_ok()
 }
 
-/// Unmounts everything below the old root, deepest first; what is busy is left read-only by systemd already.
-fn unmount_old_root(console: &Console) -> anyhow::Result<()> {
-    // One unmount may free another (a loop device's file, an overlay's layers), so go round until nothing changes.
+/// Unmounts everything below the old root, and takes down what stands on the laptop's disk.
+fn clear(console: &Console, session: Option<&AttachSession>) -> anyhow::Result<()> {
+    let sysfs = Path::new("/sys");
+    let disk = session.and_then(|session| disk::device(session, sysfs).ok());
+    // One thing may free another (a volume a loop device's file, that one a file system, an overlay its layers), so go round
+    // until nothing changes.
+    let mut before = usize::MAX;
     loop {
-        let mut entries = mount::read_mountinfo(Path::new("/proc"))?;
-        entries.retain(|entry| entry.mount_point.starts_with(OLD_ROOT));
-        if entries.is_empty() {
+        let mut stay = unmount_old_root()?;
+        if let Some(disk) = &disk {
+            let volumes = stack::take_down(sysfs, Path::new("/proc"), Path::new("/dev"), disk);
+            let volumes = volumes.context("cannot see which volumes there are")?;
+            stay.extend(volumes.iter().map(Stays::to_string));
+        }
+        if stay.is_empty() {
             return Ok(());
         }
-        mount::deepest_first(&mut entries);
-        let mut errors: Vec<(PathBuf, String)> = Vec::new();
-        let before = entries.len();
-        for entry in entries {
-            if let Err(error) = mount::unmount(&entry.mount_point, false) {
-                errors.push((entry.mount_point, error.to_string()));
+        if stay.len() >= before {
+            for what in &stay {
+                console.warn(what);
             }
+            anyhow::bail!("{} file systems and volumes are still in use", stay.len());
         }
-        if errors.len() == before {
-            for (path, error) in &errors {
-                console.warn(&format!("{}: {error}", path.display()));
-            }
-            anyhow::bail!("{} file systems are still in use", errors.len());
-        }
+        before = stay.len();
     }
+}
+
+/// Unmounts everything below the old root once, deepest first; what is busy is left read-only by systemd already, and told.
+fn unmount_old_root() -> anyhow::Result<Vec<String>> {
+    let mut entries = mount::read_mountinfo(Path::new("/proc"))?;
+    entries.retain(|entry| entry.mount_point.starts_with(OLD_ROOT));
+    mount::deepest_first(&mut entries);
+    Ok(entries
+        .into_iter()
+        .filter_map(|entry| {
+            let error = mount::unmount(&entry.mount_point, false).err()?;
+            Some(format!("{:#}", anyhow::Error::new(error)))
+        })
+        .collect())
 }
 
 /// Writes back what the kernel still holds for the disk; the server answers only when it is on the medium.

@@ -14,6 +14,7 @@ use stiefel_shared::config::Mac;
 use stiefel_shared::handover::{LinkMode, SecretBytes};
 use stiefel_sys::mount::{self, MountFlags};
 
+use crate::goodbye;
 use crate::link::{NIC, TUNNEL};
 
 /// A guard that could not be written.
@@ -58,12 +59,14 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
             ),
         ),
         (RUNNING_UNIT, running_unit()),
-        // Their shutdown programs would take the place of ours, which does their job, too.
+        // Their shutdown programs (dracut's, mkinitcpio's, Ubuntu's finalrd) would take the place of ours, which does their
+        // job, too. An empty unit file is a masked one: systemd.unit(5).
         ("systemd/system/dracut-shutdown.service", String::new()),
         (
             "systemd/system/mkinitcpio-generate-shutdown-ramfs.service",
             String::new(),
         ),
+        ("systemd/system/finalrd.service", String::new()),
     ];
     if session.link.mode == LinkMode::Dedicated {
         files.push((
@@ -189,6 +192,7 @@ pub(crate) fn put_shutdown_program(run: &Path, program: &File, session: &SecretB
     };
     mount::make_dir_all(&dir.join("bin"), 0o755)?;
     create("bin/sh", 0o755)?;
+    mount::make_dir_all(&dir.join(goodbye::LOOK_AT), 0o700)?;
     create("session.json", 0o600)?.write_all(&session.0)?;
     let mut source = program.try_clone()?;
     source.rewind()?;
@@ -230,6 +234,7 @@ mod tests {
             },
             control: ControlKey([0x5a; 32]),
             session: "name".to_owned(),
+            boot: None,
         }
     }
 
@@ -258,11 +263,25 @@ mod tests {
     }
 
     #[test]
+    fn other_shutdown_programs_are_masked_by_empty_units() {
+        let run = tempfile::tempdir().unwrap();
+        write(run.path(), &session(), "nbd0");
+        for unit in [
+            "dracut-shutdown.service",
+            "mkinitcpio-generate-shutdown-ramfs.service",
+            "finalrd.service",
+        ] {
+            let unit = run.path().join("systemd/system").join(unit);
+            assert_eq!(unit.metadata().unwrap().len(), 0, "{}", unit.display());
+        }
+    }
+
+    #[test]
     fn a_guard_that_cannot_be_written_is_reported_and_the_others_are_written() {
         let run = tempfile::tempdir().unwrap();
         std::fs::write(run.path().join("systemd"), b"a file in the way").unwrap();
         let failed = write(run.path(), &session(), "nbd0");
-        assert_eq!(failed.len(), 7);
+        assert_eq!(failed.len(), 8);
         assert!(run.path().join("udev/rules.d/61-stiefel.rules").exists());
     }
 }

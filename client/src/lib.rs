@@ -2,6 +2,7 @@
 //!
 //! Counterpart: the crate `stiefel-server`, which this one never imports.
 
+mod anew;
 pub mod attach;
 pub mod control;
 pub mod discovery;

@@ -226,6 +226,7 @@ fn append_session(initrd: &mut File, manifest: &Manifest, found: &Found) -> anyh
         link: manifest.link.clone(),
         control: manifest.control.clone(),
         session: manifest.session.clone(),
+        boot: manifest.payload.boot.clone(),
     };
     let json = secret_json(&session)?;
     let program = std::fs::read("/init").context("cannot read our own program")?;

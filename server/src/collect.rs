@@ -4,6 +4,7 @@
 //! Counterpart: `init`, which reads the handover. Specification: design.md, "The way of a boot" 2 and 4.
 //! Nothing of it is written to a disk: the image is a file in memory, for the kernel alone.
 
+mod boot;
 mod image;
 mod keys;
 
@@ -15,7 +16,7 @@ use stiefel_initrd_builder::modules::{ModuleTree, ModulesError};
 use stiefel_initrd_builder::overlay::OverlayError;
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, ManifestError, RAMDISK};
 use stiefel_shared::config::{Auto, Config};
-use stiefel_shared::handover::{DiskIdentity, DiskTransport, Encryption, HandoverError, Part};
+use stiefel_shared::handover::{BootFolder, DiskIdentity, DiskTransport, Encryption, HandoverError, Part};
 use stiefel_shared::key::{KeyError, StickKey};
 use stiefel_sys::block::{self, BlockError, Disk};
 
@@ -196,6 +197,8 @@ pub struct Collected {
     pub identity: DiskIdentity,
     /// What the desktop boots.
     pub payload: FoundPayload,
+    /// Where the laptop boots from; `None` if the desktop cannot see whether it was changed.
+    pub boot: Option<Vec<BootFolder>>,
     /// What happens afterwards, and what the command line says about swap space.
     pub session: stiefel_shared::config::Session,
     /// How the machines are connected.
@@ -239,6 +242,7 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         keys,
         hostname: hostname(&tree),
         identity: identity(&tree, &disk)?,
+        boot: boot::folders(&tree, &disk.name, &payload),
         disk: disk.path,
         memory: memory(&tree),
         zstd: unpacks_zstd(&tree, &payload.version),

@@ -155,6 +155,11 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
 const fn after_goodbye(goodbye: Goodbye, after: After) -> (&'static str, Option<End>) {
     match (goodbye, after) {
         (Goodbye::Reboot, _) => ("the desktop reboots; serving on", None),
+        (Goodbye::RebootAnew, _) => (
+            "the desktop reboots, and its kernel or initrd was changed; the laptop goes home to collect it and can be woken \
+             there",
+            Some(End::Restart),
+        ),
         (Goodbye::Poweroff, After::Stay) => ("the desktop is off; serving on", None),
         (Goodbye::Poweroff, After::Return) => (
             "the desktop is off; going back to the laptop's own system",
@@ -279,12 +284,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn after_power_off_the_laptop_does_what_is_configured_and_after_reboot_it_serves_on() {
+    fn after_power_off_the_laptop_does_what_is_configured_and_after_reboot_it_serves_on_unless_the_kernel_changed() {
         assert_eq!(after_goodbye(Goodbye::Poweroff, After::Return).1, Some(End::Restart));
         assert_eq!(after_goodbye(Goodbye::Poweroff, After::Poweroff).1, Some(End::PowerOff));
         assert_eq!(after_goodbye(Goodbye::Poweroff, After::Stay).1, None);
         for after in [After::Return, After::Stay, After::Poweroff] {
             assert_eq!(after_goodbye(Goodbye::Reboot, after).1, None);
+            assert_eq!(after_goodbye(Goodbye::RebootAnew, after).1, Some(End::Restart));
         }
     }
 }

@@ -32,6 +32,12 @@ impl Tree {
         self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
+    /// The tree's path of a file that really lies at `path`, with links followed; `None` if it is not in the tree.
+    pub fn inside(&self, path: &Path) -> Option<PathBuf> {
+        let (root, path) = (self.root.canonicalize().ok()?, path.canonicalize().ok()?);
+        Some(Path::new("/").join(path.strip_prefix(root).ok()?))
+    }
+
     pub fn is_file(&self, path: impl AsRef<Path>) -> bool {
         self.path(path).is_file()
     }
@@ -127,7 +133,7 @@ impl Tree {
     }
 
     /// The disk of a partition: the folder above in sysfs.
-    fn parent_of(&self, folder: &str) -> Option<String> {
+    pub fn parent_of(&self, folder: &str) -> Option<String> {
         let real = std::fs::read_link(self.path(folder)).ok()?;
         Some(real.parent()?.file_name()?.to_str()?.to_owned())
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::discovery::MAX_HOSTNAME;
-use crate::handover::{DiskIdentity, LinkMode, Part, Payload};
+use crate::handover::{BootFolder, DiskIdentity, LinkMode, MAX_BOOT_FOLDERS, Part, Payload};
 use crate::seal::SealError;
 
 /// TCP port of the laptop's disk.
@@ -138,6 +138,9 @@ impl Manifest {
         let folder = (1..=128).contains(&version.len()) && !version.contains('/') && ![".", ".."].contains(&version);
         field("kernel version", folder && plain(version))?;
         field("command line", plain(&self.payload.cmdline.replace('\t', " ")))?;
+        let boot = self.payload.boot.as_deref().unwrap_or_default();
+        let sound = boot.len() <= MAX_BOOT_FOLDERS && boot.iter().all(BootFolder::is_sound);
+        field("boot folder", sound)?;
         field(
             "host name",
             self.hostname.len() <= MAX_HOSTNAME && plain(&self.hostname),
@@ -284,6 +287,8 @@ pub struct AttachSession {
     pub control: ControlKey,
     /// The session's public name.
     pub session: String,
+    /// What the laptop boots from, see [`Payload::boot`].
+    pub boot: Option<Vec<BootFolder>>,
 }
 
 /// Which way a desktop goes, told to the laptop in the goodbye.
@@ -294,4 +299,6 @@ pub enum Goodbye {
     Poweroff,
     /// The desktop will be back: serve again.
     Reboot,
+    /// The desktop will be back, and what it is to boot has changed: the laptop goes home for it, and is woken there.
+    RebootAnew,
 }

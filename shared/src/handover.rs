@@ -87,6 +87,39 @@ pub struct Payload {
     pub cmdline: String,
     /// Which parts there are, with their sizes, in the order in which they are sent.
     pub parts: Vec<PartSize>,
+    /// Where the kernel, the initrd and the boot loader's configuration lie, and what was there; `None` if the desktop could
+    /// not see all of it at the end, and has to take it for changed.
+    pub boot: Option<Vec<BootFolder>>,
+}
+
+/// A folder that the laptop boots from, so that the desktop can see whether it was changed (a kernel upgrade).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootFolder {
+    /// Where it is in the laptop's system; of a file system of its own, where that is mounted. Or a single file.
+    pub path: String,
+    /// The partition of the served disk whose file system it is; `None` if it is part of the root file system.
+    pub partition: Option<u32>,
+    /// That file system's type, e.g. `vfat`.
+    pub fstype: String,
+    /// What was in it: `stiefel_sys::fingerprint`, 64 hexadecimal digits.
+    pub fingerprint: String,
+}
+
+/// More folders than this are not looked at.
+pub const MAX_BOOT_FOLDERS: usize = 16;
+
+impl BootFolder {
+    /// Whether it can be what the laptop writes: the desktop mounts and reads what it names.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        let plain = |text: &str| !text.chars().any(char::is_control);
+        let path = self.path.len() <= 1024 && plain(&self.path) && self.path.starts_with('/');
+        let below = !self.path.split('/').any(|part| part == "..");
+        let fstype = (1..=32).contains(&self.fstype.len()) && self.fstype.bytes().all(|byte| byte.is_ascii_graphic());
+        let digits = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        path && below && fstype && self.fingerprint.len() == 64 && self.fingerprint.bytes().all(digits)
+    }
 }
 
 /// The longest command line that x86-64 and arm64 kernels take from kexec, in bytes.
@@ -354,6 +387,7 @@ mod tests {
             version: "6.1".to_owned(),
             cmdline: cmdline.to_owned(),
             parts: Vec::new(),
+            boot: None,
         }
     }
 
@@ -382,6 +416,30 @@ mod tests {
         );
         assert_eq!(insert_word("ro --", "noresume"), "ro noresume --");
         assert_eq!(insert_word("", "noresume"), "noresume");
+    }
+
+    #[test]
+    fn a_boot_folder_names_nothing_that_leads_elsewhere() {
+        let sound = BootFolder {
+            path: "/boot".to_owned(),
+            partition: Some(2),
+            fstype: "ext4".to_owned(),
+            fingerprint: "0a".repeat(32),
+        };
+        assert!(sound.is_sound());
+        let changes: [fn(&mut BootFolder); 6] = [
+            |folder| folder.path = "boot".to_owned(),
+            |folder| folder.path = "/boot/../dev".to_owned(),
+            |folder| folder.path = "/boot\n".to_owned(),
+            |folder| folder.fstype = String::new(),
+            |folder| folder.fingerprint = "0A".repeat(32),
+            |folder| folder.fingerprint.truncate(63),
+        ];
+        for change in changes {
+            let mut folder = sound.clone();
+            change(&mut folder);
+            assert!(!folder.is_sound(), "{folder:?}");
+        }
     }
 
     #[test]

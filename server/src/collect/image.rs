@@ -89,6 +89,7 @@ impl Collected {
                     part(Part::Initrd, initrd.len)?,
                     part(Part::Overlay, overlay.bytes.len() as u64)?,
                 ],
+                boot: self.boot.clone(),
             },
             after: self.session.after,
         })
@@ -256,6 +257,7 @@ mod tests {
                 modules: dir.path().join("modules/6.1.0-test"),
                 reason: String::new(),
             },
+            boot: None,
             session: stiefel_shared::config::Session::default(),
             link: stiefel_shared::config::Link {
                 encryption: Encryption::None,

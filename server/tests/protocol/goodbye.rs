@@ -36,7 +36,7 @@ async fn say(laptop: &Laptop, session: &str, control: &ControlKey, way: Goodbye)
 
 #[tokio::test]
 async fn a_goodbye_is_honoured_once_and_the_laptop_goes_after_its_answer() {
-    for way in [Goodbye::Poweroff, Goodbye::Reboot] {
+    for way in [Goodbye::Poweroff, Goodbye::Reboot, Goodbye::RebootAnew] {
         let (mut laptop, session) = in_session(Plan::default()).await;
         say(&laptop, &session, &laptop.control, way).await.unwrap();
         assert_eq!(laptop.next().await, Seen::Goodbye(way));

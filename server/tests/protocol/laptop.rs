@@ -99,6 +99,7 @@ impl FakeHost {
                 version: "6.1.0".into(),
                 cmdline: "ro".into(),
                 parts: sizes.collect(),
+                boot: None,
             },
             disk: DiskOffer {
                 identity: DiskIdentity::default(),

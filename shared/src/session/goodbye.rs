@@ -76,6 +76,7 @@ impl Farewell {
         let way = match goodbye {
             Goodbye::Poweroff => 1,
             Goodbye::Reboot => 2,
+            Goodbye::RebootAnew => 3,
         };
         let plain = [random.as_slice(), &[way]].concat();
         let body = desktop_key(control)
@@ -129,6 +130,7 @@ impl ReceivedGoodbye {
         let goodbye = match rest {
             [1] => Goodbye::Poweroff,
             [2] => Goodbye::Reboot,
+            [3] => Goodbye::RebootAnew,
             _ => return Err(GoodbyeError::Unverified),
         };
         Ok(Self {

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::bundle::{ControlKey, DiskOffer, Goodbye, LinkOffer, Manifest, ManifestError, Transport};
-use crate::handover::LinkMode;
+use crate::handover::{BootFolder, LinkMode};
 use crate::handover::{DiskIdentity, Part, PartSize, Payload};
 use crate::key;
 use crate::vectors;
@@ -39,6 +39,12 @@ fn manifest(sizes: &[(Part, u64)]) -> Manifest {
             version: "6.1.0".into(),
             cmdline: "root=UUID=1 ro".into(),
             parts: sizes.iter().map(|&(part, size)| PartSize { part, size }).collect(),
+            boot: Some(vec![BootFolder {
+                path: "/boot".into(),
+                partition: Some(2),
+                fstype: "ext4".into(),
+                fingerprint: "0a".repeat(32),
+            }]),
         },
         disk: DiskOffer {
             identity: DiskIdentity {
@@ -167,6 +173,7 @@ fn goodbyes_are_the_pinned_ones() {
     for (name, goodbye, nonce) in [
         ("goodbye_poweroff", Goodbye::Poweroff, 0x50),
         ("goodbye_reboot", Goodbye::Reboot, 0x51),
+        ("goodbye_reboot_anew", Goodbye::RebootAnew, 0x52),
     ] {
         let farewell = Farewell::new_with(&control(), NAME, goodbye, counting(nonce), counting(0x70)).unwrap();
         assert_eq!(farewell.body, vector(name));
@@ -380,7 +387,7 @@ fn a_manifest_is_refused_before_anything_is_allocated_for_it() {
         Err(ManifestError::PartTooLarge { .. })
     ));
     type Spoil = fn(&mut Manifest);
-    let cases: [(&str, Spoil); 9] = [
+    let cases: [(&str, Spoil); 10] = [
         ("size", |m| m.payload.parts[0].size = u64::MAX),
         ("twice", |m| m.payload.parts[1].part = Part::Kernel),
         ("kernel", |m| m.payload.parts.remove(0).size = 0),
@@ -390,6 +397,14 @@ fn a_manifest_is_refused_before_anything_is_allocated_for_it() {
         ("screen", |m| m.hostname = "\x1b[2J".into()),
         ("session", |m| m.session = "../goodbye".into()),
         ("block", |m| m.disk.logical_block_size = 0),
+        ("boot folder", |m| {
+            m.payload.boot = Some(vec![BootFolder {
+                path: "/boot/../x".into(),
+                partition: None,
+                fstype: "ext4".into(),
+                fingerprint: "0a".repeat(32),
+            }])
+        }),
     ];
     for (what, spoil) in cases {
         let mut bad = small();

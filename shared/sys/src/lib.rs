@@ -8,6 +8,7 @@
 pub mod block;
 pub mod console;
 pub mod custody;
+pub mod fingerprint;
 pub mod input;
 pub mod kexec;
 pub mod kmsg;
@@ -22,6 +23,7 @@ pub mod nvmet;
 pub mod power;
 pub mod process;
 mod read;
+pub mod stack;
 pub mod uevent;
 pub mod wipe;
 pub mod wired;

@@ -221,7 +221,7 @@ fn text(field: &[u8]) -> String {
 }
 
 /// Blanks, tabs, newlines and backslashes stand as `\` and three octal digits.
-fn unescape(field: &[u8]) -> Vec<u8> {
+pub(crate) fn unescape(field: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, behind)) = rest.split_first() {

@@ -44,6 +44,7 @@ impl Fixture {
                     part: Part::Kernel,
                     size: 6,
                 }],
+                boot: None,
             },
             after,
             encryption: Encryption::None,
@@ -214,6 +215,7 @@ fn after_the_goodbye_nobody_gets_the_disk_unless_it_stays() {
         (After::Return, Goodbye::Poweroff, false),
         (After::Stay, Goodbye::Poweroff, true),
         (After::Return, Goodbye::Reboot, true),
+        (After::Stay, Goodbye::RebootAnew, false),
     ] {
         let fixture = Fixture::new(after);
         let bundle = fixture.begin("blue", 'a').unwrap();

@@ -97,6 +97,7 @@ impl Server {
                 version: bench.kit.installed().version.clone(),
                 cmdline: format!("{} {}", CONSOLE.join(" "), self.words),
                 parts: sizes.collect(),
+                boot: Some(Vec::new()),
             },
             after: After::Return,
             encryption: self.encryption,
