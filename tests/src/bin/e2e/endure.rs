@@ -107,7 +107,7 @@ impl Session {
         }
         let errors = self
             .desktop
-            .run("dmesg | grep -iE 'I/O error|EXT4-fs (error|warning)|Remounting|blk_update|Buffer'")?;
+            .run("dmesg | grep -iE 'I/O error|EXT4-fs (error|warning)|Remounting|blk_update'")?;
         if errors.status == 0 {
             return Err(format!("the desktop's kernel says {}", errors.output).into());
         }
