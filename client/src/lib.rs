@@ -4,6 +4,7 @@
 
 mod anew;
 pub mod attach;
+mod clash;
 pub mod control;
 pub mod discovery;
 mod disk;

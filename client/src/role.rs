@@ -21,6 +21,7 @@ use stiefel_sys::link;
 use stiefel_sys::{kexec, wired};
 use tokio::sync::mpsc;
 
+use crate::clash;
 use crate::discovery::{self, Event, Found};
 use crate::fetch::{self, Progress};
 
@@ -197,6 +198,8 @@ async fn boot(console: &'static Console, handover: &ClientHandover, found: &Foun
          config.yaml, or write the stick without --encrypted-only",
         manifest.hostname
     );
+    let own = tokio::task::spawn_blocking(clash::own_disks).await??;
+    clash::check(&own, &manifest.claims)?;
     append_session(&mut initrd, &manifest, found)?;
     let cmdline = manifest.payload.desktop_cmdline();
     kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &cmdline)?;

@@ -4,7 +4,7 @@
 //! All reasons are told at once, so that nobody mends them one by one. What cannot be found out is no reason.
 
 mod battery;
-mod hibernation;
+pub(crate) mod hibernation;
 mod inhibitors;
 mod kexec;
 mod link;

@@ -9,6 +9,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 use crate::discovery::MAX_HOSTNAME;
 use crate::handover::{BootFolder, DiskIdentity, LinkMode, MAX_BOOT_FOLDERS, Part, Payload};
 use crate::seal::SealError;
+use crate::superblock::{self, Claim};
 
 /// TCP port of the laptop's disk.
 pub const DISK_PORT: u16 = 61571;
@@ -20,6 +21,10 @@ pub const PULSE_PORT: u16 = 61573;
 pub const NVME_PORT: u16 = 4420;
 /// The largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: usize = 60 * 1024;
+/// What the claims may take of it, in bytes: some three hundred UUIDs.
+const MAX_CLAIMS: usize = 40 * 1024;
+/// The longest name of a disk or partition, in bytes.
+const MAX_DEVICE_NAME: usize = 64;
 
 /// What the laptop sends first.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -33,6 +38,8 @@ pub struct Manifest {
     pub disk: DiskOffer,
     /// The way there.
     pub link: LinkOffer,
+    /// By what the disk and its partitions are found: the desktop's own disks must carry none of it.
+    pub claims: Vec<DeviceClaims>,
     /// The secret of this session.
     pub control: ControlKey,
     /// The session's public name: 128 random bits in hexadecimal digits, also in the URL.
@@ -149,7 +156,45 @@ impl Manifest {
             "session name",
             self.session.parse::<crate::session::SessionName>().is_ok(),
         )?;
+        let shown = |text: &str, limit| (1..=limit).contains(&text.len()) && plain(text);
+        let sound = |device: &DeviceClaims| {
+            let mut claims = device.claims.iter();
+            shown(&device.name, MAX_DEVICE_NAME) && claims.all(|claim| shown(&claim.value, superblock::MAX_VALUE))
+        };
+        field("content of the disk", self.claims.iter().all(sound))?;
         field("block size", [512, 4096].contains(&self.disk.logical_block_size))
+    }
+}
+
+/// By what a disk or one of its partitions is found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceClaims {
+    /// The laptop kernel's name for it, e.g. `nvme0n1p2`: 1 to 64 bytes.
+    pub name: String,
+    /// What it carries.
+    pub claims: Vec<Claim>,
+}
+
+impl DeviceClaims {
+    /// Leaves out from the end what would take too much of the manifest; how many claims that were.
+    pub fn shorten(devices: &mut Vec<Self>) -> usize {
+        let mut room = MAX_CLAIMS;
+        let mut left_out = 0;
+        for device in devices.iter_mut() {
+            // Quotes are escaped, so a text may take twice its length; the field names come on top.
+            room = room.saturating_sub(2 * device.name.len() + 32);
+            let before = device.claims.len();
+            device.claims.retain(|claim| {
+                let size = 2 * claim.value.len() + 48;
+                let fits = size <= room;
+                room = if fits { room - size } else { 0 };
+                fits
+            });
+            left_out += before - device.claims.len();
+        }
+        devices.retain(|device| !device.claims.is_empty());
+        left_out
     }
 }
 

@@ -13,6 +13,7 @@ pub mod kmod;
 pub mod nbd;
 pub mod seal;
 pub mod session;
+pub mod superblock;
 
 #[cfg(test)]
 mod vectors;

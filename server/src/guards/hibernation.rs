@@ -1,25 +1,23 @@
 //! Whether a hibernated system lies on a disk.
 //!
-//! The kernel (kernel/power/swap.c, `HIBERNATE_SIG`) and uswsusp put their signature where swap space has its own: the last
-//! ten bytes of its first page. systemd leaves the place in an EFI variable. All block devices are looked at, for a second
-//! system on the same disk may be the one that sleeps.
+//! It leaves a signature in its swap space ([`superblock`]), and systemd the place in an EFI variable. All block devices are
+//! looked at, for a second system on the same disk may be the one that sleeps. Asked again by the ramdisk before each
+//! session (`role`), of the disk alone.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use stiefel_shared::superblock;
+
 use super::Refusal;
 use crate::tree::Tree;
 
-/// Signatures of swap space that holds a memory image.
-const SIGNATURES: [&[u8]; 4] = [b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001"];
-const SIGNATURE_LEN: usize = 10;
 /// systemd.hibernate-resume: the variable and its vendor.
-const VARIABLE: &str = "/sys/firmware/efi/efivars/HibernateLocation-8cf2644b-4b0b-428f-9387-6d876050dc67";
+pub(crate) const VARIABLE: &str = "/sys/firmware/efi/efivars/HibernateLocation-8cf2644b-4b0b-428f-9387-6d876050dc67";
 /// Devices that hold no swap space of their own.
 const PASSED_OVER: [&str; 5] = ["loop", "ram", "zram", "sr", "fd"];
 
 pub(super) fn check(tree: &Tree) -> Vec<Refusal> {
-    let page = rustix::param::page_size();
     let devices = tree
         .names("/sys/class/block")
         .into_iter()
@@ -27,7 +25,7 @@ pub(super) fn check(tree: &Tree) -> Vec<Refusal> {
         .map(|name| format!("/dev/{}", name.replace('!', "/")));
     let mut places: Vec<_> = devices
         .chain(swap_files(tree))
-        .filter(|path| holds_image(tree, path, page))
+        .filter(|path| holds_image(tree, path))
         .collect();
     if tree.path(VARIABLE).exists() {
         places.push("the place named by the EFI variable HibernateLocation".to_owned());
@@ -59,15 +57,12 @@ fn swap_files(tree: &Tree) -> Vec<String> {
 }
 
 /// What cannot be read (no medium, gone) holds no image that could be resumed.
-fn holds_image(tree: &Tree, path: &str, page: usize) -> bool {
-    let Some(offset) = page.checked_sub(SIGNATURE_LEN) else {
-        return false;
-    };
-    let mut bytes = [0; SIGNATURE_LEN];
-    File::open(tree.path(path))
-        .and_then(|file| file.read_exact_at(&mut bytes, offset as u64))
-        .is_ok()
-        && SIGNATURES.iter().any(|signature| bytes.starts_with(signature))
+fn holds_image(tree: &Tree, path: &str) -> bool {
+    File::open(tree.path(path)).is_ok_and(|file| {
+        let mut read = |offset: u64, bytes: &mut [u8]| file.read_exact_at(bytes, offset);
+        // A block device does not tell its size like a file; reading past its end is refused anyway.
+        superblock::holds_memory_image(&mut read, u64::MAX)
+    })
 }
 
 #[cfg(test)]
@@ -76,9 +71,9 @@ mod tests {
     use super::*;
 
     fn swap(signature: &[u8]) -> Vec<u8> {
-        let mut bytes = vec![0; rustix::param::page_size() - SIGNATURE_LEN];
+        let mut bytes = vec![0; 4096 - 10];
         bytes.extend_from_slice(signature);
-        bytes.resize(rustix::param::page_size() * 2, 0);
+        bytes.resize(8192, 0);
         bytes
     }
 

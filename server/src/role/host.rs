@@ -13,11 +13,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use stiefel_shared::bundle::{ControlKey, DiskOffer, Goodbye, LinkOffer, Manifest};
+use anyhow::{Context, bail, ensure};
+use stiefel_shared::bundle::{ControlKey, DeviceClaims, DiskOffer, Goodbye, LinkOffer, Manifest};
 use stiefel_shared::discovery::LinkEvent;
 use stiefel_shared::handover::ServerHandover;
 use stiefel_shared::session::{MachineId, Pulse, SessionName, Sign};
+use stiefel_sys::block::{Content, Disk};
 use stiefel_sys::console::Console;
 use tokio::sync::mpsc;
 
@@ -336,6 +337,7 @@ impl Inner {
             again.device == disk.device && size(&held)? == handover.disk.size,
             "the disk changed while it was opened; is its plug loose? Start the desktop again"
         );
+        let claims = self.claims(&disk)?;
         let wanted = Wanted {
             peer: request.peer,
             encryption: handover.encryption,
@@ -356,7 +358,7 @@ impl Inner {
             link: Some(link),
         };
         let made = self
-            .bundle(request, offered, offer)
+            .bundle(request, offered, offer, claims)
             .and_then(|bundle| self.write_down(request, &open, &bundle).map(|()| bundle));
         match made {
             Ok(bundle) => Ok((open, bundle)),
@@ -366,6 +368,33 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    /// By what the disk is found, for the desktop to compare with its own.
+    ///
+    /// # Errors
+    /// A hibernated system lies on it: its memory would no longer fit to what the desktop leaves on the disk.
+    fn claims(&self, disk: &Disk) -> anyhow::Result<Vec<DeviceClaims>> {
+        const NEXT: &str = "start the laptop by itself, let that system resume and shut it down fully, then try again";
+        let contents = self.setup.machine.contents(disk);
+        if let Some(content) = contents.iter().find(|content| content.hibernated) {
+            bail!("a hibernated system lies on the laptop's {}; {NEXT}", content.name);
+        }
+        ensure!(
+            !self.setup.machine.resumes(),
+            "the laptop's firmware is to resume a hibernated system (EFI variable HibernateLocation); {NEXT}"
+        );
+        let mut claims = contents
+            .into_iter()
+            .map(|Content { name, claims, .. }| DeviceClaims { name, claims })
+            .collect();
+        let left_out = DeviceClaims::shorten(&mut claims);
+        if left_out > 0 {
+            self.setup.console.warn(&format!(
+                "the disk carries too many UUIDs and labels; {left_out} are not compared with the desktop's own disks"
+            ));
+        }
+        Ok(claims)
     }
 
     /// Lets the session outlive this process.
@@ -383,7 +412,13 @@ impl Inner {
         })
     }
 
-    fn bundle(&self, request: &Begin, disk: DiskOffer, link: LinkOffer) -> anyhow::Result<Bundle> {
+    fn bundle(
+        &self,
+        request: &Begin,
+        disk: DiskOffer,
+        link: LinkOffer,
+        claims: Vec<DeviceClaims>,
+    ) -> anyhow::Result<Bundle> {
         let payload = self.handover.payload.clone();
         let parts = payload
             .parts
@@ -395,6 +430,7 @@ impl Inner {
             payload,
             disk,
             link,
+            claims,
             control: ControlKey::generate()?,
             session: request.session.to_string(),
         };

@@ -8,12 +8,15 @@ use std::time::Duration;
 use anyhow::Context;
 use stiefel_shared::bundle::LinkOffer;
 use stiefel_shared::handover::DiskIdentity;
-use stiefel_sys::block::{self, Disk};
+use stiefel_sys::SYSFS;
+use stiefel_sys::block::{self, Content, Disk};
 use stiefel_sys::console::Console;
+use stiefel_sys::mount::{self, MountFlags};
 use stiefel_sys::nvmet::{self, CONFIGFS, Publish};
 
 use super::find_disk;
 use super::link::{self, Up, Wanted};
+use crate::guards::hibernation;
 
 /// How long the kernel may take to let a disk go that it serves.
 const WITHDRAW: Duration = Duration::from_secs(60);
@@ -23,6 +26,10 @@ pub(super) trait Machine: Send + Sync {
     /// Finds the disk by its identity, each time anew: names such as /dev/sda change their meaning when a disk is
     /// re-plugged.
     fn disk(&self) -> anyhow::Result<Disk>;
+    /// What lies on the disk and its partitions.
+    fn contents(&self, disk: &Disk) -> Vec<Content>;
+    /// Whether the firmware remembers a hibernated system that it is to resume.
+    fn resumes(&self) -> bool;
     /// Opens the disk exclusively.
     fn open(&self, disk: &Disk) -> anyhow::Result<File>;
     /// Sets the laptop's end of the link up.
@@ -42,6 +49,22 @@ pub(super) struct Laptop {
 impl Machine for Laptop {
     fn disk(&self) -> anyhow::Result<Disk> {
         Ok(find_disk(self.console, &self.identity)?)
+    }
+
+    fn contents(&self, disk: &Disk) -> Vec<Content> {
+        block::contents(Path::new(SYSFS), disk)
+    }
+
+    fn resumes(&self) -> bool {
+        let variable = Path::new(hibernation::VARIABLE);
+        // Without the folder there is no EFI, or it cannot be asked after kexec.
+        if let Some(folder) = variable.parent().filter(|folder| is_empty(folder))
+            && let Err(error) = mount_variables(folder)
+        {
+            self.console
+                .warn(&format!("whether the firmware resumes a system is not known: {error:#}"));
+        }
+        variable.exists()
     }
 
     fn open(&self, disk: &Disk) -> anyhow::Result<File> {
@@ -75,6 +98,18 @@ impl Machine for Laptop {
         within(WITHDRAW, || Ok(nvmet::recover(Path::new(CONFIGFS)).map(drop)?))
             .context("the kernel does not let the disk go")
     }
+}
+
+fn is_empty(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// Mounts the firmware's variables, never to be written.
+fn mount_variables(folder: &Path) -> anyhow::Result<()> {
+    // Where it is built in there is no such module; mounting tells whether it is there.
+    let _ = super::load(&["efivarfs"]);
+    let flags = MountFlags::RDONLY | MountFlags::NOEXEC | MountFlags::NOSUID | MountFlags::NODEV;
+    Ok(mount::mount("efivarfs", folder, "efivarfs", flags, None)?)
 }
 
 /// Does something that a broken disk could make last for ever, but waits for it only so long.

@@ -116,6 +116,7 @@ impl FakeHost {
                 grace: 900,
                 tunnel: None,
             },
+            claims: Vec::new(),
             control: self.control.clone(),
             session: session.to_string(),
         };

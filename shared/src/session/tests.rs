@@ -3,10 +3,11 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::bundle::{ControlKey, DiskOffer, Goodbye, LinkOffer, Manifest, ManifestError, Transport};
+use crate::bundle::{ControlKey, DeviceClaims, DiskOffer, Goodbye, LinkOffer, Manifest, ManifestError, Transport};
 use crate::handover::{BootFolder, LinkMode};
 use crate::handover::{DiskIdentity, Part, PartSize, Payload};
 use crate::key;
+use crate::superblock::{Claim, ClaimKind};
 use crate::vectors;
 
 const OFFER: Random = counting(0xb0);
@@ -65,8 +66,19 @@ fn manifest(sizes: &[(Part, u64)]) -> Manifest {
             grace: 900,
             tunnel: None,
         },
+        claims: vec![DeviceClaims {
+            name: "sda1".into(),
+            claims: vec![claim("0ABC-12EF")],
+        }],
         control: control(),
         session: NAME.to_string(),
+    }
+}
+
+fn claim(value: &str) -> Claim {
+    Claim {
+        kind: ClaimKind::FsUuid,
+        value: value.into(),
     }
 }
 
@@ -387,7 +399,7 @@ fn a_manifest_is_refused_before_anything_is_allocated_for_it() {
         Err(ManifestError::PartTooLarge { .. })
     ));
     type Spoil = fn(&mut Manifest);
-    let cases: [(&str, Spoil); 10] = [
+    let cases: [(&str, Spoil); 13] = [
         ("size", |m| m.payload.parts[0].size = u64::MAX),
         ("twice", |m| m.payload.parts[1].part = Part::Kernel),
         ("kernel", |m| m.payload.parts.remove(0).size = 0),
@@ -405,6 +417,9 @@ fn a_manifest_is_refused_before_anything_is_allocated_for_it() {
                 fingerprint: "0a".repeat(32),
             }])
         }),
+        ("device", |m| m.claims[0].name = "sda\n".into()),
+        ("label", |m| m.claims[0].claims[0].value = "\x1b[2J".into()),
+        ("long label", |m| m.claims[0].claims[0].value = "x".repeat(257)),
     ];
     for (what, spoil) in cases {
         let mut bad = small();
@@ -428,6 +443,26 @@ fn a_manifest_is_refused_before_anything_is_allocated_for_it() {
         read(&mut receiver, &frame).unwrap_err(),
         StreamError::Order { .. }
     ));
+}
+
+#[test]
+fn as_many_claims_are_sent_as_fit() {
+    let device = |name: &str, count: usize| DeviceClaims {
+        name: name.into(),
+        // Such characters are escaped.
+        claims: vec![claim(&"\"".repeat(256)); count],
+    };
+    let mut few = vec![device("sda", 3), device("sda1", 0), device("sda2", 1)];
+    assert_eq!(DeviceClaims::shorten(&mut few), 0);
+    assert_eq!(few, [device("sda", 3), device("sda2", 1)]);
+    let mut many: Vec<_> = (0..200).map(|_| device("sda", 10)).collect();
+    let left_out = DeviceClaims::shorten(&mut many);
+    let kept: usize = many.iter().map(|device| device.claims.len()).sum();
+    assert!(kept > 50 && kept + left_out == 2000, "{kept} kept");
+    let mut manifest = small();
+    manifest.claims = many;
+    let json = manifest.to_json().unwrap();
+    assert_eq!(Manifest::parse(&json).unwrap().claims, manifest.claims);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! The laptop's OS describes its disk with [`identity`]; in the ramdisk [`find`] finds it again, where names such as
 //! `sda` may have changed. Used by the server and by storage target mode.
 
+mod contents;
 mod device;
 mod gpt;
 mod identity;
@@ -14,9 +15,11 @@ use std::path::{Path, PathBuf};
 
 use crate::{mount, read};
 
+pub use contents::{Content, contents};
 pub use device::{discard, flush_buffers, logical_block_size, open_exclusive, reread_partitions, size, zero_out};
-pub use gpt::{Guid, gpt_disk_guid};
+pub use gpt::gpt_disk_guid;
 pub use identity::{find, identity};
+pub use stiefel_shared::superblock::Guid;
 
 /// sysfs counts in sectors of this many bytes, whatever the disk's own block size is.
 const SECTOR: u64 = 512;

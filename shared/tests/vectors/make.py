@@ -147,6 +147,7 @@ def session():
                  "logical_block_size": 512,
                  "transport": {"kind": "nbd", "port": 10809, "export": "x"}},
         "link": {"mode": "dedicated", "address": "::1", "laptop": "::1", "grace": 900},
+        "claims": [{"name": "sda1", "claims": [{"kind": "fs-uuid", "value": "0ABC-12EF"}]}],
         "control": CONTROL.hex(),
         "session": SESSION.hex(),
     }

@@ -2,6 +2,7 @@ use super::*;
 
 use std::io::{Read, Write};
 use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use stiefel_shared::bundle::Transport;
@@ -10,7 +11,7 @@ use stiefel_shared::nbd::{
     GoAnswer, INFO_BLOCK_SIZE, InfoRequest, OPT_GO, OptionReplyHeader, encode_client_flags, encode_option,
     parse_greeting,
 };
-use stiefel_sys::block::Disk;
+use stiefel_shared::superblock::{Claim, ClaimKind};
 
 const SIZE: u64 = 1 << 20;
 
@@ -135,6 +136,14 @@ impl Machine for AFile {
         Ok(a_disk(&self.path))
     }
 
+    fn contents(&self, disk: &Disk) -> Vec<Content> {
+        stiefel_sys::block::contents(Path::new("/nonexistent"), disk)
+    }
+
+    fn resumes(&self) -> bool {
+        self.path.with_extension("resume").exists()
+    }
+
     fn open(&self, disk: &Disk) -> anyhow::Result<File> {
         Ok(File::options().read(true).write(true).open(&disk.path)?)
     }
@@ -179,6 +188,50 @@ fn a_disk(path: &Path) -> Disk {
 fn is_closed(mut stream: TcpStream) -> bool {
     stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     !matches!(stream.read(&mut [0; 1]), Ok(1..))
+}
+
+#[test]
+fn a_hibernated_system_refuses_every_session_until_it_is_gone() {
+    let fixture = Fixture::new(After::Return);
+    let refused = |why: &str| {
+        let reason = fixture.begin("blue", 'a').unwrap_err().reason;
+        assert!(reason.contains(why) && reason.contains("shut it down"), "{reason}");
+    };
+    let write = |signature: &[u8]| {
+        let disk = File::options().write(true).open(&fixture.disk).unwrap();
+        disk.write_all_at(signature, 4086).unwrap();
+    };
+    write(b"S1SUSPEND\0");
+    refused("lies on the laptop's disk;");
+    write(b"SWAPSPACE2");
+    let firmware = fixture.disk.with_extension("resume");
+    File::create(&firmware).unwrap();
+    refused("HibernateLocation");
+    std::fs::remove_file(firmware).unwrap();
+    fixture.begin("blue", 'a').unwrap();
+    // The desktop has put its own memory there, and starts anew.
+    write(b"S1SUSPEND\0");
+    refused("lies on the laptop's disk;");
+}
+
+#[test]
+fn the_desktop_is_told_by_what_the_disk_is_found() {
+    let fixture = Fixture::new(After::Return);
+    let disk = File::options().write(true).open(&fixture.disk).unwrap();
+    disk.write_all_at(b"LUKS\xba\xbe\0\x01", 0).unwrap();
+    disk.write_all_at(b"some-uuid", 168).unwrap();
+    let claims = fixture.begin("blue", 'a').unwrap().manifest.claims;
+    let claim = Claim {
+        kind: ClaimKind::LuksUuid,
+        value: "some-uuid".to_owned(),
+    };
+    assert_eq!(
+        claims,
+        [DeviceClaims {
+            name: "disk".to_owned(),
+            claims: vec![claim]
+        }]
+    );
 }
 
 #[test]

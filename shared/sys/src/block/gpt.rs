@@ -1,10 +1,11 @@
 //! The disk's own GUID in the header of a GPT (UEFI specification, 5.3.2).
 
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+
+use stiefel_shared::superblock::Guid;
 
 use super::BlockError;
 
@@ -13,32 +14,6 @@ const SIGNATURE: &[u8] = b"EFI PART";
 const MIN_HEADER: usize = 92;
 /// Block sizes that a GPT is found on.
 const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 512..=65536;
-
-/// A GUID as it stands on the disk; shown as usual, the first three groups turned around.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Guid(pub [u8; 16]);
-
-impl fmt::Display for Guid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a0, a1, a2, a3, b0, b1, c0, c1, d @ .., e0, e1, e2, e3, e4, e5] = self.0;
-        let a = u32::from_le_bytes([a0, a1, a2, a3]);
-        let (b, c, d) = (
-            u16::from_le_bytes([b0, b1]),
-            u16::from_le_bytes([c0, c1]),
-            u16::from_be_bytes(d),
-        );
-        write!(
-            f,
-            "{a:08x}-{b:04x}-{c:04x}-{d:04x}-{e0:02x}{e1:02x}{e2:02x}{e3:02x}{e4:02x}{e5:02x}"
-        )
-    }
-}
-
-impl fmt::Debug for Guid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Guid({self})")
-    }
-}
 
 /// The GUID of the disk (or image) at `path`; `None` if block 1 holds no sound GPT header.
 ///

@@ -1,0 +1,128 @@
+//! What lies on a disk and each of its partitions, as far as it matters to who else may use it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use stiefel_shared::superblock::{self, Claim};
+
+use super::{Disk, SECTOR};
+use crate::read;
+
+/// What lies on a disk or a partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Content {
+    /// The kernel's name of the disk or partition, e.g. `sda2`.
+    pub name: String,
+    /// By what it is found.
+    pub claims: Vec<Claim>,
+    /// It holds the memory of a hibernated system.
+    pub hibernated: bool,
+}
+
+/// Looks at the disk and, in their order, its partitions as the kernel knows them. All is read through the disk itself, not
+/// exclusively: a partition's device has a cache of its own, which knows nothing of what is written through the disk. What
+/// cannot be read has no content.
+#[must_use]
+pub fn contents(sysfs: &Path, disk: &Disk) -> Vec<Content> {
+    let Ok(file) = File::open(&disk.path) else {
+        return Vec::new();
+    };
+    let mut areas = vec![(0, disk.name.clone(), 0, disk.size)];
+    areas.extend(partitions(sysfs, disk));
+    areas.sort();
+    areas
+        .into_iter()
+        .map(|(_, name, start, size)| {
+            let mut read = |offset: u64, bytes: &mut [u8]| file.read_exact_at(bytes, start + offset);
+            Content {
+                name,
+                claims: superblock::probe(&mut read, size),
+                hibernated: superblock::holds_memory_image(&mut read, size),
+            }
+        })
+        .collect()
+}
+
+/// Number, name, and place on the disk in bytes.
+fn partitions(sysfs: &Path, disk: &Disk) -> Vec<(u32, String, u64, u64)> {
+    let entries = std::fs::read_dir(sysfs.join("block").join(&disk.name));
+    let partition = |folder: &Path| {
+        let bytes = |file| read::number::<u64>(&folder.join(file))?.checked_mul(SECTOR);
+        let (start, size) = (bytes("start")?, bytes("size")?);
+        let fits = start.checked_add(size).is_some_and(|end| end <= disk.size);
+        let name = folder.file_name()?.to_str()?.to_owned();
+        fits.then_some((read::number(&folder.join("partition"))?, name, start, size))
+    };
+    entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| partition(&entry.path()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stiefel_shared::superblock::ClaimKind;
+
+    #[test]
+    fn the_disk_and_its_partitions_are_looked_at_each_for_itself() {
+        let root = tempfile::tempdir().unwrap();
+        for (name, number, start, size) in [
+            ("vda2", "2", "64", "64"),
+            ("vda1", "1", "8", "56"),
+            ("vda3", "3", "128", "9999"),
+        ] {
+            let folder = root.path().join("block/vda").join(name);
+            std::fs::create_dir_all(&folder).unwrap();
+            for (file, value) in [("partition", number), ("start", start), ("size", size)] {
+                std::fs::write(folder.join(file), value).unwrap();
+            }
+        }
+        std::fs::create_dir_all(root.path().join("block/vda/queue")).unwrap();
+        let image = root.path().join("image");
+        let file = File::create(&image).unwrap();
+        file.set_len(256 * SECTOR).unwrap();
+        // An encrypted volume in the first, a memory image in the second partition.
+        file.write_all_at(b"LUKS\xba\xbe\0\x01", 8 * SECTOR).unwrap();
+        file.write_all_at(b"some-uuid", 8 * SECTOR + 168).unwrap();
+        file.write_all_at(b"S1SUSPEND\0", 64 * SECTOR + 4096 - 10).unwrap();
+        let mut disk = Disk {
+            name: "vda".into(),
+            path: image,
+            device: (254, 0),
+            size: 256 * SECTOR,
+            logical_block_size: 512,
+            physical_block_size: 512,
+            model: None,
+            serial: None,
+            wwid: None,
+            removable: false,
+            read_only: false,
+            rotational: false,
+        };
+        let content = |name: &str, claims: &[(ClaimKind, &str)], hibernated| Content {
+            name: name.into(),
+            claims: claims
+                .iter()
+                .map(|&(kind, value)| Claim {
+                    kind,
+                    value: value.into(),
+                })
+                .collect(),
+            hibernated,
+        };
+        assert_eq!(
+            contents(root.path(), &disk),
+            [
+                content("vda", &[], false),
+                content("vda1", &[(ClaimKind::LuksUuid, "some-uuid")], false),
+                content("vda2", &[], true),
+            ]
+        );
+        disk.path = root.path().join("gone");
+        assert_eq!(contents(root.path(), &disk), []);
+    }
+}
