@@ -15,9 +15,9 @@ use stiefel_sys::block::{self, BlockError, Content};
 /// Two devices that would be taken for each other.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the desktop's {own} and the laptop's {laptop} carry the same {kind} {value}{more}; the laptop's system could take one \
+    "the desktop's {own} and the laptop's {laptop} carry the same {kind} {value}{others}; the laptop's system could take one \
      for the other and write to the wrong one\nnext: {next}",
-    kind = claim.kind, value = claim.value, more = more(*more), next = next(claim.kind)
+    kind = claim.kind, value = claim.value, others = others(*more), next = next(claim.kind)
 )]
 pub(crate) struct Clash {
     /// The desktop's device.
@@ -30,7 +30,7 @@ pub(crate) struct Clash {
     more: usize,
 }
 
-fn more(count: usize) -> String {
+fn others(count: usize) -> String {
     if count == 0 {
         String::new()
     } else {
@@ -119,7 +119,10 @@ mod tests {
         let theirs = [
             laptop("nvme0n1", &[(ClaimKind::DiskGuid, "3")]),
             // The same word as another kind of name is found by other means.
-            laptop("nvme0n1p1", &[(ClaimKind::VolumeGroup, "home"), (ClaimKind::PartUuid, "1")]),
+            laptop(
+                "nvme0n1p1",
+                &[(ClaimKind::VolumeGroup, "home"), (ClaimKind::PartUuid, "1")],
+            ),
         ];
         assert_eq!(check(&desktop, &theirs), Ok(()));
         assert_eq!(check(&[], &theirs), Ok(()));

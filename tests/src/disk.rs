@@ -14,7 +14,9 @@ use std::path::PathBuf;
 use crate::process::CommandError;
 
 pub use base::{BaseOptions, BaseSystem, Installed};
-pub use image::{DISK_GUID, LaptopDisk, LaptopDiskBuilder, PASSWORD, ROOT_FS_UUID, ROOT_PARTUUID};
+pub use image::{
+    DISK_GUID, LaptopDisk, LaptopDiskBuilder, PASSWORD, ROOT_FS_UUID, ROOT_OFFSET, ROOT_PARTUUID, plain_disk,
+};
 pub use inspect::{fsck_clean, read_file};
 pub use overlay::ExtraFile;
 

@@ -61,8 +61,9 @@ impl Machine for Laptop {
         if let Some(folder) = variable.parent().filter(|folder| is_empty(folder))
             && let Err(error) = mount_variables(folder)
         {
-            self.console
-                .warn(&format!("whether the firmware resumes a system is not known: {error:#}"));
+            self.console.warn(&format!(
+                "whether the firmware resumes a system is not known: {error:#}"
+            ));
         }
         variable.exists()
     }

@@ -22,7 +22,7 @@ pub const ROOT_PARTUUID: &str = "57aefe1d-0000-4000-8000-000000000002";
 pub const ROOT_FS_UUID: &str = "57aefe1d-0000-4000-8000-000000000003";
 
 /// Where the root partition begins, in bytes.
-pub(super) const ROOT_OFFSET: u64 = 1 << 20;
+pub const ROOT_OFFSET: u64 = 1 << 20;
 /// What the partition table takes at the end of the disk, in bytes, rounded up.
 const TABLE_AT_END: u64 = 1 << 20;
 
@@ -250,4 +250,26 @@ fn make_table(image: &Path, size_mib: u32) -> Result<(), DiskError> {
         ])
         .arg(image);
     process::run(&mut command).map(drop).map_err(command_error(ACTION))
+}
+
+/// Makes a disk without a system at `path`: a GPT with random GUIDs and one partition at [`ROOT_OFFSET`], in it an ext4 with
+/// the UUID `fs_uuid`, or nothing.
+///
+/// # Errors
+/// When a tool fails.
+pub fn plain_disk(path: &Path, size_mib: u32, fs_uuid: Option<&str>) -> Result<(), DiskError> {
+    const ACTION: &str = "make a disk";
+    File::create(path)
+        .and_then(|file| file.set_len(u64::from(size_mib) << 20))
+        .map_err(io_error("create", path))?;
+    let partition = size_mib.saturating_sub(2);
+    if let Some(uuid) = fs_uuid {
+        let mut command = process::command("mkfs.ext4").map_err(command_error(ACTION))?;
+        command.args(["-q", "-F", "-U", uuid, "-E", &format!("offset={ROOT_OFFSET}")]);
+        command.arg(path).arg(format!("{partition}M"));
+        process::run(&mut command).map_err(command_error(ACTION))?;
+    }
+    let mut command = process::command("sgdisk").map_err(command_error(ACTION))?;
+    command.args(["--clear", &format!("--new=1:{}:+{partition}M", ROOT_OFFSET / 512)]);
+    process::run(command.arg(path)).map(drop).map_err(command_error(ACTION))
 }

@@ -8,6 +8,7 @@
 mod endure;
 mod faults;
 mod image;
+mod interlocks;
 mod journey;
 mod link;
 mod tiny;
@@ -134,6 +135,11 @@ fn tests() -> Vec<Test> {
         link::recorded,
     );
     tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
+    tests.add(
+        "desktop_with_a_disk_of_the_same_uuid_is_not_booted",
+        interlocks::same_uuid,
+    );
+    tests.add("hibernated_laptop_refuses_the_session", interlocks::hibernated);
     tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
     tests.0
 }

@@ -17,9 +17,10 @@ use crate::Bench;
 /// Hardware addresses of the two machines.
 pub(crate) const LAPTOP_MAC: &str = "52:54:00:57:1e:11";
 pub(crate) const DESKTOP_MAC: &str = "52:54:00:57:1e:12";
-/// The serial number of the disk, and its size in bytes.
+/// The serial number of the disk, and its size.
 const SERIAL: &str = "tiny-disk";
-const DISK_SIZE: u64 = 64 << 20;
+pub(crate) const DISK_MIB: u32 = 64;
+const DISK_SIZE: u64 = (DISK_MIB as u64) << 20;
 /// Random bytes that stand for an initrd: enough for something to happen in the middle.
 const INITRD_SIZE: usize = 24 << 20;
 
@@ -38,6 +39,8 @@ pub(crate) struct Server {
     pub(crate) key: StickKey,
     /// The serial number of its disk; it looks for the one with [`SERIAL`].
     pub(crate) serial: &'static str,
+    /// Puts something on its disk's image, and must leave it as long as it was.
+    pub(crate) fill: fn(&Path) -> Result<(), Failure>,
     /// How the disk travels.
     pub(crate) encryption: Encryption,
     /// What the link is used for besides.
@@ -59,6 +62,7 @@ impl Server {
         Self {
             key: key.clone(),
             serial: SERIAL,
+            fill: |_| Ok(()),
             encryption: Encryption::None,
             mode: LinkMode::Dedicated,
             transport: DiskTransport::Nbd,
@@ -73,6 +77,7 @@ impl Server {
     pub(crate) fn machine(self, bench: &Bench, cable: &Netdev, dir: &Path) -> Result<VmBuilder, Failure> {
         let disk = dir.join("disk.img");
         std::fs::File::create(&disk)?.set_len(DISK_SIZE)?;
+        (self.fill)(&disk)?;
         let parts = if self.parts.is_empty() {
             vec![
                 (Part::Kernel, std::fs::read(&bench.kit.installed().kernel)?),
