@@ -76,7 +76,10 @@ pub(crate) fn attach(
 fn tune(console: &Console, sysfs: &Path, name: &str) {
     let queue = sysfs.join("block").join(name).join("queue");
     let most = std::fs::read_to_string(queue.join("max_hw_sectors_kb"));
-    let most = most.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(REQUEST_KIB);
+    let most = most
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(REQUEST_KIB);
     for (file, value) in [
         ("max_sectors_kb", REQUEST_KIB.min(most).to_string()),
         ("read_ahead_kb", READ_AHEAD_KIB.to_string()),
