@@ -129,6 +129,11 @@ fn tests() -> Vec<Test> {
     );
     tests.add("packets_are_large_where_the_whole_way_carries_them", link::packets);
     tests.ways(
+        "server_killed_five_times_under_load_loses_nothing",
+        2,
+        link::server_killed,
+    );
+    tests.ways(
         "recorded_traffic_shows_nothing_of_the_disk_inside_the_tunnel_and_all_without",
         4,
         link::recorded,
