@@ -139,6 +139,7 @@ fn tests() -> Vec<Test> {
         link::recorded,
     );
     tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
+    tests.add("keys_at_the_laptop_are_heard", faults::keys);
     tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
     tests.0
 }
