@@ -5,6 +5,7 @@
 
 mod disk;
 mod host;
+mod keys;
 mod link;
 mod machine;
 mod pulse;
@@ -36,6 +37,7 @@ use crate::supply::Supply;
 use crate::tree::Tree;
 
 use host::{Door, Host, News, Setup};
+use keys::Keys;
 use machine::Laptop;
 use record::{RECORD, Records};
 
@@ -90,11 +92,13 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
         console,
         identity: handover.disk.clone(),
     });
+    let keys = Arc::new(Keys::new(console));
     let records = Records::new(Path::new(RECORD), Custody::inherited(), status);
     let (tell, mut news) = mpsc::unbounded_channel();
     let setup = Setup {
         console,
         machine,
+        person: Arc::<Keys>::clone(&keys),
         records,
         root: "/".into(),
         door,
@@ -112,7 +116,7 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
     let pulse = pulse::run(pulse::bind()?, Arc::clone(&host));
     let web = http::run(
         http::bind(PORT)?,
-        host,
+        Arc::clone(&host),
         Arc::clone(&responder),
         http::Limits::default(),
         resumed,
@@ -126,6 +130,7 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
         woken,
     );
     console.info("ready; waiting for the desktop");
+    keys.follow(host);
     tokio::pin!(web, answers, pulse);
     loop {
         tokio::select! {
@@ -141,6 +146,7 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
                         return Ok(end);
                     }
                 }
+                News::Home => return Ok(End::Restart),
                 News::Silent => {
                     if let (_, Some(end)) = after_goodbye(Goodbye::Poweroff, after) {
                         return Ok(end);

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stiefel_sys::console::Console;
 use stiefel_sys::module::Loader;
@@ -23,34 +23,45 @@ pub const DRIVERS_ARG0: &str = "stiefel-drivers";
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// The process that loads drivers: not PID 1 itself, which a fault in a parser or a module that hangs must not stop.
-pub(crate) struct Child(Option<std::process::Child>);
+pub(crate) struct Child {
+    process: Option<std::process::Child>,
+    /// When it is started anew, after it has ended.
+    again: Option<Instant>,
+}
 
 impl Child {
     /// Starts it.
     pub(crate) fn start(console: &Console) -> Self {
         let child = Command::new("/init").arg0(DRIVERS_ARG0).spawn();
-        Self(
-            child
+        Self {
+            process: child
                 .map_err(|error| console.error(&format!("no drivers are loaded: {error}")))
                 .ok(),
-        )
+            again: None,
+        }
     }
 
-    /// Its process number.
+    /// Its process number, while it runs.
     pub(crate) fn id(&self) -> Option<u32> {
-        self.0.as_ref().map(std::process::Child::id)
+        self.process.as_ref().map(std::process::Child::id)
     }
 
-    /// Starts it anew if it has ended.
-    pub(crate) fn keep(&mut self, console: &Console) {
-        let ended = match &mut self.0 {
-            None => true,
-            Some(child) => !matches!(child.try_wait(), Ok(None)),
-        };
-        if ended {
-            std::thread::sleep(AGAIN);
+    /// Starts it anew a while after it has ended. Returns at once: the role must not wait for it.
+    pub(crate) fn keep(&mut self, console: &Console, now: Instant) {
+        if self.due(now) {
             *self = Self::start(console);
         }
+    }
+
+    /// Whether it has ended for long enough.
+    fn due(&mut self, now: Instant) -> bool {
+        if let Some(process) = &mut self.process
+            && matches!(process.try_wait(), Ok(None))
+        {
+            return false;
+        }
+        self.process = None;
+        now >= *self.again.get_or_insert(now + AGAIN)
     }
 }
 
@@ -132,4 +143,27 @@ fn modules_dir() -> anyhow::Result<PathBuf> {
         );
     }
     Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Stdio;
+
+    #[test]
+    fn it_is_started_anew_a_while_after_its_end_and_nobody_waits_for_that() {
+        let now = Instant::now();
+        let mut child = Child {
+            process: Some(Command::new("cat").stdin(Stdio::piped()).spawn().unwrap()),
+            again: None,
+        };
+        assert!(!child.due(now + 2 * AGAIN), "it runs");
+        let process = child.process.as_mut().unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert!(!child.due(now));
+        assert_eq!(child.id(), None, "its number may be another's now");
+        assert!(!child.due(now + AGAIN / 2));
+        assert!(child.due(now + AGAIN));
+    }
 }

@@ -5,11 +5,13 @@
 //! end PID 1 (the kernel would panic). It never returns: a failing laptop goes back to its installed OS after a visible
 //! countdown, a failing desktop tries again.
 
+mod custody;
 mod drivers;
 mod supervise;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use stiefel_shared::handover::{HANDOVER_PATH, Handover, MAX_DOCUMENT, SecretBytes};
 use stiefel_sys::console::Console;
@@ -166,17 +168,26 @@ pub(crate) fn describe(error: &dyn std::error::Error) -> String {
 fn countdown(console: &Console, seconds: u32, what: &str) {
     for left in (1..=seconds).rev() {
         console.progress(&format!("{what} in {left} s"));
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        std::thread::sleep(Duration::from_secs(1));
     }
     console.info(&format!("{what} now"));
 }
 
+/// How long the disks may take to write what is left when the machine's turn ends.
+const SYNC: Duration = Duration::from_secs(20);
+
 /// Ends the machine's turn; tried until it works.
 fn end(console: &Console, how: Power) -> ! {
     wipe_secrets(console);
+    if custody::within(SYNC, rustix::fs::sync).is_none() {
+        console.error(&format!(
+            "the disks have not taken everything within {} s; going on without them",
+            SYNC.as_secs()
+        ));
+    }
     loop {
-        let Err(error) = power::sync_and(how);
+        let Err(error) = power::now(how);
         console.error(&format!("{}; switch the machine off by hand", describe(&error)));
-        std::thread::sleep(std::time::Duration::from_secs(10));
+        std::thread::sleep(Duration::from_secs(10));
     }
 }

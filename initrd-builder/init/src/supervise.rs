@@ -1,18 +1,20 @@
 //! Runs the role as a child of PID 1, restarts it when it fails, and does what it says when it ends.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{self, Command};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
-use rustix::process::{WaitId, WaitIdOptions, waitid};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use stiefel_sys::console::Console;
 use stiefel_sys::power::Power;
-use stiefel_sys::process::reap_children;
+use stiefel_sys::process::{poll, reap_children};
 
+use crate::custody::{Kept, within};
 use crate::drivers::Child;
-use crate::{ROLE_ARG0, Role, countdown, end, wipe_secrets};
+use crate::{ROLE_ARG0, Role, SYNC, countdown, describe, end, wipe_secrets};
 
 /// How a role ends, as its exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +31,19 @@ pub enum RoleEnd {
 }
 
 impl RoleEnd {
-    fn from_status(status: process::ExitStatus) -> Option<Self> {
+    /// The one that an exit status says.
+    pub(crate) fn from_status(status: i32) -> Option<Self> {
         [Self::Restart, Self::PowerOff, Self::Kexec, Self::GiveUp]
             .into_iter()
-            .find(|end| status.code() == Some(*end as i32))
+            .find(|end| status == *end as i32)
+    }
+
+    /// What is to be done when the role's process is gone: what it says itself, else what was decided before; `None`: it failed.
+    fn after(status: Option<process::ExitStatus>, verdict: Option<Self>) -> Option<Self> {
+        status
+            .and_then(|status| status.code())
+            .and_then(Self::from_status)
+            .or(verdict)
     }
 
     const fn power(self) -> Power {
@@ -44,76 +55,153 @@ impl RoleEnd {
     }
 }
 
-/// A role that fails this often within [`WINDOW`] is given up (on the laptop).
+/// A role that fails more often than this within [`WINDOW`] is given up (on the laptop).
 const FAILURES: usize = 5;
 /// See [`FAILURES`].
 const WINDOW: Duration = Duration::from_mins(1);
 /// How long the screen shows why before the laptop goes home, in seconds.
 const HOME_COUNTDOWN: u32 = 30;
+/// How long a role may take to exit after its verdict: a thread that waits for a disk that hangs cannot end.
+const EXIT: Duration = Duration::from_mins(1);
+/// How long it may take when it was killed.
+const DEATH: Duration = Duration::from_secs(5);
+/// How often PID 1 looks at what it is not told of.
+const TICK: Duration = Duration::from_secs(1);
+
+/// The failures of late.
+#[derive(Debug, Default)]
+struct Failures(Vec<Instant>);
+
+impl Failures {
+    /// Notes one; whether there are too many.
+    fn add(&mut self, now: Instant) -> bool {
+        self.0.retain(|at| now.duration_since(*at) < WINDOW);
+        self.0.push(now);
+        self.0.len() > FAILURES
+    }
+}
 
 /// Runs the role until it ends the machine's turn.
-pub(crate) fn run(console: &Console, mut drivers: Child, role: Role) -> ! {
-    let mut failures: Vec<Instant> = Vec::new();
+pub(crate) fn run(console: &'static Console, mut drivers: Child, role: Role) -> ! {
+    let kept = Arc::new(Kept::default());
+    let mut failures = Failures::default();
     loop {
-        let why = match spawn() {
-            Err(error) => format!("the role could not be started: {error}"),
-            Ok(child) => match wait(console, child, Some(&mut drivers)) {
-                Ok(status) => match RoleEnd::from_status(status) {
-                    Some(RoleEnd::GiveUp) => go_home(console),
-                    Some(role_end) => end(console, role_end.power()),
-                    None => format!("the role ended with {status}"),
-                },
-                Err(error) => format!("the role got lost: {error}"),
-            },
+        let why = match run_once(console, &mut drivers, &kept) {
+            Ok(Ended::By(RoleEnd::GiveUp)) => go_home(console, &kept),
+            Ok(Ended::By(role_end)) => {
+                let_go(console, &kept);
+                end(console, role_end.power())
+            }
+            Ok(Ended::Failed(status)) => format!("the role ended with {status}"),
+            Err(error) => format!("the role could not be run: {error}"),
         };
         console.error(&why);
-        let now = Instant::now();
-        failures.retain(|at| now.duration_since(*at) < WINDOW);
-        failures.push(now);
         match role {
-            Role::Server if failures.len() >= FAILURES => go_home(console),
+            _ if !failures.add(Instant::now()) => {}
+            Role::Server => go_home(console, &kept),
             // The desktop has nowhere else to go: it tries on, slower when it fails often.
-            Role::Client if failures.len() >= FAILURES => countdown(console, 10, "trying again"),
-            _ => {}
+            Role::Client => countdown(console, 10, "trying again"),
         }
     }
 }
 
+/// How a role's process ended.
+enum Ended {
+    /// With the machine's turn.
+    By(RoleEnd),
+    /// Otherwise.
+    Failed(process::ExitStatus),
+}
+
+/// Runs the role's process to its end.
+fn run_once(console: &'static Console, drivers: &mut Child, kept: &Arc<Kept>) -> std::io::Result<Ended> {
+    let (stdin, attended) = kept.attend(console)?;
+    let mut child = spawn(stdin)?;
+    let overdue = || kept.verdict().is_some_and(|verdict| verdict.since.elapsed() >= EXIT);
+    let status = match wait(console, &mut child, Some(drivers), overdue) {
+        Ok(Some(status)) => Some(status),
+        Ok(None) => {
+            console.error("the role does not end; a disk may be hanging. Going on without it");
+            kill(console, &mut child)
+        }
+        Err(error) => {
+            // A second role beside it would be worse than none.
+            kill(console, &mut child);
+            return Err(error);
+        }
+    };
+    attended.finish();
+    match (
+        RoleEnd::after(status, kept.verdict().map(|verdict| verdict.end)),
+        status,
+    ) {
+        (Some(role_end), _) => Ok(Ended::By(role_end)),
+        (None, Some(status)) => Ok(Ended::Failed(status)),
+        (None, None) => Err(std::io::Error::other("it does not end")),
+    }
+}
+
+fn spawn(stdin: OwnedFd) -> std::io::Result<process::Child> {
+    Command::new("/init").arg0(ROLE_ARG0).stdin(stdin).spawn()
+}
+
+/// Ends a process by force; its status, unless it hangs in the kernel.
+fn kill(console: &Console, child: &mut process::Child) -> Option<process::ExitStatus> {
+    // It may have ended by itself.
+    let _ = child.kill();
+    let begun = Instant::now();
+    wait(console, child, None, || begun.elapsed() >= DEATH).ok().flatten()
+}
+
 /// Shows for a while why, then reboots: into the laptop's own OS.
-fn go_home(console: &Console) -> ! {
+fn go_home(console: &Console, kept: &Kept) -> ! {
     wipe_secrets(console);
+    let_go(console, kept);
     countdown(console, HOME_COUNTDOWN, "going back to the laptop's own system");
     end(console, Power::Restart)
 }
 
-fn spawn() -> std::io::Result<process::Child> {
-    Command::new("/init").arg0(ROLE_ARG0).spawn()
+/// Has what a role has left open written to its medium, and closes it.
+fn let_go(console: &Console, kept: &Kept) {
+    let Some(held) = kept.take() else { return };
+    match within(SYNC, move || rustix::fs::fsync(&held)) {
+        Some(Ok(())) => console.info("the disk is flushed and closed"),
+        Some(Err(error)) => console.error(&format!(
+            "the final flush of the disk failed ({error}); data may be lost, check the disk"
+        )),
+        None => console.error(&format!(
+            "the disk is not flushed after {} s; data may be lost, check the disk",
+            SYNC.as_secs()
+        )),
+    }
 }
 
-/// Waits for a child; meanwhile PID 1 reaps whatever else ends, and keeps the drivers' process.
+/// Waits for a child, or until it has had enough time; meanwhile PID 1 reaps whatever else ends, and keeps the drivers' process.
 fn wait(
     console: &Console,
-    mut child: process::Child,
+    child: &mut process::Child,
     mut drivers: Option<&mut Child>,
-) -> std::io::Result<process::ExitStatus> {
+    enough: impl Fn() -> bool,
+) -> std::io::Result<Option<process::ExitStatus>> {
+    let gone = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     loop {
-        // Looks without reaping, so that the status stays for who waits for that child.
-        match waitid(WaitId::All, WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let kept = [Some(child.id()), drivers.as_ref().and_then(|drivers| drivers.id())];
-        let kept: Vec<i32> = kept
+        poll(&[gone.as_fd()], Some(TICK))?;
+        let others = [Some(child.id()), drivers.as_ref().and_then(|drivers| drivers.id())];
+        let others: Vec<i32> = others
             .into_iter()
             .flatten()
             .filter_map(|id| i32::try_from(id).ok())
             .collect();
-        reap_children(&kept, Path::new("/proc"))?;
+        // Others wait for these themselves.
+        reap_children(&others, Path::new("/proc"))?;
         if let Some(status) = child.try_wait()? {
-            return Ok(status);
+            return Ok(Some(status));
         }
         if let Some(drivers) = &mut drivers {
-            drivers.keep(console);
+            drivers.keep(console, Instant::now());
+        }
+        if enough() {
+            return Ok(None);
         }
     }
 }
@@ -125,8 +213,39 @@ pub(crate) fn shell(console: &Console) {
         .env("PATH", "/bin")
         .env("TERM", "linux")
         .spawn()
-        .and_then(|child| wait(console, child, None));
+        .and_then(|mut child| wait(console, &mut child, None, || false));
     if let Err(error) = shell {
-        console.error(&format!("no shell: {error}"));
+        console.error(&format!("no shell: {}", describe(&error)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    fn exited(code: i32) -> Option<process::ExitStatus> {
+        Some(process::ExitStatus::from_raw(code << 8))
+    }
+
+    #[test]
+    fn a_role_says_itself_how_the_turn_ends_else_its_verdict_does_else_it_failed() {
+        let killed = Some(process::ExitStatus::from_raw(9));
+        let verdict = Some(RoleEnd::PowerOff);
+        assert_eq!(RoleEnd::after(exited(10), verdict), Some(RoleEnd::Restart));
+        for status in [exited(0), exited(1), killed, None] {
+            assert_eq!(RoleEnd::after(status, verdict), verdict);
+            assert_eq!(RoleEnd::after(status, None), None);
+        }
+    }
+
+    #[test]
+    fn more_than_five_failures_within_a_minute_are_too_many() {
+        let (mut failures, begun) = (Failures::default(), Instant::now());
+        for second in 0..5 {
+            assert!(!failures.add(begun + Duration::from_secs(second)));
+        }
+        assert!(failures.add(begun + Duration::from_secs(59)));
+        assert!(!failures.add(begun + Duration::from_secs(119)));
     }
 }

@@ -6,6 +6,8 @@
 //!
 //! What a session is made of is written down ([`record`](super::record)), so that it goes on when this process was killed.
 
+mod person;
+
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::path::PathBuf;
@@ -22,7 +24,9 @@ use stiefel_sys::block::{Content, Disk};
 use stiefel_sys::console::Console;
 use tokio::sync::mpsc;
 
+use super::End;
 use super::disk::Served;
+use super::keys::Person;
 use super::link::{Up, Wanted};
 use super::machine::Machine;
 use super::record::{Record, Records};
@@ -40,6 +44,8 @@ pub(super) enum News {
     Parted(Goodbye),
     /// A desktop was not heard for too long; its session was closed in order.
     Silent,
+    /// The person at the laptop wants it back.
+    Home,
     /// The disk could not be closed in order: what became of its last writes is unknown.
     Broken(String),
 }
@@ -122,6 +128,8 @@ struct Life {
 #[derive(Default)]
 struct Seat {
     holder: Option<Holder>,
+    /// Key and machine of another desktop that the person at the laptop does not let in while this session lasts.
+    denied: Option<(String, MachineId)>,
     /// Why nobody gets the disk any more before the laptop was restarted.
     closed: Option<String>,
 }
@@ -133,6 +141,8 @@ pub(super) struct Host(Arc<Inner>);
 pub(super) struct Setup {
     pub(super) console: &'static Console,
     pub(super) machine: Box<dyn Machine>,
+    /// Who decides when two desktops want the disk.
+    pub(super) person: Arc<dyn Person>,
     pub(super) records: Records,
     /// The folder below which the payload's parts lie.
     pub(super) root: PathBuf,
@@ -281,22 +291,13 @@ impl Inner {
         if let Some(closed) = &seat.closed {
             return refuse(closed);
         }
-        if let Some(present) = &seat.holder {
-            if present.key != request.key || present.machine != request.machine {
-                let (peer, key, there) = (request.peer.ip(), &request.key, present.peer.ip());
-                self.setup.console.warn(&format!(
-                    "refused the desktop at {peer} (key {key}): the disk is in use by the one at {there}"
-                ));
-                return refuse(format!(
-                    "the disk is in use by another desktop (key {}); switch that one off, or restart the laptop",
-                    present.key
-                ));
-            }
+        if seat.holder.as_ref().is_some_and(|present| present.is(&request)) {
             self.setup
                 .console
                 .info("the same desktop starts anew and takes over from itself");
             self.close(&mut seat)?;
         }
+        let mut seat = self.contend(seat, &request)?;
         match self.open(&request) {
             Ok((open, bundle)) => {
                 let (peer, key) = (request.peer.ip(), &request.key);
@@ -459,7 +460,8 @@ impl Inner {
             let _ = self.setup.news.send(News::Broken(error.clone()));
             return refuse(error);
         }
-        seat.holder = None;
+        (seat.holder, seat.denied) = (None, None);
+        self.setup.person.never_mind();
         *self.life() = None;
         self.ask.store(false, Ordering::Release);
         Ok(())
@@ -623,6 +625,11 @@ impl Inner {
         let (_, Some(end)) = super::after_goodbye(goodbye, self.handover.after) else {
             return;
         };
+        self.end_turn(seat, end);
+    }
+
+    /// The laptop's turn is over.
+    fn end_turn(&self, seat: &mut Seat, end: End) {
         seat.closed = Some("the laptop is going home; wait until it is there, it can be woken then".to_owned());
         if let Err(error) = self.setup.records.verdict(end) {
             self.setup.console.warn(&format!("{error:#}"));

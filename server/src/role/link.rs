@@ -15,7 +15,7 @@ use stiefel_shared::bundle::{LinkOffer, TUNNEL_PORT, Tunnel};
 use stiefel_shared::discovery::LinkEvent;
 use stiefel_shared::handover::{Encryption, LinkMode};
 use stiefel_shared::seal;
-use stiefel_sys::link;
+use stiefel_sys::link::{self, Link};
 use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, PrivateKey, PublicKey};
 
 /// The tunnel's interface, on both machines.
@@ -63,7 +63,13 @@ pub(super) struct Up {
 
 impl Up {
     /// The link that is set up, perhaps by an earlier process of ours.
-    pub(super) fn adopt(known: Known) -> Self {
+    pub(super) fn adopt(mut known: Known) -> Self {
+        let scope = known.peer.scope_id();
+        let gone = |links: Vec<Link>| links.iter().all(|link| link.index != scope);
+        if link::list().is_ok_and(gone) {
+            // Re-plugged since it was written down; [`Up::follow`] is told of those that are there now.
+            known.peer.set_scope_id(0);
+        }
         Self {
             known,
             mtu: USUAL,
@@ -101,7 +107,13 @@ impl Up {
         }
         match self.known.tunnel {
             Some(desktop) => wireguard::set_endpoint(NAME, &PublicKey::from_bytes(desktop), self.known.peer)?,
-            None => link::add_address(scope, IpAddr::V6(self.known.laptop), PREFIX)?,
+            None => {
+                let own = IpAddr::V6(self.known.laptop);
+                // An earlier process of ours may have given it.
+                if link::addresses(scope)?.iter().all(|address| address.addr != own) {
+                    link::add_address(scope, own, PREFIX)?;
+                }
+            }
         }
         Ok(())
     }

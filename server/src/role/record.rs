@@ -102,7 +102,12 @@ impl Records {
     /// The session that an earlier process has left, with the open disk.
     pub(super) fn read(&self) -> anyhow::Result<Option<(Record, File)>> {
         let json = match std::fs::read(&self.path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                // It was killed between two steps of a beginning or an end: no desktop has that disk, and open it could not
+                // be given to another.
+                self.release()?;
+                return Ok(None);
+            }
             read => SecretBytes(read.context("the session's record cannot be read")?),
         };
         let record = serde_json::from_slice(&json.0).context("the session's record is not understood")?;
@@ -111,20 +116,22 @@ impl Records {
         Ok(Some((record, device.context("the disk was not kept")?.into())))
     }
 
-    /// Forgets the session, and has the disk closed.
+    /// Forgets the session, and has the disk closed. In this order: a record says that the disk is kept.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
-        if let Some(custody) = &self.custody {
-            custody
-                .release()
-                .context("the ramdisk's first process does not answer")?;
-        }
-        for path in [&self.path, &self.failure()] {
+        for path in [&self.failure(), &self.path] {
             match wipe::file(path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error).context("cannot wipe a record"),
                 _ => {}
             }
         }
-        Ok(())
+        self.release()
+    }
+
+    fn release(&self) -> anyhow::Result<()> {
+        match &self.custody {
+            Some(custody) => custody.release().context("the ramdisk's first process does not answer"),
+            None => Ok(()),
+        }
     }
 
     /// Tells PID 1 how the laptop's turn will end, whatever becomes of this process.

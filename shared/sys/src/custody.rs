@@ -40,6 +40,13 @@ const FETCH: u8 = 4;
 #[derive(Debug)]
 pub struct Custody(OwnedFd);
 
+impl From<OwnedFd> for Custody {
+    /// Takes the second end of a [`Custodian::pair`].
+    fn from(role: OwnedFd) -> Self {
+        Self(role)
+    }
+}
+
 impl Custody {
     /// The one that PID 1 gave to this process as its standard input; `None` if that is something else.
     #[must_use]

@@ -11,6 +11,7 @@ pub mod custody;
 pub mod fingerprint;
 pub mod input;
 pub mod kexec;
+pub mod keyboard;
 pub mod kmsg;
 pub mod link;
 pub mod module;

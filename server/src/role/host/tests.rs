@@ -13,11 +13,14 @@ use stiefel_shared::nbd::{
 };
 use stiefel_shared::superblock::{Claim, ClaimKind};
 
+use crate::role::keys::Answer;
+
 const SIZE: u64 = 1 << 20;
 
 /// A host with a file for a disk, on loopback, without a tunnel.
 struct Fixture {
     host: Host,
+    person: Arc<APerson>,
     news: mpsc::UnboundedReceiver<News>,
     address: SocketAddr,
     disk: PathBuf,
@@ -61,9 +64,11 @@ impl Fixture {
         let (tell, news) = mpsc::unbounded_channel();
         let machine = Box::new(AFile { path: disk.clone() });
         let records = Records::new(&dir.path().join("record"), None, |_| 0);
+        let person = Arc::new(APerson::default());
         let setup = Setup {
             console,
             machine,
+            person: Arc::<APerson>::clone(&person),
             records,
             root: dir.path().to_owned(),
             door,
@@ -73,6 +78,7 @@ impl Fixture {
         let host = Host::new(setup, handover);
         Self {
             host,
+            person,
             news,
             address,
             disk,
@@ -81,12 +87,7 @@ impl Fixture {
     }
 
     fn begin(&self, key: &str, machine: char) -> Result<Bundle, Refusal> {
-        self.host.0.begin(Begin {
-            peer: SocketAddrV6::new(Ipv6Addr::LOCALHOST, 9, 0, 0),
-            key: key.to_owned(),
-            machine: machine.to_string().repeat(32).parse().unwrap(),
-            session: SessionName::generate().unwrap(),
-        })
+        self.host.0.begin(request(key, machine))
     }
 
     fn goodbye(&self, bundle: &Bundle, goodbye: Goodbye) -> Result<(), Refusal> {
@@ -124,6 +125,42 @@ impl Fixture {
             }
         }
     }
+}
+
+fn request(key: &str, machine: char) -> Begin {
+    Begin {
+        peer: SocketAddrV6::new(Ipv6Addr::LOCALHOST, 9, 0, 0),
+        key: key.to_owned(),
+        machine: machine.to_string().repeat(32).parse().unwrap(),
+        session: SessionName::generate().unwrap(),
+    }
+}
+
+/// Somebody at the laptop: what they do when they are asked, if they are there.
+#[derive(Default)]
+struct APerson(Mutex<Vec<Reaction>>);
+
+type Reaction = Box<dyn FnOnce(&str) -> Answer + Send>;
+
+impl APerson {
+    /// Is there for one question.
+    fn will(&self, reaction: impl FnOnce(&str) -> Answer + Send + 'static) {
+        self.0.lock().unwrap().push(Box::new(reaction));
+    }
+
+    /// Was not asked.
+    fn still_waits(&self) -> bool {
+        self.0.lock().unwrap().pop().is_some()
+    }
+}
+
+impl Person for APerson {
+    fn ask(&self, question: &str) -> Answer {
+        let reaction = self.0.lock().unwrap().pop();
+        reaction.map_or(Answer::Unasked, |reaction| reaction(question))
+    }
+
+    fn never_mind(&self) {}
 }
 
 /// A machine whose disk is a file.
@@ -310,4 +347,82 @@ fn a_disk_of_another_size_is_not_served() {
         .unwrap();
     assert!(fixture.begin("blue", 'a').is_ok());
     assert!(fixture.news.try_recv().is_err());
+}
+
+#[test]
+fn the_person_at_the_laptop_may_end_the_session_of_a_desktop_for_another() {
+    let fixture = Fixture::new(After::Return);
+    let first = fixture.begin("blue", 'a').unwrap();
+    let old = fixture.connect(&first).unwrap();
+    fixture.person.will(|question| {
+        assert!(
+            question.contains("(key red)") && question.contains("(key blue)"),
+            "{question}"
+        );
+        Answer::Yes
+    });
+    let second = fixture.begin("red", 'b').unwrap();
+    assert!(is_closed(old));
+    assert!(fixture.connect(&first).is_none(), "the old name opens the disk");
+    assert!(fixture.connect(&second).is_some());
+    assert!(fixture.goodbye(&first, Goodbye::Poweroff).is_err());
+}
+
+#[test]
+fn nobody_is_asked_again_about_a_desktop_that_was_refused_while_the_session_lasts() {
+    let mut fixture = Fixture::new(After::Stay);
+    let first = fixture.begin("blue", 'a').unwrap();
+    fixture.person.will(|_| Answer::No);
+    assert!(fixture.begin("red", 'b').unwrap_err().reason.contains("key blue"));
+    fixture.person.will(|_| Answer::Yes);
+    assert!(fixture.begin("red", 'b').is_err());
+    assert!(fixture.person.still_waits());
+    assert!(fixture.connect(&first).is_some());
+    // Who only did not answer is asked again; and another desktop is another question.
+    for (machine, answer) in [('c', Answer::Silence), ('c', Answer::No)] {
+        fixture.person.will(move |_| answer);
+        assert!(fixture.begin("red", machine).is_err());
+        assert!(!fixture.person.still_waits());
+    }
+    fixture.goodbye(&first, Goodbye::Poweroff).unwrap();
+    assert!(fixture.begin("red", 'b').is_ok());
+    assert!(fixture.news.try_recv().is_err());
+}
+
+#[test]
+fn the_desktop_that_has_the_disk_can_say_goodbye_or_start_anew_while_the_question_stands() {
+    // What happens meanwhile, what is answered, and whether the other one then gets the disk.
+    type Event = fn(&Arc<Inner>, SessionName);
+    let leaves: Event = |host, session| host.goodbye(session, Goodbye::Reboot).unwrap();
+    let goes_for_good: Event = |host, session| host.goodbye(session, Goodbye::Poweroff).unwrap();
+    let takes_over: Event = |host, _| drop(host.begin(request("blue", 'a')).unwrap());
+    for (event, answer, begins) in [
+        (leaves, Answer::Silence, true),
+        (leaves, Answer::Yes, true),
+        (goes_for_good, Answer::Yes, false),
+        // It was not asked about this session.
+        (takes_over, Answer::Yes, false),
+    ] {
+        let fixture = Fixture::new(After::Return);
+        let first = fixture.begin("blue", 'a').unwrap();
+        let (host, session) = (Arc::clone(&fixture.host.0), first.manifest.session.parse().unwrap());
+        fixture.person.will(move |_| {
+            event(&host, session);
+            answer
+        });
+        assert_eq!(fixture.begin("red", 'b').is_ok(), begins);
+    }
+}
+
+#[test]
+fn the_laptop_goes_home_on_demand_unless_a_desktop_has_the_disk() {
+    let mut fixture = Fixture::new(After::Stay);
+    let bundle = fixture.begin("blue", 'a').unwrap();
+    fixture.host.home_pressed();
+    assert!(fixture.news.try_recv().is_err());
+    assert!(fixture.connect(&bundle).is_some());
+    fixture.goodbye(&bundle, Goodbye::Reboot).unwrap();
+    fixture.host.home_pressed();
+    assert_eq!(fixture.news.try_recv().unwrap(), News::Home);
+    assert!(fixture.begin("blue", 'a').is_err());
 }

@@ -111,3 +111,22 @@ pub(crate) fn small_memory(bench: &Bench) -> Result<(), Failure> {
     desktop.serial().expect(re("stiefel: asking on "), patience::STICK)?;
     Ok(())
 }
+
+/// Keys pressed at the laptop while no desktop is there: `p` has nobody to ask, `h` goes home.
+pub(crate) fn keys(bench: &Bench) -> Result<(), Failure> {
+    let dir = tempfile::tempdir_in(bench.kit.dir())?;
+    let wire = Wire::direct()?;
+    let laptop = server(bench, &key(bench, "stick")?, &wire.a(), dir.path())?.start()?;
+    laptop.serial().expect(READY, patience::SERVING)?;
+    laptop.serial().expect("keys: p asks", Duration::from_secs(5))?;
+    laptop.serial().send("xyp")?;
+    laptop
+        .serial()
+        .expect("no desktop is here; press h to go home", Duration::from_secs(5))?;
+    laptop.serial().send("h")?;
+    laptop
+        .serial()
+        .expect("going back to the laptop's own system", Duration::from_secs(5))?;
+    laptop.wait_reboot(Duration::from_secs(30))?;
+    Ok(())
+}

@@ -66,6 +66,9 @@ impl Tamper for DropLarge {
     }
 }
 
+/// How long a killed server may take to serve again.
+const RESTART: Duration = Duration::from_secs(10);
+
 /// Two machines, and the cable between them.
 struct Pair {
     laptop: Vm,
@@ -275,6 +278,22 @@ pub(crate) fn packets(bench: &Bench) -> Result<(), Failure> {
         pair.all_is_written()?;
     }
     Ok(())
+}
+
+/// Every process of the laptop's ramdisk but the first is killed, again and again: the disk that PID 1 has kept goes on.
+pub(crate) fn server_killed(bench: &Bench, way: Way) -> Result<(), Failure> {
+    let pair = Pair::writing(bench, way)?;
+    for kill in 1..=5 {
+        pair.laptop.sysrq('i')?;
+        pair.laptop
+            .serial()
+            .expect("the server was started anew; the session goes on", RESTART)?;
+        // It must be served again before the next fault.
+        pair.desktop
+            .serial()
+            .expect(&format!("load: wrote {}", 4 + 4 * kill), Duration::from_secs(60))?;
+    }
+    pair.all_is_written()
 }
 
 /// Who records the traffic finds nothing of the disk in it with the tunnel; without, the same search finds it.

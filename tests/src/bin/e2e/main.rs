@@ -134,6 +134,11 @@ fn tests() -> Vec<Test> {
     );
     tests.add("packets_are_large_where_the_whole_way_carries_them", link::packets);
     tests.ways(
+        "server_killed_five_times_under_load_loses_nothing",
+        &[1],
+        link::server_killed,
+    );
+    tests.ways(
         "recorded_traffic_shows_nothing_of_the_disk_inside_the_tunnel_and_all_without",
         &[0, 3],
         link::recorded,
@@ -144,6 +149,7 @@ fn tests() -> Vec<Test> {
         interlocks::same_uuid,
     );
     tests.add("hibernated_laptop_refuses_the_session", interlocks::hibernated);
+    tests.add("keys_at_the_laptop_are_heard", faults::keys);
     tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
     tests.0
 }
