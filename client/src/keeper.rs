@@ -10,8 +10,8 @@
 //!   link's address or state away, it restores them.
 //! - When the kernel says that NBD's connection died, it makes a new one and hands it over: I/O that waited goes on. (NVMe
 //!   connects anew by itself.)
-//! - It [exchanges signs of life](crate::pulse) with the laptop, says when that one is gone and when it is back, and ends
-//!   the desktop when [nothing else can](crate::life).
+//! - It exchanges signs of life with the laptop, says when that one is gone and when it is back, and ends
+//!   the desktop when nothing else can.
 //!
 //! No failure ends it: it says what failed, and goes on.
 
