@@ -102,6 +102,8 @@ fn running_unit() -> String {
     format!(
         "# Written by stiefel.\n\
          [Unit]\nDescription=Lets stiefel's keeper see that the system goes down\n\
+         # Has systemd read these now: it could not when the disk is gone.\n\
+         Before=poweroff.target reboot.target halt.target kexec.target\n\
          [Service]\nType=oneshot\nRemainAfterExit=yes\nRuntimeDirectory={RUNNING}\nExecStart=/bin/true\n"
     )
 }

@@ -154,7 +154,10 @@ impl Keeper {
             links: LinkMonitor::open()?,
             heart: Heart::new(&session, now)?,
             life: Life::new(now, Duration::from_secs(session.link.grace)),
-            wishes: Wishes::new(File::open(home("dev")).context("cannot open devtmpfs")?),
+            wishes: Wishes::new(
+                File::open(home("dev")).context("cannot open devtmpfs")?,
+                File::open(home("proc")).context("cannot open proc")?,
+            ),
             status: first_status(&session),
             asked: false,
             guarded: false,

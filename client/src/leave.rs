@@ -1,12 +1,15 @@
 //! How a desktop is ended whose disk may be gone: nothing here reads a file system of the disk.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, Mode, OFlags, openat, statat};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, openat, statat};
 use stiefel_shared::bundle::AttachSession;
 use stiefel_sys::console::Console;
 use stiefel_sys::input::PowerKeys;
@@ -27,12 +30,21 @@ pub(crate) struct Wishes {
     /// devtmpfs.
     dev: File,
     pressed: bool,
+    /// procfs.
+    proc: Arc<File>,
+    /// A command was seen that is to end the system.
+    commanded: Arc<AtomicBool>,
+    /// Looks for one.
+    looking: Option<JoinHandle<()>>,
 }
 
 impl Wishes {
-    /// Looks below `dev`, an open devtmpfs, for keys.
-    pub(crate) fn new(dev: File) -> Self {
+    /// Looks below `dev`, an open devtmpfs, for keys, and in `proc`, an open procfs, for commands.
+    pub(crate) fn new(dev: File, proc: File) -> Self {
         Self {
+            proc: Arc::new(proc),
+            commanded: Arc::default(),
+            looking: None,
             run: None,
             ran: false,
             keys: PowerKeys::default(),
@@ -64,9 +76,69 @@ impl Wishes {
             self.keys.pressed(self.dev.as_fd()) || self.pressed
         } else {
             self.keys = PowerKeys::default();
+            self.commanded.store(false, Ordering::Relaxed);
             false
         };
-        self.pressed || (self.ran && !running)
+        if lost {
+            self.look();
+        }
+        self.pressed || self.commanded.load(Ordering::Relaxed) || (self.ran && !running)
+    }
+
+    /// Has the processes looked at; on a thread, for what a process was called with lies in its memory, which may wait for the
+    /// disk.
+    fn look(&mut self) {
+        if self.looking.as_ref().is_some_and(|looking| !looking.is_finished()) {
+            return;
+        }
+        let (proc, commanded) = (Arc::clone(&self.proc), Arc::clone(&self.commanded));
+        let look = move || {
+            if ends_are_commanded(&proc).unwrap_or(false) {
+                commanded.store(true, Ordering::Relaxed);
+            }
+        };
+        // Without a thread for now: the next look is in a second.
+        self.looking = std::thread::Builder::new().spawn(look).ok();
+    }
+}
+
+/// Whether somebody has typed `poweroff` or the like: where the disk is gone, such a command may wait before the system
+/// knows of it.
+fn ends_are_commanded(proc: &File) -> std::io::Result<bool> {
+    for entry in Dir::read_from(proc)?.flatten() {
+        let Ok(name) = entry.file_name().to_str() else { continue };
+        if !name.bytes().all(|byte| byte.is_ascii_digit()) {
+            continue;
+        }
+        let read = |file: &str| -> std::io::Result<Vec<u8>> {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let file = File::from(openat(proc, format!("{name}/{file}"), flags, Mode::empty())?);
+            let mut bytes = Vec::new();
+            file.take(4096).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        // The name first, which needs nothing of the process's memory. One that has ended meanwhile commands nothing.
+        let is_one = read("comm").is_ok_and(|name| COMMANDS.contains(&name.trim_ascii()));
+        if is_one && read("cmdline").is_ok_and(|words| ends_system(&words)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Names of the programs that end a system.
+const COMMANDS: [&[u8]; 5] = [b"systemctl", b"poweroff", b"reboot", b"halt", b"shutdown"];
+
+/// Whether a command line, each word ended by a zero, ends the system.
+fn ends_system(cmdline: &[u8]) -> bool {
+    let mut words = cmdline.split(|byte| *byte == 0);
+    let program = words.next().and_then(|path| path.rsplit(|byte| *byte == b'/').next());
+    let ends = |word: &[u8]| matches!(word, b"poweroff" | b"reboot" | b"halt" | b"kexec");
+    match program {
+        Some(b"systemctl") => words.any(ends),
+        Some(b"shutdown") => !words.any(|word| word == b"-c"),
+        Some(program) => ends(program),
+        None => false,
     }
 }
 
@@ -101,4 +173,33 @@ pub(crate) fn replace(folder: &OwnedFd, name: &str, bytes: &[u8]) -> std::io::Re
     std::io::Write::write_all(&mut File::from(file), bytes)?;
     rustix::fs::renameat(folder, &beside, folder, name)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_commands_that_end_the_system_count() {
+        let cmdline = |text: &str| text.replace(' ', "\0").into_bytes();
+        for ends in [
+            "systemctl poweroff",
+            "systemctl --no-block reboot",
+            "/sbin/poweroff",
+            "reboot -f",
+            "shutdown -h now",
+        ] {
+            assert!(ends_system(&cmdline(ends)), "{ends}");
+        }
+        for other in ["systemctl status", "systemctl", "shutdown -c", "", "vim poweroff"] {
+            assert!(!ends_system(&cmdline(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn processes_are_looked_at_without_harm() {
+        assert!(!ends_are_commanded(&File::open("/proc").unwrap()).unwrap());
+        let empty = tempfile::tempdir().unwrap();
+        assert!(!ends_are_commanded(&File::open(empty.path()).unwrap()).unwrap());
+    }
 }
