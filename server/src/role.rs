@@ -48,6 +48,8 @@ pub enum End {
     Restart,
     /// Power off.
     PowerOff,
+    /// Reboot, after the screen has shown for a while why.
+    GiveUp,
 }
 
 /// How long the disk's driver may take; USB and RAID controllers are slow.
@@ -85,7 +87,7 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
     let door = Arc::new(Door::default());
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, DISK_PORT))
         .with_context(|| format!("cannot listen on TCP port {DISK_PORT} for the disk"))?;
-    let (gate, links_door): (Arc<dyn nbd::Gate>, _) = (Arc::<Door>::clone(&door), Arc::clone(&door));
+    let gate: Arc<dyn nbd::Gate> = Arc::<Door>::clone(&door);
     let server = nbd::Server::start(listener, gate, nbd::Limits::default()).context("cannot serve the disk")?;
     let after = handover.after;
     let machine = Box::new(Laptop {
@@ -126,7 +128,7 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
     let answers = discovery::run(
         discovery::bind(PORT)?,
         responder,
-        follow_links(console, links_door)?,
+        follow_links(console, Arc::clone(&host))?,
         woken,
     );
     console.info("ready; waiting for the desktop");
@@ -176,7 +178,7 @@ const fn after_goodbye(goodbye: Goodbye, after: After) -> (&'static str, Option<
 }
 
 /// Brings all wired NICs up, and tells discovery and the screen of them.
-fn follow_links(console: &'static Console, door: Arc<Door>) -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
+fn follow_links(console: &'static Console, host: Arc<Host>) -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
     let (links, followed) = mpsc::channel(64);
     std::thread::Builder::new().name("links".to_owned()).spawn(move || {
         let tell = |event: LinkEvent| {
@@ -184,7 +186,7 @@ fn follow_links(console: &'static Console, door: Arc<Door>) -> anyhow::Result<mp
                 LinkEvent::Added { name, .. } => console.info(&format!("the link {name} is up")),
                 LinkEvent::Removed { index } => console.warn(&format!("a link is down (interface {index})")),
             }
-            if let Err(error) = door.follow(&event) {
+            if let Err(error) = host.follow(&event) {
                 console.warn(&format!("the tunnel waits for the desktop's first word: {error:#}"));
             }
             links.blocking_send(event).is_ok()

@@ -17,15 +17,17 @@ impl Supply {
     /// Looks at it.
     pub(crate) fn read(tree: &Tree) -> Self {
         let (mut charges, mut mains) = (Vec::new(), false);
+        let (mut charging, mut discharging) = (false, false);
         for name in tree.names(SUPPLIES) {
             let get = |attribute: &str| tree.line(format!("{SUPPLIES}/{name}/{attribute}"));
             if get("type").as_deref() != Some("Battery") {
                 // Mains, USB and the like.
                 mains |= get("online").as_deref() == Some("1");
             } else if get("scope").as_deref() != Some("Device") && get("present").as_deref() != Some("0") {
-                // A mouse's battery is of scope `Device`. Not every laptop tells of its mains, so the battery's state counts
-                // too.
-                mains |= matches!(get("status").as_deref(), Some("Charging" | "Full" | "Not charging"));
+                // A mouse's battery is of scope `Device`.
+                let status = get("status");
+                charging |= matches!(status.as_deref(), Some("Charging" | "Full" | "Not charging"));
+                discharging |= status.as_deref() == Some("Discharging");
                 charges.extend(get("capacity").and_then(|percent| percent.parse::<u8>().ok()));
             }
         }
@@ -33,7 +35,8 @@ impl Supply {
         let sum: u32 = charges.iter().copied().map(u32::from).sum();
         Self {
             percent: count.map(|count| u8::try_from(sum / count).unwrap_or(u8::MAX).min(100)),
-            mains,
+            // Of two batteries the idle one is `Full` while the other is used up. Not every laptop tells of its mains.
+            mains: mains || (charging && !discharging),
         }
     }
 

@@ -136,8 +136,11 @@ pub fn read_handover() -> anyhow::Result<Option<Handover>> {
 
 /// Overwrites and removes the secrets in the ramdisk's files.
 fn wipe_secrets(console: &Console) {
-    if let Err(error) = wipe::file(&Path::new("/").join(HANDOVER_PATH)) {
-        console.warn(&format!("cannot wipe the handover: {error}"));
+    // The last two are a session's, while it lasts and while it is written down.
+    for path in [HANDOVER_PATH, "run/stiefel/session.json", "run/stiefel/session.new"] {
+        if let Err(error) = wipe::file(&Path::new("/").join(path)) {
+            console.warn(&format!("cannot wipe {path}: {error}"));
+        }
     }
 }
 

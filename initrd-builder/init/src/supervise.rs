@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use stiefel_sys::console::Console;
+use stiefel_sys::nvmet::{self, CONFIGFS};
 use stiefel_sys::power::Power;
 use stiefel_sys::process::{poll, reap_children};
 
@@ -126,7 +127,9 @@ fn run_once(console: &'static Console, drivers: &mut Child, kept: &Arc<Kept>) ->
         }
         Err(error) => {
             // A second role beside it would be worse than none.
-            kill(console, &mut child);
+            if kill(console, &mut child).is_none() {
+                go_home(console, kept);
+            }
             return Err(error);
         }
     };
@@ -163,9 +166,16 @@ fn go_home(console: &Console, kept: &Kept) -> ! {
 
 /// Has what a role has left open written to its medium, and closes it.
 fn let_go(console: &Console, kept: &Kept) {
+    // The kernel may serve it by itself.
+    match within(SYNC, || nvmet::recover(Path::new(CONFIGFS))) {
+        Some(Ok(_)) => {}
+        Some(Err(error)) => console.error(&describe(&error)),
+        None => console.error("the kernel does not let the disk go; data may be lost, check the disk"),
+    }
     let Some(held) = kept.take() else { return };
     match within(SYNC, move || rustix::fs::fsync(&held)) {
-        Some(Ok(())) => console.info("the disk is flushed and closed"),
+        // Whether an earlier flush has failed the role has said.
+        Some(Ok(())) => console.info("the disk is closed"),
         Some(Err(error)) => console.error(&format!(
             "the final flush of the disk failed ({error}); data may be lost, check the disk"
         )),

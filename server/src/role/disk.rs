@@ -16,6 +16,9 @@ use stiefel_sys::nvmet::{MAX_MODEL, MAX_SERIAL, NQN_PREFIX, Namespace, Port, Pub
 use super::machine::{Machine, within};
 use crate::nbd::{self, Export, ExportOptions};
 
+/// What a failed flush means.
+const LOST: &str = "the final flush of the disk failed; data may be lost, check the disk";
+
 /// A disk that is open to one desktop.
 pub(super) struct Served {
     /// Exclusive; with NBD the very file that is served.
@@ -95,15 +98,15 @@ impl Served {
     /// # Errors
     /// Then the disk may still be written to.
     pub(super) fn close(&self, machine: &dyn Machine, server: &nbd::Server, limit: Duration) -> anyhow::Result<()> {
-        if self.export.is_some() {
-            // Also flushes.
+        if let Some(export) = &self.export {
             server.drop_connections(limit)?;
-            return Ok(());
+            // Also what an earlier process has written, of which this server knows no connection.
+            let export = Arc::clone(export);
+            return within(limit, move || export.flush()).and_then(|flushed| flushed.context(LOST));
         }
         machine.withdraw()?;
         let device = self.device.try_clone()?;
-        within(limit, move || Ok(device.sync_all()?))
-            .context("the final flush of the disk failed; data may be lost, check the disk")
+        within(limit, move || device.sync_all()).and_then(|flushed| flushed.context(LOST))
     }
 }
 

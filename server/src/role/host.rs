@@ -6,6 +6,7 @@
 //!
 //! What a session is made of is written down ([`record`](super::record)), so that it goes on when this process was killed.
 
+mod life;
 mod person;
 
 use std::fs::File;
@@ -13,22 +14,24 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use stiefel_shared::bundle::{ControlKey, DeviceClaims, DiskOffer, Goodbye, LinkOffer, Manifest};
+use stiefel_shared::bundle::{ControlKey, DeviceClaims, DiskOffer, Goodbye, LinkOffer, Manifest, Transport};
 use stiefel_shared::discovery::LinkEvent;
 use stiefel_shared::handover::ServerHandover;
-use stiefel_shared::session::{MachineId, Pulse, SessionName, Sign};
+use stiefel_shared::session::{MachineId, SessionName};
 use stiefel_sys::block::{Content, Disk};
 use stiefel_sys::console::Console;
 use tokio::sync::mpsc;
 
+use life::Life;
+
 use super::End;
 use super::disk::Served;
 use super::keys::Person;
-use super::link::{Up, Wanted};
-use super::machine::Machine;
+use super::link::{Known, Up, Wanted};
+use super::machine::{Machine, within};
 use super::record::{Record, Records};
 use crate::http::{Begin, Bundle, FeedError, Refusal, SessionHost};
 use crate::nbd::{self, Export, Gate, Listed};
@@ -63,11 +66,11 @@ struct Open {
 }
 
 impl Door {
-    /// Tells the session's link of an interface that came or went.
-    pub(super) fn follow(&self, event: &LinkEvent) -> anyhow::Result<()> {
+    /// Tells the session's link of an interface that came or went; how it is known when that has changed something.
+    fn follow(&self, event: &LinkEvent, silent: bool) -> anyhow::Result<Option<Known>> {
         match self.lock().as_mut().and_then(|open| open.link.as_mut()) {
-            Some(link) => link.follow(event),
-            None => Ok(()),
+            Some(link) => Ok(link.follow(event, silent)?.then(|| link.known().clone())),
+            None => Ok(None),
         }
     }
 
@@ -108,20 +111,6 @@ struct Holder {
     peer: SocketAddrV6,
     key: String,
     machine: MachineId,
-}
-
-/// The desktop's life as far as it is known here. A lock of its own: a session's change may last.
-struct Life {
-    pulse: Pulse,
-    session: SessionName,
-    /// The desktop's address of this session.
-    peer: IpAddr,
-    /// Its last sign; before the first, the session's beginning.
-    heard: Instant,
-    /// It was heard at all.
-    alive: bool,
-    /// The countdown is on the screen.
-    counting: bool,
 }
 
 /// The one session.
@@ -183,48 +172,6 @@ impl Host {
     /// It cannot go on: the disk was not kept, or is another now.
     pub(super) fn resume(&self) -> anyhow::Result<Option<(SessionName, ControlKey)>> {
         self.0.resume()
-    }
-
-    /// Hears a datagram; the answer, if it is the desktop's.
-    pub(super) fn hear(&self, peer: SocketAddr, datagram: &[u8]) -> Option<Vec<u8>> {
-        self.0.hear(peer, datagram)
-    }
-
-    /// Looks at how long the desktop has been silent: counts down, and in the end goes home.
-    pub(super) fn look(&self) {
-        if let Some(session) = self.0.look() {
-            let inner = Arc::clone(&self.0);
-            tokio::task::spawn_blocking(move || inner.abandon(session));
-        }
-    }
-
-    /// Notes how the laptop is supplied; a desktop is asked to power off before the battery is empty.
-    pub(super) fn supplied(&self, supply: Supply) {
-        let inner = &self.0;
-        let before = std::mem::replace(
-            &mut *inner.supply.lock().unwrap_or_else(PoisonError::into_inner),
-            supply,
-        );
-        let percent = supply.percent.unwrap_or_default();
-        if supply.is_low(CRITICAL) && !inner.ask.load(Ordering::Acquire) {
-            if self.ask_power_off() {
-                inner.setup.console.error(&format!(
-                    "the battery has {percent} % left: the desktop is asked to power off"
-                ));
-            }
-        } else if supply.is_low(LOW) && !before.is_low(LOW) {
-            inner
-                .setup
-                .console
-                .warn(&format!("the battery has {percent} % left; plug the laptop in\u{7}"));
-        }
-    }
-
-    /// Asks the desktop to power off, in order; whether there is one.
-    pub(super) fn ask_power_off(&self) -> bool {
-        let there = self.0.life().is_some();
-        self.0.ask.store(there, Ordering::Release);
-        there
     }
 
     /// Runs a change on a thread for blocking work. It goes on to its end also when the desktop that asked goes away.
@@ -298,7 +245,16 @@ impl Inner {
             self.close(&mut seat)?;
         }
         let mut seat = self.contend(seat, &request)?;
-        match self.open(&request) {
+        let opened = {
+            let (inner, request) = (Arc::clone(self), request.clone());
+            within(DRAIN, move || inner.open(&request))
+        };
+        let opened = match opened {
+            Ok(opened) => opened,
+            // It goes on, and would open the disk behind the next one's back.
+            Err(error) => return Err(self.break_off(&mut seat, &error)),
+        };
+        match opened {
             Ok((open, bundle)) => {
                 let (peer, key) = (request.peer.ip(), &request.key);
                 self.setup
@@ -366,6 +322,8 @@ impl Inner {
             Err(error) => {
                 // Nobody knows of it yet, so nothing was written.
                 let _ = open.served.close(&*self.setup.machine, &self.setup.server, DRAIN);
+                drop(open);
+                let _ = self.setup.records.clear();
                 Err(error)
             }
         }
@@ -402,7 +360,7 @@ impl Inner {
     fn write_down(&self, request: &Begin, open: &Open, bundle: &Bundle) -> anyhow::Result<()> {
         let Some(link) = &open.link else { return Ok(()) };
         self.setup.records.hold(open.served.device())?;
-        self.setup.records.write(&Record {
+        self.setup.records.write(Record {
             session: request.session.to_string(),
             key: request.key.clone(),
             machine: request.machine.to_string(),
@@ -410,6 +368,7 @@ impl Inner {
             control: bundle.manifest.control.clone(),
             transport: bundle.manifest.disk.transport.clone(),
             link: link.known().clone(),
+            beat: 0,
         })
     }
 
@@ -440,6 +399,11 @@ impl Inner {
 
     /// Ends the session that holds the disk, in order. After an error the disk may still be written to: nobody else gets it.
     fn close(&self, seat: &mut Seat) -> Result<(), Refusal> {
+        self.close_with(seat, None)
+    }
+
+    /// As [`Inner::close`]; with the session the laptop's turn may end.
+    fn close_with(&self, seat: &mut Seat, end: Option<End>) -> Result<(), Refusal> {
         if let Some(closed) = &seat.closed {
             return refuse(closed);
         }
@@ -447,24 +411,33 @@ impl Inner {
         if let Some(open) = open
             && let Err(error) = open.served.close(&*self.setup.machine, &self.setup.server, DRAIN)
         {
-            let error = format!("{error:#}");
-            seat.closed = Some(error.clone());
-            // Without a receiver the laptop's turn is over already.
-            let _ = self.setup.news.send(News::Broken(error.clone()));
-            return refuse(error);
+            return Err(self.break_off(seat, &error));
         }
+        // Before the record goes: a process that was killed in between would serve on.
+        if let Some(end) = end {
+            self.end_turn(seat, end);
+        }
+        // PID 1 may still have the disk open otherwise, so nobody may have it; it ends with the ramdisk.
         if let Err(error) = self.setup.records.clear() {
-            // PID 1 may still have the disk open, so nobody may have it; it ends with the ramdisk.
-            let error = format!("{error:#}");
-            seat.closed = Some(error.clone());
-            let _ = self.setup.news.send(News::Broken(error.clone()));
-            return refuse(error);
+            return Err(self.break_off(seat, &error));
         }
         (seat.holder, seat.denied) = (None, None);
         self.setup.person.never_mind();
         *self.life() = None;
         self.ask.store(false, Ordering::Release);
         Ok(())
+    }
+
+    /// What is done with the disk is not known any more: nobody gets it, and the laptop goes home, whatever hangs.
+    fn break_off(&self, seat: &mut Seat, error: &anyhow::Error) -> Refusal {
+        let reason = format!("{error:#}");
+        seat.closed = Some(reason.clone());
+        if let Err(error) = self.setup.records.verdict(End::GiveUp) {
+            self.setup.console.warn(&format!("{error:#}"));
+        }
+        // Without a receiver the laptop's turn is over already.
+        let _ = self.setup.news.send(News::Broken(reason.clone()));
+        Refusal { reason }
     }
 
     /// Goes on with the session that an earlier process has left, if there is one; its name and secret.
@@ -474,6 +447,13 @@ impl Inner {
         };
         let mut seat = self.seat();
         let disk = self.setup.machine.disk()?;
+        ensure!(
+            size(&device)? == self.handover.disk.size && is_device(&device, disk.device)?,
+            "the disk that was kept is not the one that is there now"
+        );
+        if let Transport::NvmeTcp { nqn, .. } = &record.transport {
+            ensure!(self.setup.machine.published(nqn), "the disk is not served any more");
+        }
         let served = Served::adopt(device, &disk, &record.transport)?;
         self.watch(&served);
         if let (Some(why), Some(export)) = (self.setup.records.failed(), served.export()) {
@@ -492,7 +472,8 @@ impl Inner {
             key: record.key,
             machine: record.machine.parse()?,
         });
-        self.begin_life(session, &record.control, peer, 0);
+        // What was heard since it was noted may be said again, once.
+        self.begin_life(session, &record.control, peer, record.beat);
         self.setup
             .console
             .warn("the server was started anew; the session goes on");
@@ -511,94 +492,6 @@ impl Inner {
         }
     }
 
-    fn life(&self) -> MutexGuard<'_, Option<Life>> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn begin_life(&self, session: SessionName, control: &ControlKey, peer: IpAddr, heard: u64) {
-        *self.life() = Some(Life {
-            pulse: Pulse::new(control, session, heard),
-            session,
-            peer,
-            heard: Instant::now(),
-            alive: false,
-            counting: false,
-        });
-    }
-
-    fn hear(&self, peer: SocketAddr, datagram: &[u8]) -> Option<Vec<u8>> {
-        let mut life = self.life();
-        let life = life.as_mut().filter(|life| life.peer == peer.ip())?;
-        let beat = life.pulse.hear(datagram).ok()?;
-        (life.heard, life.alive) = (Instant::now(), true);
-        if std::mem::take(&mut life.counting) {
-            self.setup.console.info("the desktop is back");
-        }
-        let mtu = match beat.mtu {
-            0 => Ok(0),
-            wanted => self.setup.door.set_mtu(u32::from(wanted)),
-        };
-        let mtu = mtu.unwrap_or_else(|error| {
-            self.setup
-                .console
-                .warn(&format!("the link's packet size stays: {error:#}"));
-            0
-        });
-        let supply = *self.supply.lock().unwrap_or_else(PoisonError::into_inner);
-        let sign = Sign {
-            battery: supply.percent,
-            mains: supply.mains,
-            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
-            power_off: self.ask.load(Ordering::Acquire),
-        };
-        life.pulse.sign(&beat, sign).ok()
-    }
-
-    /// The session whose desktop has been silent for too long.
-    fn look(&self) -> Option<SessionName> {
-        let mut life = self.life();
-        let life = life.as_mut()?;
-        // It cannot be heard before its kernel has started.
-        let least = if life.alive { Duration::ZERO } else { START };
-        let grace = Duration::from_secs(self.handover.grace).max(least);
-        let silence = life.heard.elapsed();
-        if silence < SILENT {
-            return None;
-        }
-        if life.alive && !std::mem::replace(&mut life.counting, true) {
-            self.setup
-                .console
-                .warn("the desktop is not heard any more; is the cable in?");
-        }
-        let left = grace.saturating_sub(silence);
-        if left.is_zero() {
-            return Some(life.session);
-        }
-        if life.alive {
-            let (minutes, seconds) = (left.as_secs() / 60, left.as_secs() % 60);
-            self.setup
-                .console
-                .progress(&format!("the laptop goes home in {minutes}:{seconds:02} min"));
-        }
-        None
-    }
-
-    /// Ends the session of a desktop that is not heard any more.
-    fn abandon(&self, session: SessionName) {
-        let mut seat = self.seat();
-        if seat.holder.as_ref().is_none_or(|holder| holder.session != session) {
-            return;
-        }
-        self.setup
-            .console
-            .warn("the desktop was not heard for too long; its session is over");
-        if self.close(&mut seat).is_ok() {
-            self.leave(&mut seat, Goodbye::Poweroff);
-            // Without a receiver the laptop's turn is over already.
-            let _ = self.setup.news.send(News::Silent);
-        }
-    }
-
     fn give_up(&self, session: SessionName) {
         let mut seat = self.seat();
         if seat.holder.as_ref().is_some_and(|holder| holder.session == session) {
@@ -612,23 +505,19 @@ impl Inner {
         if seat.holder.as_ref().is_none_or(|holder| holder.session != session) {
             return refuse("this session is over");
         }
-        self.close_after(&mut seat)?;
-        self.leave(&mut seat, goodbye);
+        self.close_after(&mut seat, self.end_after(goodbye))?;
         self.setup
             .console
             .info("the desktop has said goodbye; the disk is flushed and closed");
         Ok(())
     }
 
-    /// Lets nobody in any more if the laptop's turn ends, and has PID 1 know that it does.
-    fn leave(&self, seat: &mut Seat, goodbye: Goodbye) {
-        let (_, Some(end)) = super::after_goodbye(goodbye, self.handover.after) else {
-            return;
-        };
-        self.end_turn(seat, end);
+    /// Whether the laptop's turn ends with a goodbye.
+    fn end_after(&self, goodbye: Goodbye) -> Option<End> {
+        super::after_goodbye(goodbye, self.handover.after).1
     }
 
-    /// The laptop's turn is over.
+    /// Lets nobody in any more, and has PID 1 know that the laptop's turn ends.
     fn end_turn(&self, seat: &mut Seat, end: End) {
         seat.closed = Some("the laptop is going home; wait until it is there, it can be woken then".to_owned());
         if let Err(error) = self.setup.records.verdict(end) {
@@ -636,10 +525,10 @@ impl Inner {
         }
     }
 
-    /// As [`Inner::close`], but the link stays until the answer to the goodbye has gone through it.
-    fn close_after(&self, seat: &mut Seat) -> Result<(), Refusal> {
+    /// As [`Inner::close_with`], but the link stays until the answer to the goodbye has gone through it.
+    fn close_after(&self, seat: &mut Seat, end: Option<End>) -> Result<(), Refusal> {
         let link = self.setup.door.lock().as_mut().and_then(|open| open.link.take());
-        let closed = self.close(seat);
+        let closed = self.close_with(seat, end);
         if let Some(link) = link {
             self.linger(link);
         }
@@ -660,19 +549,19 @@ impl Inner {
     }
 }
 
+/// Whether an open file is this block device; a file that is none stands for any, in tests.
+fn is_device(file: &File, device: (u32, u32)) -> anyhow::Result<bool> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let metadata = file.metadata().context("cannot look at the disk that was kept")?;
+    let number = (rustix::fs::major(metadata.rdev()), rustix::fs::minor(metadata.rdev()));
+    Ok(!metadata.file_type().is_block_device() || number == device)
+}
+
 fn size(mut disk: &File) -> anyhow::Result<u64> {
     use std::io::{Seek, SeekFrom};
     disk.seek(SeekFrom::End(0)).context("cannot ask the disk for its size")
 }
 
-/// Below this charge the laptop warns, in per cent.
-const LOW: u8 = 15;
-/// Below this one it asks the desktop to power off.
-const CRITICAL: u8 = 5;
-/// After so long without a sign of life the desktop counts as silent.
-const SILENT: Duration = Duration::from_secs(10);
-/// How long a desktop may take from the bundle to its first sign.
-const START: Duration = Duration::from_mins(5);
 /// How long the link outlives the goodbye: the desktop asks again for 18 s if the answer gets lost.
 const LINGER: Duration = Duration::from_secs(20);
 

@@ -48,8 +48,16 @@ pub(super) struct Known {
     pub(super) peer: SocketAddrV6,
     pub(super) laptop: Ipv6Addr,
     pub(super) desktop: Ipv6Addr,
-    /// The desktop's public key, with a tunnel.
-    tunnel: Option<[u8; 32]>,
+    tunnel: Option<KnownTunnel>,
+}
+
+/// A tunnel. Its name is the next session's, too.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct KnownTunnel {
+    /// Its interface; the kernel gives no number twice.
+    index: u32,
+    /// The desktop's public key.
+    desktop: [u8; 32],
 }
 
 /// A link that is up; gone when dropped.
@@ -82,40 +90,42 @@ impl Up {
         &self.known
     }
 
-    /// Follows the interfaces: when the one to the desktop is gone, the next that comes up is taken. Then nothing that the
-    /// desktop says need be the first word.
-    pub(super) fn follow(&mut self, event: &LinkEvent) -> anyhow::Result<()> {
+    /// Follows the interfaces: when the one to the desktop is gone, or the desktop is `silent`, the next that comes up is taken.
+    /// Then nothing that the desktop says need be the first word. Whether the way has changed.
+    pub(super) fn follow(&mut self, event: &LinkEvent, silent: bool) -> anyhow::Result<bool> {
         let peer = &mut self.known.peer;
+        let before = peer.scope_id();
         let scope = match event {
             // Zero is no interface.
-            LinkEvent::Removed { index } if *index == peer.scope_id() => 0,
-            LinkEvent::Added { index, .. } if peer.scope_id() == 0 => *index,
-            _ => return Ok(()),
+            LinkEvent::Removed { index } if *index == before => 0,
+            LinkEvent::Added { index, .. } if before == 0 || (silent && before != *index) => *index,
+            _ => return Ok(false),
         };
-        let before = peer.scope_id();
         peer.set_scope_id(scope);
+        if self.known.tunnel.is_none() && before != 0 {
+            // Gone with the NIC, unless only the cable was pulled.
+            let _ = link::delete_address(before, IpAddr::V6(self.known.laptop), PREFIX);
+        }
         if scope == 0 {
-            if self.known.tunnel.is_none() {
-                // Gone with the NIC, unless only the cable was pulled.
-                let _ = link::delete_address(before, IpAddr::V6(self.known.laptop), PREFIX);
-            }
-            return Ok(());
+            return Ok(true);
         }
         if self.mtu != USUAL {
             // Another adapter may not be able to; the kernel then cuts what the tunnel sends into pieces.
             let _ = link::set_mtu(scope, self.mtu);
         }
         match self.known.tunnel {
-            Some(desktop) => wireguard::set_endpoint(NAME, &PublicKey::from_bytes(desktop), self.known.peer)?,
+            Some(tunnel) => {
+                let desktop = PublicKey::from_bytes(tunnel.desktop);
+                wireguard::set_endpoint(tunnel.index, &desktop, self.known.peer)?;
+            }
             None => {
-                let own = IpAddr::V6(self.known.laptop);
-                // An earlier process of ours may have given it.
-                if link::addresses(scope)?.iter().all(|address| address.addr != own) {
-                    link::add_address(scope, own, PREFIX)?;
+                let address = IpAddr::V6(self.known.laptop);
+                if !link::addresses(scope)?.iter().any(|have| have.addr == address) {
+                    link::add_address(scope, address, PREFIX)?;
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Lets the NIC send packets of up to `wanted` bytes, if its driver can, and the tunnel those that fit inside; what
@@ -129,10 +139,8 @@ impl Up {
         if nic.mtu != mtu {
             link::set_mtu(nic.index, mtu)?;
         }
-        if self.known.tunnel.is_some()
-            && let Some(index) = link::index_of(NAME)?
-        {
-            link::set_mtu(index, mtu - OVERHEAD)?;
+        if let Some(tunnel) = self.known.tunnel {
+            link::set_mtu(tunnel.index, mtu - OVERHEAD)?;
         }
         self.mtu = mtu;
         Ok(mtu)
@@ -147,8 +155,8 @@ impl Drop for Up {
         // These fail only if it is gone already.
         if self.known.tunnel.is_none() {
             let _ = link::delete_address(self.known.peer.scope_id(), IpAddr::V6(self.known.laptop), PREFIX);
-        } else if let Ok(Some(index)) = link::index_of(NAME) {
-            let _ = link::delete(index);
+        } else if let Some(tunnel) = self.known.tunnel {
+            let _ = link::delete(tunnel.index);
         }
     }
 }
@@ -167,8 +175,8 @@ pub(super) fn set_up(wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
     };
     let tunnel = match wanted.encryption {
         Encryption::Wireguard => {
-            let (desktop, tunnel) = make_tunnel(&known)?;
-            known.tunnel = Some(desktop);
+            let (made, tunnel) = make_tunnel(&known)?;
+            known.tunnel = Some(made);
             Some(tunnel)
         }
         Encryption::None => {
@@ -186,8 +194,8 @@ pub(super) fn set_up(wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
     Ok((Up::adopt(known), offer))
 }
 
-/// Makes the tunnel; the desktop's public key, and its end.
-fn make_tunnel(known: &Known) -> anyhow::Result<([u8; 32], Tunnel)> {
+/// Makes the tunnel; how it is known here, and the desktop's end.
+fn make_tunnel(known: &Known) -> anyhow::Result<(KnownTunnel, Tunnel)> {
     let own = PrivateKey::from_bytes(seal::random()?);
     let desktop_bytes: [u8; 32] = seal::random()?;
     let desktop = PrivateKey::from_bytes(desktop_bytes);
@@ -222,7 +230,11 @@ fn make_tunnel(known: &Known) -> anyhow::Result<([u8; 32], Tunnel)> {
         port: TUNNEL_PORT,
         mtu: MTU,
     };
-    Ok((*desktop.public().as_bytes(), tunnel))
+    let made = KnownTunnel {
+        index,
+        desktop: *desktop.public().as_bytes(),
+    };
+    Ok((made, tunnel))
 }
 
 /// The two addresses of a /127 in a random unique local prefix (RFC 4193; RFC 6164 for /127): laptop, desktop.

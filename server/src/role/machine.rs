@@ -36,6 +36,8 @@ pub(super) trait Machine: Send + Sync {
     fn link(&self, wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)>;
     /// Publishes a disk by NVMe.
     fn publish(&self, disk: &Publish<'_>) -> anyhow::Result<()>;
+    /// Whether a disk is published under this name.
+    fn published(&self, nqn: &str) -> bool;
     /// Takes back all that is published: nobody is served any more when this succeeds.
     fn withdraw(&self) -> anyhow::Result<()>;
 }
@@ -95,8 +97,13 @@ impl Machine for Laptop {
         Ok(())
     }
 
+    fn published(&self, nqn: &str) -> bool {
+        Path::new(CONFIGFS).join("nvmet/subsystems").join(nqn).exists()
+    }
+
     fn withdraw(&self) -> anyhow::Result<()> {
-        within(WITHDRAW, || Ok(nvmet::recover(Path::new(CONFIGFS)).map(drop)?))
+        within(WITHDRAW, || nvmet::recover(Path::new(CONFIGFS)).map(drop))
+            .and_then(|taken| Ok(taken?))
             .context("the kernel does not let the disk go")
     }
 }
@@ -114,10 +121,13 @@ fn mount_variables(folder: &Path) -> anyhow::Result<()> {
 }
 
 /// Does something that a broken disk could make last for ever, but waits for it only so long.
-pub(super) fn within(
+///
+/// # Errors
+/// It was not done in time; it may still be going on.
+pub(super) fn within<T: Send + 'static>(
     limit: Duration,
-    work: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
-) -> anyhow::Result<()> {
+    work: impl FnOnce() -> T + Send + 'static,
+) -> anyhow::Result<T> {
     let (done, result) = mpsc::channel();
     std::thread::Builder::new()
         .name("bounded".to_owned())
@@ -128,5 +138,5 @@ pub(super) fn within(
         .context("no thread; free some memory")?;
     result
         .recv_timeout(limit)
-        .with_context(|| format!("not done after {} s; the disk may be hanging", limit.as_secs()))?
+        .with_context(|| format!("not done after {} s; the disk may be hanging", limit.as_secs()))
 }

@@ -7,6 +7,7 @@ use std::net::SocketAddrV6;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,7 @@ use super::link::Known;
 pub(super) const RECORD: &str = "/run/stiefel/session.json";
 
 /// A session.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) session: String,
     pub(super) key: String,
@@ -31,6 +32,8 @@ pub(super) struct Record {
     pub(super) control: ControlKey,
     pub(super) transport: Transport,
     pub(super) link: Known,
+    /// The number of a sign of life that was heard; later ones count.
+    pub(super) beat: u64,
 }
 
 /// Where records are kept.
@@ -40,6 +43,8 @@ pub(super) struct Records {
     custody: Option<Custody>,
     /// The exit status that tells PID 1 of an end.
     status: fn(End) -> u8,
+    /// What was written last.
+    last: Mutex<Option<Record>>,
 }
 
 impl Records {
@@ -48,6 +53,7 @@ impl Records {
             path: path.to_owned(),
             custody,
             status,
+            last: Mutex::default(),
         }
     }
 
@@ -62,9 +68,26 @@ impl Records {
     }
 
     /// Writes the session down.
-    pub(super) fn write(&self, record: &Record) -> anyhow::Result<()> {
-        let json = secret_json(record)?;
-        self.put(&self.path, &json.0)
+    pub(super) fn write(&self, record: Record) -> anyhow::Result<()> {
+        let json = secret_json(&record)?;
+        let mut last = self.last();
+        self.put(&self.path, &json.0)?;
+        *last = Some(record);
+        Ok(())
+    }
+
+    /// Writes down what has changed, if there is a session.
+    pub(super) fn update(&self, change: impl FnOnce(&mut Record)) {
+        let record = self.last().clone();
+        if let Some(mut record) = record {
+            change(&mut record);
+            // Without it a server that is killed goes on less well.
+            let _ = self.write(record);
+        }
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<Record>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that the disk has lost data: no later process may write on as if nothing had happened.
@@ -110,7 +133,8 @@ impl Records {
             }
             read => SecretBytes(read.context("the session's record cannot be read")?),
         };
-        let record = serde_json::from_slice(&json.0).context("the session's record is not understood")?;
+        let record: Record = serde_json::from_slice(&json.0).context("the session's record is not understood")?;
+        *self.last() = Some(record.clone());
         let custody = self.custody.as_ref().context("nobody has kept the disk")?;
         let device = custody.fetch().context("the ramdisk's first process does not answer")?;
         Ok(Some((record, device.context("the disk was not kept")?.into())))
@@ -118,6 +142,7 @@ impl Records {
 
     /// Forgets the session, and has the disk closed. In this order: a record says that the disk is kept.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
+        *self.last() = None;
         for path in [&self.failure(), &self.path] {
             match wipe::file(path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error).context("cannot wipe a record"),

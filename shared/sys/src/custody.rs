@@ -7,6 +7,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_type};
@@ -38,13 +39,10 @@ const FETCH: u8 = 4;
 
 /// The role's end.
 #[derive(Debug)]
-pub struct Custody(OwnedFd);
-
-impl From<OwnedFd> for Custody {
-    /// Takes the second end of a [`Custodian::pair`].
-    fn from(role: OwnedFd) -> Self {
-        Self(role)
-    }
+pub struct Custody {
+    socket: OwnedFd,
+    /// An answer was missed: the next to come would be the answer to another question.
+    lost: AtomicBool,
 }
 
 impl Custody {
@@ -53,7 +51,7 @@ impl Custody {
     pub fn inherited() -> Option<Self> {
         let stdin = std::io::stdin().as_fd().try_clone_to_owned().ok()?;
         let is_ours = socket_type(&stdin).is_ok_and(|kind| kind == SocketType::SEQPACKET);
-        is_ours.then_some(Self(stdin))
+        is_ours.then(|| Self::from(stdin))
     }
 
     /// Has a copy of a descriptor kept, instead of an earlier one.
@@ -89,12 +87,31 @@ impl Custody {
     }
 
     fn ask(&self, request: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<Option<OwnedFd>> {
-        set_socket_timeout(&self.0, Timeout::Recv, Some(PATIENCE))?;
-        send(&self.0, request, fd)?;
-        match receive(&self.0)? {
+        if self.lost.load(Ordering::Acquire) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let answered = self.ask_once(request, fd);
+        self.lost.store(answered.is_err(), Ordering::Release);
+        answered
+    }
+
+    fn ask_once(&self, request: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<Option<OwnedFd>> {
+        set_socket_timeout(&self.socket, Timeout::Recv, Some(PATIENCE))?;
+        send(&self.socket, request, fd)?;
+        match receive(&self.socket)? {
             Some((answer, fd)) if answer.first() == request.first() => Ok(fd),
             Some(_) => Err(io::ErrorKind::InvalidData.into()),
             None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+impl From<OwnedFd> for Custody {
+    /// The end that a [`Custodian::pair`] gives away.
+    fn from(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            lost: AtomicBool::new(false),
         }
     }
 }
@@ -206,7 +223,7 @@ mod tests {
     #[test]
     fn what_is_kept_is_the_same_open_file_and_is_released_on_demand() {
         let (custodian, role) = Custodian::pair().unwrap();
-        let (keeper, role) = (keep(custodian), Custody(role));
+        let (keeper, role) = (keep(custodian), Custody::from(role));
         assert!(role.fetch().unwrap().is_none());
         let mut file = tempfile::tempfile().unwrap();
         role.hold(file.as_fd()).unwrap();

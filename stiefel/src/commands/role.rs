@@ -8,6 +8,7 @@ use stiefel_init::RoleEnd;
 use stiefel_server::role::End;
 use stiefel_shared::handover::Handover;
 use stiefel_sys::console::Console;
+use stiefel_sys::custody::Custody;
 
 /// Runs the role; its exit status tells PID 1 what comes next.
 pub(crate) fn run() -> ExitCode {
@@ -39,6 +40,10 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
                     Ok(end) => of(end),
                     Err(error) => {
                         console.error(&format!("{error:#}"));
+                        // A thread that waits for a dead disk may keep this process from ending.
+                        if let Some(custody) = Custody::inherited() {
+                            let _ = custody.verdict(RoleEnd::GiveUp as u8);
+                        }
                         RoleEnd::GiveUp
                     }
                 },
@@ -55,5 +60,6 @@ const fn of(end: End) -> RoleEnd {
     match end {
         End::Restart => RoleEnd::Restart,
         End::PowerOff => RoleEnd::PowerOff,
+        End::GiveUp => RoleEnd::GiveUp,
     }
 }

@@ -102,6 +102,18 @@ impl Inner {
                 return;
             }
         };
+        let silent = self.is_silent();
+        if let Some(holder) = seat.holder.clone().filter(|_| silent) {
+            console.warn(&format!(
+                "the desktop (key {}) is not heard; its session is ended",
+                holder.key
+            ));
+            // What fails was said already.
+            if self.close_with(&mut seat, Some(End::Restart)).is_ok() {
+                let _ = self.setup.news.send(News::Home);
+            }
+            return;
+        }
         if seat.holder.is_some() {
             console.warn("a desktop is using the disk; press p to ask it to power off");
             return;

@@ -200,6 +200,10 @@ impl Machine for AFile {
         anyhow::bail!("no target here")
     }
 
+    fn published(&self, _: &str) -> bool {
+        false
+    }
+
     fn withdraw(&self) -> anyhow::Result<()> {
         Ok(())
     }
