@@ -116,11 +116,6 @@ impl Method {
             Self::Nvme => "stiefel, NVMe",
         }
     }
-
-    /// The one with this word.
-    pub(crate) fn named(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|method| method.word() == word)
-    }
 }
 
 impl Measure {
@@ -185,7 +180,7 @@ impl Sample {
         let sample = Self {
             round,
             way: Way::ALL.into_iter().find(|one| one.word() == way)?,
-            method: Method::named(method)?,
+            method: Method::ALL.into_iter().find(|one| one.word() == method)?,
             measure: Measure::ALL.into_iter().find(|one| one.word() == measure)?,
             value: word()?.parse().ok()?,
         };

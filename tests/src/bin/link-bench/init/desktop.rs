@@ -1,7 +1,5 @@
-//! The desktop: attaches the laptop's disk by each method and each way in turn, and measures.
+//! The desktop: attaches the laptop's disk by all methods, by one way and then the other, and measures them in turn.
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,14 +10,14 @@ use anyhow::{Context, bail, ensure};
 use stiefel_sys::SYSFS;
 use stiefel_sys::{nbd, nvme};
 
-use super::laptop::{BLOCK, EXPORT, NBD_PORT, NBD_SERVER_PORT, NVME_PORT, OK, ORDERS, STOP, nqns};
+use super::laptop::{BLOCK, EXPORT, NBD_PORT, NBD_SERVER_PORT, NVME_PORT, nqns};
 use super::machine::{End, set_up, wait, within};
 use super::{disk, say, tcp};
 
 /// The role's name.
 pub(crate) const ROLE: &str = "desktop";
 
-/// For the laptop to be there, and for one of its answers.
+/// For the laptop to be there.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// For one step here.
 const STEP: Duration = Duration::from_secs(60);
@@ -31,75 +29,50 @@ const THEIRS: &str = "nbd1";
 
 pub(crate) fn run(rounds: u32, time: Duration) -> anyhow::Result<()> {
     set_up(End::Desktop, &["nbd", "nvme_tcp"])?;
-    let mut laptop = Laptop::find()?;
-    // The first packet makes WireGuard's handshake.
-    connect(Way::Tunnel.at(ORDERS)).context("the tunnel")?;
+    for way in Way::ALL {
+        // The first packet makes WireGuard's handshake. All servers run when the last of them does.
+        tcp::wait_for_laptop(way, PATIENCE).with_context(|| way.word())?;
+    }
     for round in 0..rounds {
-        let mut methods = Method::ALL;
+        let (mut ways, mut methods) = (Way::ALL, Method::ALL);
         // Who comes first may find a quieter or busier machine than who comes last.
-        if round % 2 == 1 {
-            methods.reverse();
-        }
-        for method in methods {
-            laptop.order(method.word())?;
-            for way in Way::ALL {
-                measure(round, way, method, time).with_context(|| format!("{}, {}", method.word(), way.word()))?;
-            }
-            laptop.order(STOP)?;
+        ways.rotate_left(round as usize % Way::ALL.len());
+        methods.rotate_left(round as usize % Method::ALL.len());
+        for way in ways {
+            measure(round, way, methods, time)?;
         }
     }
     Ok(())
 }
 
-fn connect(at: impl ToSocketAddrs) -> anyhow::Result<TcpStream> {
-    wait("the laptop", PATIENCE, || Ok(TcpStream::connect(&at).ok()))
-}
-
-/// The one who is given orders.
-struct Laptop {
-    stream: TcpStream,
-    answers: BufReader<TcpStream>,
-}
-
-impl Laptop {
-    fn find() -> anyhow::Result<Self> {
-        let stream = connect(Way::Bare.at(ORDERS))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let answers = BufReader::new(stream.try_clone()?);
-        Ok(Self { stream, answers })
+fn measure(round: u32, way: Way, methods: [Method; 4], time: Duration) -> anyhow::Result<()> {
+    let place = |what: &str, method: Method| format!("{what} ({}, {})", method.word(), way.word());
+    let mut attached = Vec::new();
+    for method in methods {
+        let device = within(&place("attach", method), STEP, move || attach(way, method))?;
+        attached.push((method, device));
     }
-
-    fn order(&mut self, order: &str) -> anyhow::Result<()> {
-        let mut answer = String::new();
-        let asked = writeln!(self.stream, "{order}").and_then(|()| self.answers.read_line(&mut answer));
-        asked.with_context(|| format!("the laptop does not answer to {order:?}"))?;
-        ensure!(
-            answer.trim() == OK,
-            "the laptop answers to {order:?}: {}",
-            answer.trim()
-        );
-        Ok(())
-    }
-}
-
-fn measure(round: u32, way: Way, method: Method, time: Duration) -> anyhow::Result<()> {
-    let device = within("attach", STEP, move || attach(way, method))?;
     for measure in Measure::ALL {
-        let device = device.clone();
-        let value = within(measure.word(), time + OVERTIME, move || match device {
-            None => tcp::measure(way, measure, time),
-            Some(device) => Ok(disk::measure(&device, measure, time)?),
-        })?;
-        let sample = Sample {
-            round,
-            way,
-            method,
-            measure,
-            value,
-        };
-        say(&sample.to_string());
+        for (method, device) in &attached {
+            let device = device.clone();
+            let value = within(&place(measure.word(), *method), time + OVERTIME, move || match device {
+                None => tcp::measure(way, measure, time),
+                Some(device) => Ok(disk::measure(&device, measure, time)?),
+            })?;
+            let sample = Sample {
+                round,
+                way,
+                method: *method,
+                measure,
+                value,
+            };
+            say(&sample.to_string());
+        }
     }
-    within("detach", STEP, move || detach(method))
+    for method in methods {
+        within(&place("detach", method), STEP, move || detach(method))?;
+    }
+    Ok(())
 }
 
 /// The disk's device; none for TCP.

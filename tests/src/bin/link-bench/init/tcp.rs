@@ -4,11 +4,12 @@ use std::io::{Read, Write};
 use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use super::machine::wait;
 use crate::result::{LONG, Measure, SHORT, Way};
 
 /// The laptop sends as long as the desktop listens.
 const SOURCE: u16 = 7001;
-/// The laptop takes what comes, and says at the end how many bytes.
+/// The laptop takes what comes, and says at the end how fast it came.
 const SINK: u16 = 7002;
 /// The laptop answers each [`REQUEST`] with an [`ANSWER`].
 const ECHO: u16 = 7003;
@@ -17,6 +18,8 @@ const REQUEST: usize = 28;
 const ANSWER: usize = 16 + SHORT;
 /// Bytes for one call of the kernel.
 const PIECE: usize = LONG / 4;
+/// For a new connection to find its pace.
+const PACE: Duration = Duration::from_millis(300);
 /// No answer for so long: the link is broken.
 const SILENCE: Duration = Duration::from_secs(60);
 
@@ -46,14 +49,8 @@ fn source(mut stream: TcpStream) -> std::io::Result<()> {
 }
 
 fn sink(mut stream: TcpStream) -> std::io::Result<()> {
-    let mut piece = vec![0; PIECE];
-    let mut total = 0_u64;
-    loop {
-        match stream.read(&mut piece)? {
-            0 => return stream.write_all(&total.to_be_bytes()),
-            count => total += count as u64,
-        }
-    }
+    let rate = receive(&stream, None)?;
+    stream.write_all(&rate.to_be_bytes())
 }
 
 fn echo(mut stream: TcpStream) -> std::io::Result<()> {
@@ -65,10 +62,18 @@ fn echo(mut stream: TcpStream) -> std::io::Result<()> {
     }
 }
 
+/// Waits until the laptop is there.
+pub(crate) fn wait_for_laptop(way: Way, patience: Duration) -> anyhow::Result<()> {
+    wait("the laptop", patience, || {
+        Ok(TcpStream::connect_timeout(&way.at(ECHO), Duration::from_secs(5)).ok())
+    })?;
+    Ok(())
+}
+
 /// Bytes or answers per second.
 pub(crate) fn measure(way: Way, measure: Measure, time: Duration) -> anyhow::Result<f64> {
     Ok(match measure {
-        Measure::Read => receive(&connect(way.at(SOURCE))?, time)?,
+        Measure::Read => receive(&connect(way.at(SOURCE))?, Some(time))?,
         Measure::Write => send(&connect(way.at(SINK))?, time)?,
         Measure::Random1 => ask(way, 1, time)?,
         Measure::Random8 => ask(way, 8, time)?,
@@ -83,26 +88,32 @@ fn connect(at: SocketAddr) -> std::io::Result<TcpStream> {
     Ok(stream)
 }
 
-fn receive(mut stream: &TcpStream, time: Duration) -> std::io::Result<f64> {
+/// Bytes per second once the connection has found its pace; until the other end stops, or for so long.
+fn receive(mut stream: &TcpStream, time: Option<Duration>) -> std::io::Result<f64> {
     let mut piece = vec![0; PIECE];
+    let begun = Instant::now();
+    while begun.elapsed() < PACE && stream.read(&mut piece)? != 0 {}
     let (begun, mut total) = (Instant::now(), 0);
-    while begun.elapsed() < time {
-        total += stream.read(&mut piece)?;
+    while time.is_none_or(|time| begun.elapsed() < time) {
+        match stream.read(&mut piece)? {
+            0 => break,
+            count => total += count,
+        }
     }
     Ok(total as f64 / begun.elapsed().as_secs_f64())
 }
 
-/// Counts what has arrived, not what the kernel has taken.
+/// The same, as the other end sees it: what this kernel has taken is not yet there.
 fn send(mut stream: &TcpStream, time: Duration) -> std::io::Result<f64> {
     let piece = vec![0x5a; PIECE];
     let begun = Instant::now();
-    while begun.elapsed() < time {
+    while begun.elapsed() < PACE + time {
         stream.write_all(&piece)?;
     }
     stream.shutdown(Shutdown::Write)?;
-    let mut total = [0; 8];
-    stream.read_exact(&mut total)?;
-    Ok(u64::from_be_bytes(total) as f64 / begun.elapsed().as_secs_f64())
+    let mut rate = [0; 8];
+    stream.read_exact(&mut rate)?;
+    Ok(f64::from_be_bytes(rate))
 }
 
 fn ask(way: Way, connections: usize, time: Duration) -> std::io::Result<f64> {
