@@ -29,6 +29,14 @@ pub enum Netdev {
         /// The socket it sends to.
         remote: PathBuf,
     },
+    /// One end of a byte stream between two machines, one of which listens and must be started first: nothing is lost, and
+    /// who is too fast waits.
+    Stream {
+        /// The socket.
+        path: PathBuf,
+        /// Whether this end listens.
+        listens: bool,
+    },
     /// A bridge of the host; needs `qemu-bridge-helper` and its permission in /etc/qemu/bridge.conf.
     Bridge {
         /// The bridge's interface name.
@@ -45,6 +53,12 @@ impl Netdev {
                 "id": id,
                 "local": { "type": "unix", "path": local },
                 "remote": { "type": "unix", "path": remote },
+            }),
+            Self::Stream { path, listens } => json!({
+                "type": "stream",
+                "id": id,
+                "server": listens,
+                "addr": { "type": "unix", "path": path },
             }),
             Self::Bridge { name } => json!({ "type": "bridge", "id": id, "br": name }),
         }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::PathBuf;
 
 use crate::process::{self, CommandError};
 
@@ -19,6 +20,8 @@ pub enum Job {
     Shell,
     /// Make the laptop's disk.
     LaptopDisk,
+    /// Measure the link against others.
+    LinkBench,
 }
 
 /// A program (or file) that is not there, and the package that brings it.
@@ -88,6 +91,18 @@ const LAPTOP_DISK: &[(&str, &str)] = &[
 /// What making a disk needs besides when the user is not root.
 const LAPTOP_DISK_AS_USER: &[(&str, &str)] = &[("newuidmap", "uidmap"), ("fakeroot", "fakeroot")];
 
+/// The other NBD server and client, and what tells which libraries they need.
+const LINK_BENCH: &[(&str, &str)] = &[
+    ("nbd-server", "nbd-server"),
+    ("nbd-client", "nbd-client"),
+    ("ldd", "libc-bin"),
+];
+
+/// The full path of a program, if it is installed.
+pub fn find(program: &str) -> Option<PathBuf> {
+    process::find(program)
+}
+
 /// What `jobs` need and this machine lacks.
 pub fn missing(jobs: &[Job]) -> Vec<Missing> {
     needed(jobs, is_root())
@@ -104,6 +119,7 @@ fn needed(jobs: &[Job], root: bool) -> Vec<(&'static str, &'static str)> {
             Job::Boot => all.extend_from_slice(BOOT),
             Job::Uefi => all.extend_from_slice(UEFI),
             Job::Shell => all.extend_from_slice(SHELL),
+            Job::LinkBench => all.extend_from_slice(LINK_BENCH),
             Job::LaptopDisk => {
                 all.extend_from_slice(LAPTOP_DISK);
                 if !root {
@@ -188,7 +204,7 @@ fn apt_get(arguments: &[&str]) -> Result<(), CommandError> {
 mod tests {
     use super::*;
 
-    const ALL: [Job; 4] = [Job::Boot, Job::Uefi, Job::Shell, Job::LaptopDisk];
+    const ALL: [Job; 5] = [Job::Boot, Job::Uefi, Job::Shell, Job::LaptopDisk, Job::LinkBench];
 
     #[test]
     fn qemu_utils_is_never_asked_for() {

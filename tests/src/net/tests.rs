@@ -113,3 +113,15 @@ fn an_unplugged_cable_leaves_nothing_behind() {
     drop(wire);
     assert!(!dir.exists());
 }
+
+#[test]
+fn one_end_of_a_stream_listens() {
+    let end = |listens| Netdev::Stream {
+        path: "/run/cable".into(),
+        listens,
+    };
+    let json = end(true).to_json("n0");
+    assert_eq!(json["server"], true);
+    assert_eq!(json["addr"]["path"], "/run/cable");
+    assert_eq!(end(false).to_json("n0")["server"], false);
+}
