@@ -229,10 +229,11 @@ pub(crate) fn device(session: &AttachSession, sysfs: &Path) -> anyhow::Result<St
     }
 }
 
-/// Makes a new connection for the kernel's NBD client. NVMe needs none: the kernel connects anew by itself.
-pub(crate) fn reconnect(session: &AttachSession) -> anyhow::Result<()> {
+/// Makes a new connection for the kernel's NBD client; when the kernel had it. NVMe needs none: the kernel connects anew by
+/// itself.
+pub(crate) fn reconnect(session: &AttachSession) -> anyhow::Result<Instant> {
     let Transport::Nbd { port, export } = &session.disk.transport else {
-        return Ok(());
+        return Ok(Instant::now());
     };
     let granted = nbd::connect(laptop(session, *port), export)?;
     stiefel_sys::nbd::reconfigure(&Reconfigure {
@@ -242,7 +243,7 @@ pub(crate) fn reconnect(session: &AttachSession) -> anyhow::Result<()> {
         backend_identifier: BACKEND,
         sockets: &[granted.socket.as_fd()],
     })?;
-    Ok(())
+    Ok(Instant::now())
 }
 
 /// Takes the disk away from this machine; what still waits for it fails. With NVMe and a laptop that has gone it lasts more

@@ -61,12 +61,12 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
         (RUNNING_UNIT, running_unit()),
         // Their shutdown programs (dracut's, mkinitcpio's, Ubuntu's finalrd) would take the place of ours, which does their
         // job, too. An empty unit file is a masked one: systemd.unit(5).
-        ("systemd/system/dracut-shutdown.service", String::new()),
+        ("systemd/system.control/dracut-shutdown.service", String::new()),
         (
-            "systemd/system/mkinitcpio-generate-shutdown-ramfs.service",
+            "systemd/system.control/mkinitcpio-generate-shutdown-ramfs.service",
             String::new(),
         ),
-        ("systemd/system/finalrd.service", String::new()),
+        ("systemd/system.control/finalrd.service", String::new()),
     ];
     if session.link.mode == LinkMode::Dedicated {
         files.push((
@@ -89,10 +89,11 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
     failed
 }
 
-/// A unit that runs as long as the system does.
-const RUNNING_UNIT: &str = "systemd/system/stiefel-running.service";
+/// A unit that runs as long as the system does. (Units lie in `system.control`: where there is a folder `systemd/system`,
+/// programs believe that systemd runs, sd_booted(3).)
+const RUNNING_UNIT: &str = "systemd/system.control/stiefel-running.service";
 /// Who starts it.
-const RUNNING_WANTED: &str = "systemd/system/basic.target.wants/stiefel-running.service";
+const RUNNING_WANTED: &str = "systemd/system.control/basic.target.wants/stiefel-running.service";
 /// What is there, in /run, while it runs.
 pub(crate) const RUNNING: &str = "stiefel-running";
 
@@ -104,7 +105,8 @@ fn running_unit() -> String {
          [Unit]\nDescription=Lets stiefel's keeper see that the system goes down\n\
          # Has systemd read these now: it could not when the disk is gone.\n\
          Before=poweroff.target reboot.target halt.target kexec.target\n\
-         [Service]\nType=oneshot\nRemainAfterExit=yes\nRuntimeDirectory={RUNNING}\nExecStart=/bin/true\n"
+         IgnoreOnIsolate=yes\nConditionPathExists=!/etc/initrd-release\n\
+         [Service]\nType=oneshot\nRemainAfterExit=yes\nRuntimeDirectory={RUNNING}\nExecStart=-/bin/sh -c :\n"
     )
 }
 

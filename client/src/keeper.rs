@@ -50,10 +50,12 @@ use crate::status::{STATUS_PATH, Status};
 const KEPT: &str = "/run/stiefel";
 /// What the keeper says on its standard output when it is ready.
 const READY: u8 = b'+';
-/// How long it may take for that.
-const START: Duration = Duration::from_secs(20);
+/// How long it may take for that; larger packets are tried meanwhile.
+const START: Duration = Duration::from_mins(1);
 /// The argument that says that standard input is the NIC's network namespace.
 const NAMESPACE: &str = "namespace";
+/// After so long a system that may not have heard is told again to power off.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
 /// How often a lost connection is tried to be made anew, and a failed watch to be opened.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -117,18 +119,22 @@ struct Keeper {
     life: Life,
     wishes: Wishes,
     status: Status,
-    /// The laptop has asked the desktop to power off, and the system was told.
-    asked: bool,
+    /// When the system was told last that the laptop asks it to power off; `None` once it has heard for certain.
+    asked: Option<Option<Instant>>,
     /// Whether the guards are written.
     guarded: bool,
     /// Since when NBD's connection is dead.
     dead: Option<Instant>,
+    /// When the kernel last said so.
+    died: Option<Instant>,
     /// A new one is being made.
-    reconnecting: Option<JoinHandle<anyhow::Result<()>>>,
+    reconnecting: Option<JoinHandle<anyhow::Result<Instant>>>,
     /// The link could not be mended at the last try, and why.
     mend: Option<String>,
     /// The NIC's index, as far as the link was told.
     nic: Option<u32>,
+    /// The NIC's packet size that was agreed upon, in bytes.
+    mtu: u32,
     /// procfs, which is unmounted by now, but for who has it open.
     proc: File,
 }
@@ -159,17 +165,24 @@ impl Keeper {
                 File::open(home("proc")).context("cannot open proc")?,
             ),
             status: first_status(&session),
-            asked: false,
+            asked: None,
             guarded: false,
             dead: None,
+            died: None,
             reconnecting: None,
             mend: None,
             nic: None,
+            mtu: 0,
             proc: File::open(home("proc")).context("cannot open proc")?,
             session: Arc::new(session),
         };
         keeper.agree_on_packets();
         std::env::set_current_dir(home("sys")).context("cannot open sysfs")?;
+        if let Err(error) = process::never_wait_for_disks() {
+            console.warn(&format!(
+                "the keeper may wait for the disk when memory is short: {error}"
+            ));
+        }
         process::lock_memory().context("cannot lock the keeper in memory")?;
         if let Err(error) = process::oom_protect(&home("proc")) {
             console.warn(&format!("the keeper can be killed when memory is short: {error}"));
@@ -192,8 +205,7 @@ impl Keeper {
         }
         if let Ok(Some(nic)) = self.place.bring_up(&self.session) {
             let mtu = mtu::agree(&self.console, &self.session, &self.place, nic, &mut self.heart);
-            let overhead = self.session.link.tunnel.as_ref().map_or(0, |_| TUNNEL_OVERHEAD);
-            self.status.mtu = mtu - overhead;
+            self.agreed(mtu);
         }
     }
 
@@ -246,8 +258,10 @@ impl Keeper {
         }
         if let Some(sign) = sign {
             (self.status.battery, self.status.mains) = (sign.battery, sign.mains);
-            if sign.power_off && !std::mem::replace(&mut self.asked, true) {
-                self.power_off();
+            self.power_off(sign.power_off, now);
+            let mtu = u32::from(sign.mtu);
+            if mtu != 0 && mtu < self.mtu {
+                self.lower_packets(mtu);
             }
         }
         self.publish();
@@ -273,16 +287,43 @@ impl Keeper {
         }
     }
 
-    /// The laptop wants to go.
-    fn power_off(&self) {
-        self.console.warn(&format!(
-            "{} asks this desktop to power off (a key was pressed there, or its battery runs low)",
-            self.session.hostname
-        ));
-        if let Err(error) = process::ask_power_off(self.proc.as_fd()) {
-            self.console
-                .error(&format!("the system cannot be told to power off: {error}"));
+    /// Tells the system that the laptop wants to go, until it has heard: an initrd's first process does not.
+    fn power_off(&mut self, wanted: bool, now: Instant) {
+        if !wanted {
+            self.asked = None;
+            return;
         }
+        match self.asked {
+            Some(None) => return,
+            Some(Some(last)) if now.saturating_duration_since(last) < ASK_AGAIN => return,
+            Some(_) => {}
+            None => self.console.warn(&format!(
+                "{} asks this desktop to power off (a key was pressed there, or its battery runs low)",
+                self.session.hostname
+            )),
+        }
+        self.asked = Some(match process::ask_power_off(self.proc.as_fd()) {
+            Ok(true) => None,
+            Ok(false) => Some(now),
+            Err(error) => {
+                self.console
+                    .error(&format!("the system cannot be told to power off: {error}"));
+                Some(now)
+            }
+        });
+    }
+
+    fn lower_packets(&mut self, mtu: u32) {
+        if let Some(nic) = self.nic.or_else(|| self.place.bring_up(&self.session).ok().flatten()) {
+            mtu::lower(&self.console, &self.session, &self.place, nic, mtu);
+        }
+        self.agreed(mtu);
+    }
+
+    fn agreed(&mut self, mtu: u32) {
+        let overhead = self.session.link.tunnel.as_ref().map_or(0, |_| TUNNEL_OVERHEAD);
+        self.mtu = mtu;
+        self.status.mtu = mtu - overhead;
     }
 
     /// Writes the status when it has changed.
@@ -297,9 +338,13 @@ impl Keeper {
         if status == self.status {
             return;
         }
-        let written = serde_json::to_vec(&self.status).map_err(std::io::Error::from);
-        // Only people look at it.
-        let _ = written.and_then(|json| leave::replace(run, STATUS_PATH, &json));
+        let written = serde_json::to_vec(&self.status)
+            .map_err(std::io::Error::from)
+            .and_then(|json| leave::replace(run, STATUS_PATH, &json));
+        if written.is_err() {
+            // Only people look at it; tried again with the next change.
+            self.status.state = None;
+        }
     }
 
     /// Writes the guards, once, when a file system is mounted on /run: mount ids change when it is moved into the root, so
@@ -326,13 +371,15 @@ impl Keeper {
             self.console
                 .error(&format!("a network manager may take the link away: {error}"));
         }
+        if let Err(error) = std::fs::create_dir_all(KEPT) {
+            self.console.warn(&format!("there will be no status: {error}"));
+        }
         // The keeper holds it, too; but where everything is killed at the end, the link must outlive the keeper.
-        if let Some(namespace) = &self.place.namespace {
-            let kept = std::fs::create_dir_all(KEPT).map_err(anyhow::Error::from);
-            let kept = kept.and_then(|()| Ok(namespace.bind(&Path::new(KEPT).join("netns"))?));
-            if let Err(error) = kept {
-                self.console.warn(&format!("the link ends with the keeper: {error:#}"));
-            }
+        if let Some(namespace) = &self.place.namespace
+            && let Err(error) = namespace.bind(&Path::new(KEPT).join("netns"))
+        {
+            let error = anyhow::Error::new(error);
+            self.console.warn(&format!("the link ends with the keeper: {error:#}"));
         }
         let put = secret_json(&*self.session)
             .map_err(anyhow::Error::from)
@@ -362,7 +409,8 @@ impl Keeper {
                 Ok(None) => return,
                 Ok(Some(dead)) if dead.index == NBD_INDEX => {}
                 Ok(Some(_)) => continue,
-                // What was missed is not known: a new connection that nobody needs does no harm.
+                // What was missed is not known. If the connection lives, the laptop ends it for the new one, and the kernel
+                // then says that it is dead.
                 Err(NbdError::Lost) => {}
                 Err(error) => {
                     self.console
@@ -371,10 +419,13 @@ impl Keeper {
                         Ok(fresh) => *watch = fresh,
                         Err(_) => std::thread::sleep(AGAIN),
                     }
-                    self.dead.get_or_insert_with(Instant::now);
+                    let now = Instant::now();
+                    self.died = Some(now);
+                    self.dead.get_or_insert(now);
                     return;
                 }
             }
+            self.died = Some(Instant::now());
             if self.dead.is_none() {
                 self.console.warn("the disk's connection is dead; making a new one");
                 self.dead = Some(Instant::now());
@@ -444,7 +495,9 @@ impl Keeper {
         match self.reconnecting.take() {
             Some(running) if !running.is_finished() => self.reconnecting = Some(running),
             Some(done) => match done.join() {
-                Ok(Ok(())) => {
+                // The new one has died as well meanwhile.
+                Ok(Ok(made)) if self.died.is_some_and(|died| died > made) => {}
+                Ok(Ok(_)) => {
                     self.status.reconnects += 1;
                     self.console.warn(&format!(
                         "the disk's connection was made anew after {} s",

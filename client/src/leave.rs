@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::fs::{AtFlags, Dir, Mode, OFlags, openat, statat};
+use rustix::fs::{AtFlags, Dir, Mode, OFlags, fstat, openat, readlinkat, statat};
 use stiefel_shared::bundle::AttachSession;
 use stiefel_sys::console::Console;
 use stiefel_sys::input::PowerKeys;
@@ -17,8 +17,8 @@ use stiefel_sys::power::{self, Power};
 
 use crate::{disk, guards};
 
-/// How long the kernel may take to let the disk go.
-const DETACH: Duration = Duration::from_secs(5);
+/// How long the kernel may take to let the disk go, and others to take what is unwritten.
+const DETACH: Duration = Duration::from_secs(10);
 
 /// What tells that the desktop is to be switched off: a shutdown that has begun, or its power key.
 pub(crate) struct Wishes {
@@ -93,9 +93,8 @@ impl Wishes {
         }
         let (proc, commanded) = (Arc::clone(&self.proc), Arc::clone(&self.commanded));
         let look = move || {
-            if ends_are_commanded(&proc).unwrap_or(false) {
-                commanded.store(true, Ordering::Relaxed);
-            }
+            // What was called off does not count any more.
+            commanded.store(ends_are_commanded(&proc).unwrap_or(false), Ordering::Relaxed);
         };
         // Without a thread for now: the next look is in a second.
         self.looking = std::thread::Builder::new().spawn(look).ok();
@@ -105,20 +104,28 @@ impl Wishes {
 /// Whether somebody has typed `poweroff` or the like: where the disk is gone, such a command may wait before the system
 /// knows of it.
 fn ends_are_commanded(proc: &File) -> std::io::Result<bool> {
+    let ours = readlinkat(proc, "self/ns/pid", Vec::new())?;
     for entry in Dir::read_from(proc)?.flatten() {
         let Ok(name) = entry.file_name().to_str() else { continue };
         if !name.bytes().all(|byte| byte.is_ascii_digit()) {
             continue;
         }
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        // One that has ended meanwhile commands nothing.
+        let Ok(process) = openat(proc, name, flags | OFlags::DIRECTORY, Mode::empty()) else {
+            continue;
+        };
         let read = |file: &str| -> std::io::Result<Vec<u8>> {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            let file = File::from(openat(proc, format!("{name}/{file}"), flags, Mode::empty())?);
             let mut bytes = Vec::new();
-            file.take(4096).read_to_end(&mut bytes)?;
+            File::from(openat(&process, file, flags, Mode::empty())?)
+                .take(4096)
+                .read_to_end(&mut bytes)?;
             Ok(bytes)
         };
-        // The name first, which needs nothing of the process's memory. One that has ended meanwhile commands nothing.
-        let is_one = read("comm").is_ok_and(|name| COMMANDS.contains(&name.trim_ascii()));
+        // The name first, which needs nothing of the process's memory. Only root's, and not those of containers.
+        let is_one = read("comm").is_ok_and(|name| COMMANDS.contains(&name.trim_ascii()))
+            && fstat(&process).is_ok_and(|of| of.st_uid == 0)
+            && readlinkat(&process, "ns/pid", Vec::new()).is_ok_and(|theirs| theirs == ours);
         if is_one && read("cmdline").is_ok_and(|words| ends_system(&words)) {
             return Ok(true);
         }
@@ -129,14 +136,24 @@ fn ends_are_commanded(proc: &File) -> std::io::Result<bool> {
 /// Names of the programs that end a system.
 const COMMANDS: [&[u8]; 5] = [b"systemctl", b"poweroff", b"reboot", b"halt", b"shutdown"];
 
-/// Whether a command line, each word ended by a zero, ends the system.
+/// Whether a command line, each word ended by a zero, ends this system, now.
 fn ends_system(cmdline: &[u8]) -> bool {
-    let mut words = cmdline.split(|byte| *byte == 0);
+    let mut words = cmdline.split(|byte| *byte == 0).filter(|word| !word.is_empty());
     let program = words.next().and_then(|path| path.rsplit(|byte| *byte == b'/').next());
+    let (options, plain): (Vec<&[u8]>, Vec<&[u8]>) = words.partition(|word| word.starts_with(b"-"));
     let ends = |word: &[u8]| matches!(word, b"poweroff" | b"reboot" | b"halt" | b"kexec");
+    let elsewhere = [&b"-M"[..], b"-H", b"--machine", b"--host", b"--when", b"--user"];
     match program {
-        Some(b"systemctl") => words.any(ends),
-        Some(b"shutdown") => !words.any(|word| word == b"-c"),
+        Some(b"systemctl") => {
+            plain.first().is_some_and(|verb| ends(verb))
+                && !options
+                    .iter()
+                    .any(|option| elsewhere.iter().any(|other| option.starts_with(other)))
+        }
+        Some(b"shutdown") => {
+            plain.first().is_none_or(|time| [&b"now"[..], b"+0"].contains(time))
+                && !options.iter().any(|option| [&b"-c"[..], b"-k"].contains(option))
+        }
         Some(program) => ends(program),
         None => false,
     }
@@ -148,8 +165,10 @@ pub(crate) fn switch_off(console: &Arc<Console>, session: &Arc<AttachSession>) -
     let (session, told) = (Arc::clone(session), Arc::clone(console));
     let (done, wait) = std::sync::mpsc::channel();
     let detach = std::thread::Builder::new().spawn(move || {
-        if let Err(error) = disk::detach(&session, Path::new(".")) {
-            told.warn(&format!("{error:#}"));
+        match disk::detach(&session, Path::new(".")) {
+            // What else is mounted, such as a stick, has nothing to do with the laptop.
+            Ok(()) => rustix::fs::sync(),
+            Err(error) => told.warn(&format!("{error:#}")),
         }
         // Nobody waits any more once the time is over.
         let _ = done.send(());
@@ -191,7 +210,17 @@ mod tests {
         ] {
             assert!(ends_system(&cmdline(ends)), "{ends}");
         }
-        for other in ["systemctl status", "systemctl", "shutdown -c", "", "vim poweroff"] {
+        for other in [
+            "systemctl status",
+            "systemctl",
+            "systemctl status kexec",
+            "systemctl -M box reboot",
+            "systemctl --host=there poweroff",
+            "shutdown -c",
+            "shutdown -h 23:00",
+            "",
+            "vim poweroff",
+        ] {
             assert!(!ends_system(&cmdline(other)), "{other}");
         }
     }

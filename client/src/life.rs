@@ -30,7 +30,8 @@ pub(crate) enum News {
 #[derive(Debug)]
 pub(crate) struct Life {
     heard: Instant,
-    lost: bool,
+    /// Since when it counts as lost.
+    lost: Option<Instant>,
     over: Option<Instant>,
     /// Since when the desktop is to be switched off.
     wish: Option<Instant>,
@@ -42,7 +43,7 @@ impl Life {
     pub(crate) fn new(now: Instant, grace: Duration) -> Self {
         Self {
             heard: now,
-            lost: false,
+            lost: None,
             over: None,
             wish: None,
             grace,
@@ -54,7 +55,7 @@ impl Life {
         let silence = now.saturating_duration_since(self.heard);
         self.heard = now;
         self.over = None;
-        std::mem::take(&mut self.lost).then_some(News::Back(silence))
+        self.lost.take().map(|_| News::Back(silence))
     }
 
     /// Somebody wants the desktop to be switched off, or not any more.
@@ -64,7 +65,7 @@ impl Life {
 
     /// Whether the laptop is not heard.
     pub(crate) const fn lost(&self) -> bool {
-        self.lost
+        self.lost.is_some()
     }
 
     /// Since when it is not heard.
@@ -75,10 +76,10 @@ impl Life {
     /// What time has brought.
     pub(crate) fn tick(&mut self, now: Instant) -> Option<News> {
         let silence = self.silence(now);
-        if !self.lost {
-            self.lost = silence >= SILENT;
-            return self.lost.then_some(News::Lost);
-        }
+        let Some(lost) = self.lost else {
+            self.lost = (silence >= SILENT).then_some(now);
+            return self.lost.map(|_| News::Lost);
+        };
         let since = |at: Instant| now.saturating_duration_since(at);
         if let Some(over) = self.over {
             return (self.wish.is_some() || since(over) >= FAREWELL).then_some(News::Off);
@@ -87,7 +88,10 @@ impl Life {
             self.over = Some(now);
             return Some(News::Over);
         }
-        self.wish.filter(|wish| since(*wish) >= SHUTDOWN).map(|_| News::Off)
+        // A shutdown that was going on when the link was lost has its time, too.
+        self.wish
+            .filter(|wish| since(lost.max(*wish)) >= SHUTDOWN)
+            .map(|_| News::Off)
     }
 }
 
@@ -130,8 +134,8 @@ mod tests {
         let begun = Instant::now();
         let mut life = Life::new(begun, GRACE);
         life.wish(begun + Duration::from_secs(1), true);
-        let news = pass(&mut life, begun, 0..27);
-        assert_eq!(news, [(10, News::Lost), (26, News::Off)]);
+        let news = pass(&mut life, begun, 0..36);
+        assert_eq!(news, [(10, News::Lost), (35, News::Off)]);
     }
 
     #[test]
@@ -146,6 +150,17 @@ mod tests {
         }
         life.wish(begun, false);
         assert_eq!(pass(&mut life, begun, 600..700), [(609, News::Lost)]);
+    }
+
+    #[test]
+    fn a_link_that_is_lost_late_in_a_shutdown_has_its_time_to_come_back() {
+        let begun = Instant::now();
+        let mut life = Life::new(begun, GRACE);
+        life.wish(begun, true);
+        for second in 0..=60 {
+            assert_eq!(life.heard(begun + Duration::from_secs(second)), None);
+        }
+        assert_eq!(pass(&mut life, begun, 61..96), [(70, News::Lost), (95, News::Off)]);
     }
 
     #[test]

@@ -33,6 +33,13 @@ pub(crate) fn is_sessions(link: &Link, session: &AttachSession) -> bool {
     link.mac == session.link_mac || link.permanent_mac == Some(session.link_mac)
 }
 
+/// The hardware address of the second interface in a LAN: the same after a re-plug, or the laptop would not know where to
+/// look; of the session's own network, so random, and locally administered (IEEE 802).
+fn second_mac(session: &AttachSession) -> [u8; 6] {
+    let [.., a, b, c, d, e, _] = session.link.address.octets();
+    [0x02, a, b, c, d, e]
+}
+
 /// Where the NIC lives.
 #[derive(Debug)]
 pub(crate) struct Place {
@@ -114,7 +121,8 @@ impl Place {
                 if !nic.up {
                     link::set_up(nic.index)?;
                 }
-                link::create_macvlan(NIC, nic.index).context("cannot share the NIC with the desktop's system")?
+                link::create_macvlan(NIC, nic.index, second_mac(session))
+                    .context("cannot share the NIC with the desktop's system")?
             } else {
                 nic.index
             };

@@ -3,10 +3,10 @@
 //! The laptop is asked to raise its NIC's MTU, the desktop raises its own, and a sign of life as long as the largest packet
 //! shows whether the path carries it (a switch may not). If not, all goes back to what it was.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stiefel_shared::bundle::AttachSession;
-use stiefel_shared::session::SHORTEST;
+use stiefel_shared::session::{SHORTEST, Sign};
 use stiefel_sys::console::Console;
 use stiefel_sys::link;
 
@@ -21,10 +21,13 @@ const JUMBO: u32 = 9000;
 pub(crate) const TUNNEL_OVERHEAD: u32 = 80;
 /// Headers of IPv6 and UDP in front of a sign of life.
 const HEADERS: u32 = 48;
-/// How long one question may take.
+/// After so long a question is asked again: the tunnel may not be there yet, and some adapters restart their link for a new
+/// size.
 const ANSWER: Duration = Duration::from_secs(1);
-/// How often each is asked: the tunnel may not be there yet, and some adapters restart their link for a new size.
-const TRIES: usize = 8;
+/// How long all may take; the start of the desktop waits for it.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// How much of that is left for going back.
+const BACK: Duration = Duration::from_secs(3);
 
 /// Agrees with the laptop on the NICs' MTU; what it is then, in bytes. Adapters whose driver names no limit are left alone.
 pub(crate) fn agree(console: &Console, session: &AttachSession, place: &Place, nic: u32, heart: &mut Heart) -> u32 {
@@ -32,7 +35,8 @@ pub(crate) fn agree(console: &Console, session: &AttachSession, place: &Place, n
     let Some(wanted) = own.map(|most| most.min(JUMBO)).filter(|wanted| *wanted > USUAL) else {
         return USUAL;
     };
-    let theirs = ask(heart, wanted, SHORTEST).map_or(0, |sign| u32::from(sign.mtu));
+    let end = Instant::now() + PATIENCE;
+    let theirs = ask(heart, wanted, SHORTEST, end - BACK).map_or(0, |sign| u32::from(sign.mtu));
     let common = wanted.min(theirs);
     if common <= USUAL {
         return USUAL;
@@ -41,11 +45,11 @@ pub(crate) fn agree(console: &Console, session: &AttachSession, place: &Place, n
         .and_then(|()| {
             // The laptop's must not be larger than ours: we might not receive it.
             if theirs > common {
-                ask(heart, common, SHORTEST);
+                ask(heart, common, SHORTEST, end - BACK);
             }
             let overhead = session.link.tunnel.as_ref().map_or(0, |_| TUNNEL_OVERHEAD);
             let length = usize::try_from(common - overhead - HEADERS)?;
-            Ok(ask(heart, 0, length).is_some())
+            Ok(ask(heart, 0, length, end - BACK).is_some())
         })
         .unwrap_or_else(|error: anyhow::Error| {
             console.warn(&format!("the NIC's packet size cannot be raised: {error:#}"));
@@ -61,13 +65,26 @@ pub(crate) fn agree(console: &Console, session: &AttachSession, place: &Place, n
     if let Err(error) = set(session, place, nic, USUAL) {
         console.warn(&format!("the NIC's packet size cannot be set back: {error:#}"));
     }
-    ask(heart, USUAL, SHORTEST);
+    ask(heart, USUAL, SHORTEST, end);
     USUAL
 }
 
-fn ask(heart: &mut Heart, mtu: u32, length: usize) -> Option<stiefel_shared::session::Sign> {
+/// Makes the packets smaller: the laptop's cable is in another adapter now.
+pub(crate) fn lower(console: &Console, session: &AttachSession, place: &Place, nic: u32, mtu: u32) {
+    console.warn(&format!("the laptop's NIC takes packets of {mtu} bytes now"));
+    if let Err(error) = set(session, place, nic, mtu.max(USUAL)) {
+        console.warn(&format!("the NIC's packet size cannot be set: {error:#}"));
+    }
+}
+
+fn ask(heart: &mut Heart, mtu: u32, length: usize, end: Instant) -> Option<Sign> {
     let mtu = u16::try_from(mtu).ok()?;
-    (0..TRIES).find_map(|_| heart.ask(mtu, length, ANSWER))
+    while Instant::now() < end {
+        if let Some(sign) = heart.ask(mtu, length, ANSWER) {
+            return Some(sign);
+        }
+    }
+    None
 }
 
 fn set(session: &AttachSession, place: &Place, nic: u32, mtu: u32) -> anyhow::Result<()> {

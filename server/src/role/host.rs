@@ -74,6 +74,13 @@ impl Door {
         }
     }
 
+    /// The packet size of the session's link, in bytes.
+    fn mtu(&self) -> u32 {
+        let door = self.lock();
+        let link = door.as_ref().and_then(|open| open.link.as_ref());
+        link.map_or(0, |link| link.known().mtu)
+    }
+
     /// Sets the packet size of the session's link, in bytes; what it is then.
     pub(super) fn set_mtu(&self, mtu: u32) -> anyhow::Result<u32> {
         match self.lock().as_mut().and_then(|open| open.link.as_mut()) {
@@ -269,7 +276,7 @@ impl Inner {
                     machine: request.machine,
                 });
                 let address = bundle.manifest.link.address;
-                self.begin_life(request.session, &bundle.manifest.control, IpAddr::V6(address), 0);
+                self.begin_life(request.session, &bundle.manifest.control, IpAddr::V6(address), None);
                 Ok(bundle)
             }
             Err(error) => {
@@ -473,7 +480,7 @@ impl Inner {
             machine: record.machine.parse()?,
         });
         // What was heard since it was noted may be said again, once.
-        self.begin_life(session, &record.control, peer, record.beat);
+        self.begin_life(session, &record.control, peer, Some(record.beat));
         self.setup
             .console
             .warn("the server was started anew; the session goes on");

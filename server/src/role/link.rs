@@ -7,7 +7,7 @@
 //! Without a tunnel the session's address is given to the NIC itself: a link-local one could not be reached any more after
 //! a re-plug (NVMe keeps the old scope).
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddrV6};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -49,6 +49,8 @@ pub(super) struct Known {
     pub(super) laptop: Ipv6Addr,
     pub(super) desktop: Ipv6Addr,
     tunnel: Option<KnownTunnel>,
+    /// The NIC's packet size that both sides have agreed upon, in bytes.
+    pub(super) mtu: u32,
 }
 
 /// A tunnel. Its name is the next session's, too.
@@ -63,8 +65,6 @@ struct KnownTunnel {
 /// A link that is up; gone when dropped.
 pub(super) struct Up {
     known: Known,
-    /// The NIC's packet size that the desktop has asked for, in bytes.
-    mtu: u32,
     /// Whether dropping it takes it down.
     down: bool,
 }
@@ -78,11 +78,7 @@ impl Up {
             // Re-plugged since it was written down; [`Up::follow`] is told of those that are there now.
             known.peer.set_scope_id(0);
         }
-        Self {
-            known,
-            mtu: USUAL,
-            down: true,
-        }
+        Self { known, down: true }
     }
 
     /// How it is known again.
@@ -109,13 +105,21 @@ impl Up {
         if scope == 0 {
             return Ok(true);
         }
-        if self.mtu != USUAL {
-            // Another adapter may not be able to; the kernel then cuts what the tunnel sends into pieces.
-            let _ = link::set_mtu(scope, self.mtu);
+        if self.known.mtu != USUAL && link::set_mtu(scope, self.known.mtu).is_err() {
+            // Another adapter, which cannot; the desktop hears of it.
+            self.known.mtu = USUAL;
+            if let Some(tunnel) = self.known.tunnel {
+                link::set_mtu(tunnel.index, MTU)?;
+            }
         }
         match self.known.tunnel {
             Some(tunnel) => {
                 let desktop = PublicKey::from_bytes(tunnel.desktop);
+                // In a LAN the desktop speaks from another address than its stick did.
+                let status = wireguard::status(tunnel.index)?;
+                if let Some(SocketAddr::V6(heard)) = status.peers.first().and_then(|peer| peer.endpoint) {
+                    self.known.peer.set_ip(*heard.ip());
+                }
                 wireguard::set_endpoint(tunnel.index, &desktop, self.known.peer)?;
             }
             None => {
@@ -142,7 +146,7 @@ impl Up {
         if let Some(tunnel) = self.known.tunnel {
             link::set_mtu(tunnel.index, mtu - OVERHEAD)?;
         }
-        self.mtu = mtu;
+        self.known.mtu = mtu;
         Ok(mtu)
     }
 }
@@ -172,6 +176,7 @@ pub(super) fn set_up(wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
         laptop,
         desktop: address,
         tunnel: None,
+        mtu: USUAL,
     };
     let tunnel = match wanted.encryption {
         Encryption::Wireguard => {
@@ -256,12 +261,9 @@ impl Up {
             laptop: Ipv6Addr::LOCALHOST,
             desktop: *peer.ip(),
             tunnel: None,
-        };
-        Self {
-            known,
             mtu: USUAL,
-            down: false,
-        }
+        };
+        Self { known, down: false }
     }
 }
 

@@ -59,7 +59,7 @@ pub struct Sign {
     pub mains: bool,
     /// The desktop shall power off, in order.
     pub power_off: bool,
-    /// The largest packet that the laptop's NIC sends now, in bytes; 0 if that is not known.
+    /// The largest packet that the laptop's NIC sends and takes now, in bytes; 0 if that is not known.
     pub mtu: u16,
 }
 

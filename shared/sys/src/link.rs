@@ -282,24 +282,24 @@ pub(crate) fn create(name: &str, kind: &'static str) -> Result<u32, LinkError> {
     index_of(name)?.ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ENODEV)))
 }
 
-/// Makes a second interface on the Ethernet adapter `parent`, with a MAC address of its own (macvlan), and answers its
-/// index. It goes with its parent.
+/// Makes a second interface on the Ethernet adapter `parent`, with the MAC address `mac` of its own (macvlan), and answers
+/// its index. It goes with its parent.
 ///
 /// # Errors
 /// [`LinkError::Name`]; [`LinkError::Create`]: EOPNOTSUPP without the module macvlan, EEXIST if the name is taken.
-pub fn create_macvlan(name: &str, parent: u32) -> Result<u32, LinkError> {
+pub fn create_macvlan(name: &str, parent: u32, mac: [u8; 6]) -> Result<u32, LinkError> {
     check_name(name)?;
     let failed = |source| LinkError::Create {
         name: name.to_owned(),
         kind: "macvlan",
         source,
     };
-    let body = macvlan_body(name, parent);
+    let body = macvlan_body(name, parent, mac);
     request(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &body).map_err(failed)?;
     index_of(name)?.ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ENODEV)))
 }
 
-fn macvlan_body(name: &str, parent: u32) -> Body {
+fn macvlan_body(name: &str, parent: u32, mac: [u8; 6]) -> Body {
     let mode = Body::default().attr(IFLA_MACVLAN_MODE, &MACVLAN_MODE_PRIVATE.to_ne_bytes());
     let info = Body::default()
         .attr_string(libc::IFLA_INFO_KIND, "macvlan")
@@ -307,6 +307,7 @@ fn macvlan_body(name: &str, parent: u32) -> Body {
     link_body(0, 0, 0)
         .attr_string(libc::IFLA_IFNAME, name)
         .attr(libc::IFLA_LINK, &parent.to_ne_bytes())
+        .attr(libc::IFLA_ADDRESS, &mac)
         .nest(libc::IFLA_LINKINFO, &info)
 }
 

@@ -59,11 +59,12 @@ pub fn ignore_signals(signals: &[i32]) -> io::Result<()> {
 }
 
 /// Asks the first process to power the machine off in order, as its `procfs` folder says what it is: systemd starts its
-/// poweroff.target (`SIGRTMIN+4`, systemd(1) "Signals"), others take `SIGPWR` for a failing supply of power.
+/// poweroff.target (`SIGRTMIN+4`, systemd(1) "Signals"), others take `SIGPWR` for a failing supply of power. Whether it was
+/// systemd: others, such as an initrd's shell, may not have heard.
 ///
 /// # Errors
 /// EPERM without CAP_KILL.
-pub fn ask_power_off(procfs: BorrowedFd<'_>) -> io::Result<()> {
+pub fn ask_power_off(procfs: BorrowedFd<'_>) -> io::Result<bool> {
     use std::io::Read;
     let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
     let mut name = String::new();
@@ -71,13 +72,25 @@ pub fn ask_power_off(procfs: BorrowedFd<'_>) -> io::Result<()> {
         .map(std::fs::File::from)?
         .take(64)
         .read_to_string(&mut name)?;
-    let signal = if name.trim() == "systemd" {
-        libc::SIGRTMIN() + 4
-    } else {
-        libc::SIGPWR
-    };
+    let systemd = name.trim() == "systemd";
+    let signal = if systemd { libc::SIGRTMIN() + 4 } else { libc::SIGPWR };
     // SAFETY: sending a signal touches no memory of ours.
     if unsafe { libc::kill(1, signal) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(systemd)
+}
+
+/// Lets this process, and threads that it starts from now on, allocate memory without waiting for a disk to take what is in it
+/// (PR_SET_IO_FLUSHER, Linux 5.6): that disk may be the one it keeps alive.
+///
+/// # Errors
+/// EINVAL before Linux 5.6, EPERM without CAP_SYS_RESOURCE.
+pub fn never_wait_for_disks() -> io::Result<()> {
+    const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    let [one, zero]: [libc::c_ulong; 2] = [1, 0];
+    // SAFETY: sets a flag of this thread and touches no memory of ours.
+    if unsafe { libc::prctl(PR_SET_IO_FLUSHER, one, zero, zero, zero) } != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())

@@ -98,15 +98,16 @@ impl Inner {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn begin_life(&self, session: SessionName, control: &ControlKey, peer: IpAddr, heard: u64) {
+    pub(super) fn begin_life(&self, session: SessionName, control: &ControlKey, peer: IpAddr, heard: Option<u64>) {
         // Meant for the one before.
         self.ask.store(false, Ordering::Release);
         *self.life() = Some(Life {
-            pulse: Pulse::new(control, session, heard),
+            pulse: Pulse::new(control, session, heard.unwrap_or_default()),
             session,
             peer,
             heard: Instant::now(),
-            alive: false,
+            // One that goes on was heard before.
+            alive: heard.is_some(),
             counting: false,
             ending: false,
         });
@@ -123,21 +124,18 @@ impl Inner {
         if std::mem::take(&mut life.counting) {
             self.setup.console.info("the desktop is back");
         }
-        let mtu = match beat.mtu {
-            0 => Ok(0),
-            wanted => self.setup.door.set_mtu(u32::from(wanted)),
-        };
-        let mtu = mtu.unwrap_or_else(|error| {
+        if beat.mtu != 0
+            && let Err(error) = self.setup.door.set_mtu(u32::from(beat.mtu))
+        {
             self.setup
                 .console
                 .warn(&format!("the link's packet size stays: {error:#}"));
-            0
-        });
+        }
         let supply = *self.supply.lock().unwrap_or_else(PoisonError::into_inner);
         let sign = Sign {
             battery: supply.percent,
             mains: supply.mains,
-            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+            mtu: u16::try_from(self.setup.door.mtu()).unwrap_or(u16::MAX),
             power_off: self.ask.load(Ordering::Acquire),
         };
         life.pulse.sign(&beat, sign).ok()
