@@ -275,7 +275,7 @@ mod tests {
             "mkinitcpio-generate-shutdown-ramfs.service",
             "finalrd.service",
         ] {
-            let unit = run.path().join("systemd/system").join(unit);
+            let unit = run.path().join("systemd/system.control").join(unit);
             assert_eq!(unit.metadata().unwrap().len(), 0, "{}", unit.display());
         }
     }

@@ -72,6 +72,18 @@ fn use_desktop(desktop: &Vm) -> Result<String, Failure> {
             "test -e /dev/disk/by-id/virtio-stiefel-laptop",
             "the disk has not the by-id link it has on the laptop",
         ),
+        (
+            "systemctl is-active stiefel-running.service && test -d /run/stiefel-running",
+            "a shutdown would not be seen",
+        ),
+        (
+            "stiefel status | grep -q '^connection *there' && stiefel status --json | grep -q nvme-tcp",
+            "stiefel status does not say how the session is",
+        ),
+        (
+            "systemctl show --property LoadState --value dracut-shutdown.service | grep -qE '^(masked|not-found)$'",
+            "another shutdown program could take the place of ours",
+        ),
         ("! test -e /stiefel", "our folder is in the installed system"),
         (
             "! systemctl is-active --quiet stiefel-autokexec.service",
