@@ -54,6 +54,14 @@ impl Tests {
         });
     }
 
+    /// A test that runs only with `--full`, or by name.
+    fn long(&mut self, name: &str, run: impl Fn(&Bench) -> Result<(), Failure> + 'static) {
+        self.add(name, run);
+        if let Some(test) = self.0.last_mut() {
+            test.long = true;
+        }
+    }
+
     /// A test for each way that the disk may travel; those of the `short` numbers in every run.
     fn ways(&mut self, name: &str, short: &[usize], run: fn(&Bench, Way) -> Result<(), Failure>) {
         for (number, way) in WAYS.into_iter().enumerate() {
@@ -81,10 +89,10 @@ fn tests() -> Vec<Test> {
     tests.add("wake_boots_the_desktop_without_a_plug", journey::wake);
     tests.ways(
         "everything_that_happens_to_the_link_leaves_debians_root_whole",
-        &[0],
+        &[],
         endure::link_faults,
     );
-    tests.add(
+    tests.long(
         "desktop_reboots_is_reset_and_powers_off_without_its_laptop",
         endure::desktop_comes_and_goes,
     );
@@ -123,16 +131,12 @@ fn tests() -> Vec<Test> {
         &[],
         link::clock_step,
     );
-    tests.ways(
-        "system_without_ipv6_has_the_link_all_the_same",
-        &[0],
-        link::without_ipv6,
-    );
-    tests.add(
+    tests.ways("system_without_ipv6_has_the_link_all_the_same", &[], link::without_ipv6);
+    tests.long(
         "nic_stays_the_systems_in_a_lan_and_is_hidden_on_a_cable_of_its_own",
         link::lan,
     );
-    tests.add("packets_are_large_where_the_whole_way_carries_them", link::packets);
+    tests.long("packets_are_large_where_the_whole_way_carries_them", link::packets);
     tests.ways(
         "server_killed_five_times_under_load_loses_nothing",
         &[1],
