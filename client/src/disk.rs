@@ -20,9 +20,10 @@ use crate::nbd;
 pub(crate) const NBD_INDEX: u32 = 0;
 /// How long the kernel lets I/O wait for a link that is away; the [keeper](mod@crate::keeper) decides earlier.
 const DEAD_CONNECTION: Duration = Duration::from_hours(48);
-/// After this long without an answer a connection counts as dead, and its requests are sent again on a new one. The laptop
-/// ends the old one first, so nothing is done twice in the wrong order.
-const REQUEST: Duration = Duration::from_secs(60);
+/// After this long without an answer a connection counts as dead, and its requests are sent again on a new one; only then,
+/// also where the connection was seen to end. The laptop ends the old one first, so nothing is done twice in the wrong order;
+/// a disk that takes longer only has its laptop asked again.
+const REQUEST: Duration = Duration::from_secs(20);
 /// What the kernel shows as the device's backend; a new connection must name the same.
 const BACKEND: &str = "stiefel";
 /// Between two tries of the NVMe driver to connect anew.
