@@ -40,6 +40,18 @@ mod tests {
     }
 
     #[test]
+    fn the_idle_one_of_two_batteries_is_no_mains() {
+        let laptop = laptop("9\n", "Discharging\n", "0\n");
+        for (name, text) in [("type", "Battery\n"), ("capacity", "5\n"), ("status", "Not charging\n")] {
+            laptop.write(&format!("/sys/class/power_supply/BAT1/{name}"), text.as_bytes());
+        }
+        assert_eq!(
+            check(&laptop.tree(), 10),
+            Some(Refusal::Battery { percent: 7, limit: 10 })
+        );
+    }
+
+    #[test]
     fn a_machine_without_battery_is_not_refused() {
         assert_eq!(check(&Files::new(&[]).tree(), 100), None);
     }

@@ -2,6 +2,7 @@ use super::*;
 
 use std::io::{Read, Write};
 use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -12,6 +13,7 @@ use stiefel_shared::nbd::{
     parse_greeting,
 };
 use stiefel_shared::superblock::{Claim, ClaimKind};
+use stiefel_sys::custody::{Custodian, Custody, Request};
 
 use crate::role::keys::Answer;
 
@@ -24,14 +26,19 @@ struct Fixture {
     news: mpsc::UnboundedReceiver<News>,
     address: SocketAddr,
     disk: PathBuf,
-    _dir: tempfile::TempDir,
+    _dir: Arc<tempfile::TempDir>,
 }
 
 impl Fixture {
     fn new(after: After) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        File::create(dir.path().join("disk")).unwrap().set_len(SIZE).unwrap();
+        Self::process(dir, after, None)
+    }
+
+    /// A process of the server on the machine `dir`; another may have been there before.
+    fn process(dir: Arc<tempfile::TempDir>, after: After, custody: Option<Custody>) -> Self {
         let disk = dir.path().join("disk");
-        File::create(&disk).unwrap().set_len(SIZE).unwrap();
         std::fs::create_dir_all(dir.path().join("stiefel/payload")).unwrap();
         std::fs::write(dir.path().join(Part::Kernel.path()), b"kernel").unwrap();
         let handover = ServerHandover {
@@ -63,7 +70,7 @@ impl Fixture {
         let console = Box::leak(Box::new(Console::open(dir.path(), dir.path())));
         let (tell, news) = mpsc::unbounded_channel();
         let machine = Box::new(AFile { path: disk.clone() });
-        let records = Records::new(&dir.path().join("record"), None, |_| 0);
+        let records = Records::new(&dir.path().join("record"), custody, |_| 0);
         let person = Arc::new(APerson::default());
         let setup = Setup {
             console,
@@ -429,4 +436,73 @@ fn the_laptop_goes_home_on_demand_unless_a_desktop_has_the_disk() {
     fixture.host.home_pressed();
     assert_eq!(fixture.news.try_recv().unwrap(), News::Home);
     assert!(fixture.begin("blue", 'a').is_err());
+}
+
+/// PID 1, which keeps the disk beyond the end of a process.
+#[derive(Clone, Default)]
+struct PidOne(Arc<Mutex<Option<OwnedFd>>>);
+
+impl PidOne {
+    fn attend(&self) -> Custody {
+        let (custodian, role) = Custodian::pair().unwrap();
+        let kept = Arc::clone(&self.0);
+        std::thread::spawn(move || {
+            while let Ok(Some(request)) = custodian.next() {
+                let mut kept = kept.lock().unwrap();
+                match &request {
+                    Request::Hold(fd) => *kept = Some(fd.try_clone().unwrap()),
+                    Request::Release => *kept = None,
+                    Request::Verdict(_) | Request::Fetch => {}
+                }
+                let _ = custodian.answer(&request, kept.as_ref().map(AsFd::as_fd));
+            }
+        });
+        Custody::from(role)
+    }
+
+    fn keeps(&self) -> bool {
+        self.0.lock().unwrap().is_some()
+    }
+}
+
+#[test]
+fn a_session_goes_on_in_the_servers_next_process() {
+    let pid_one = PidOne::default();
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    File::create(dir.path().join("disk")).unwrap().set_len(SIZE).unwrap();
+    let first = Fixture::process(Arc::clone(&dir), After::Stay, Some(pid_one.attend()));
+    assert!(first.host.resume().unwrap().is_none());
+    let bundle = first.begin("blue", 'a').unwrap();
+    assert!(first.connect(&bundle).is_some() && pid_one.keeps());
+    drop(first);
+
+    let second = Fixture::process(Arc::clone(&dir), After::Stay, Some(pid_one.attend()));
+    let (session, _) = second.host.resume().unwrap().unwrap();
+    assert_eq!(session.to_string(), bundle.manifest.session);
+    assert!(second.connect(&bundle).is_some(), "the desktop cannot go on");
+    assert!(second.begin("red", 'b').is_err(), "another desktop gets the disk");
+    second.goodbye(&bundle, Goodbye::Reboot).unwrap();
+    assert!(!pid_one.keeps() && second.connect(&bundle).is_none());
+    drop(second);
+
+    let third = Fixture::process(dir, After::Stay, Some(pid_one.attend()));
+    assert!(third.host.resume().unwrap().is_none(), "what is over goes on");
+}
+
+#[test]
+fn lost_writes_are_not_forgotten_by_the_next_process() {
+    let pid_one = PidOne::default();
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    File::create(dir.path().join("disk")).unwrap().set_len(SIZE).unwrap();
+    let first = Fixture::process(Arc::clone(&dir), After::Stay, Some(pid_one.attend()));
+    let bundle = first.begin("blue", 'a').unwrap();
+    first.host.0.setup.records.note_failure("the disk is broken");
+    drop(first);
+
+    let mut second = Fixture::process(dir, After::Stay, Some(pid_one.attend()));
+    assert!(second.host.resume().unwrap().is_some());
+    let refusal = second.goodbye(&bundle, Goodbye::Poweroff).unwrap_err();
+    assert!(refusal.reason.contains("data may be lost"), "{}", refusal.reason);
+    assert!(matches!(second.news.try_recv(), Ok(News::Broken(_))));
+    assert!(second.begin("blue", 'a').is_err());
 }
