@@ -195,10 +195,16 @@ fn unmount_old_root() -> anyhow::Result<Vec<String>> {
     Ok(entries
         .into_iter()
         .filter_map(|entry| {
-            let error = mount::unmount(&entry.mount_point, false).err()?;
+            // The keeper has the old /run open; what lies in memory alone may end later, and frees what it stands on at once.
+            let error = mount::unmount(&entry.mount_point, in_memory(&entry.fstype)).err()?;
             Some(format!("{:#}", anyhow::Error::new(error)))
         })
         .collect())
+}
+
+/// Whether a file system has no medium.
+fn in_memory(fstype: &str) -> bool {
+    matches!(fstype, "tmpfs" | "ramfs" | "devtmpfs" | "proc" | "sysfs")
 }
 
 /// Writes back what the kernel still holds for the disk; the server answers only when it is on the medium.

@@ -10,8 +10,8 @@ use stiefel_tests::kit::{DEDICATED_MAC, DESKTOP_MAC};
 use stiefel_tests::scenario::{self, Failure, Machines, Milestones, patience};
 use stiefel_tests::{NicModel, Vm, Wire};
 
-use crate::Bench;
 use crate::link::{WAYS, Way};
+use crate::{Bench, journey};
 
 /// Where the load is on the laptop's disk.
 const LOAD: &str = "/usr/local/bin/load";
@@ -119,6 +119,7 @@ impl Session {
     /// The desktop powers off; the laptop comes home by itself, and its file system is clean.
     fn end(self) -> Result<(), Failure> {
         self.desktop.power_off(patience::SHUTDOWN)?;
+        journey::ended_cleanly(&self.desktop)?;
         self.laptop.wait_reboot(patience::SHUTDOWN)?;
         self.laptop.unplug_usb_nic("cable")?;
         self.laptop.login("root", PASSWORD, patience::LOGIN)?;
@@ -195,6 +196,7 @@ pub(crate) fn desktop_comes_and_goes(bench: &Bench) -> Result<(), Failure> {
     laptop
         .serial()
         .expect("the desktop reboots; serving on", patience::SHUTDOWN)?;
+    journey::ended_cleanly(desktop)?;
     session.boots()?;
     session.start_load()?;
     desktop.system_reset()?;

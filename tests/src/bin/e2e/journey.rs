@@ -34,6 +34,7 @@ pub(crate) fn plug(bench: &Bench) -> Result<(), Failure> {
 
     let written = use_desktop(&desktop)?;
     desktop.power_off(patience::SHUTDOWN)?;
+    ended_cleanly(&desktop)?;
     drop(desktop);
     laptop
         .serial()
@@ -50,6 +51,14 @@ pub(crate) fn plug(bench: &Bench) -> Result<(), Failure> {
     }
     laptop.power_off(patience::SHUTDOWN)?;
     Ok(machines.disk.fsck_clean()?)
+}
+
+/// The desktop's last program found nothing in its way.
+pub(crate) fn ended_cleanly(desktop: &Vm) -> Result<(), Failure> {
+    if desktop.serial().said("this was not a clean end")? {
+        return Err("the desktop did not end cleanly; its console says what was in the way".into());
+    }
+    Ok(())
 }
 
 /// Works on the desktop as its user would: root is the laptop's disk; the checksum of what was written.
