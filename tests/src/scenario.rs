@@ -165,7 +165,8 @@ pub fn desktop_boots_after_asking(desktop: &Vm, milestones: &mut Milestones) -> 
         ),
         ("desktop: kexec", re(r"stiefel: starting "), patience::BUNDLE),
         ("desktop: disk attached", re(r"is attached as /dev/"), patience::ATTACH),
-        ("desktop: login prompt", re(r"laptop login:"), patience::LOGIN),
+        // The kernel may write between the host name and the prompt.
+        ("desktop: login prompt", re(r"\blogin: "), patience::LOGIN),
     ] {
         let found = desktop.serial().expect_any(&[marker], patience)?;
         milestones.reached(what, found.at);
