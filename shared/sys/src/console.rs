@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -29,8 +29,8 @@ pub struct Console {
 struct Inner {
     kmsg: Option<Kmsg>,
     screen: Option<File>,
-    /// Levels up to this one the kernel shows on the console by itself.
-    shown_by_kernel: u8,
+    /// /proc/sys/kernel/printk: what the kernel shows on the console by itself. Others may change that at any time.
+    printk: Option<File>,
     /// A progress line is on the screen and wants to be ended before the next line.
     open_line: bool,
 }
@@ -40,15 +40,11 @@ impl Console {
     /// what the kernel shows by itself. What cannot be opened is done without: there is nobody left to tell.
     #[must_use]
     pub fn open(dev: &Path, proc: &Path) -> Self {
-        let shown_by_kernel = std::fs::read_to_string(proc.join("sys/kernel/printk"))
-            .ok()
-            .and_then(|text| text.split_whitespace().next()?.parse::<u8>().ok())
-            .map_or(0, |loglevel| loglevel.saturating_sub(1));
         Self {
             inner: Mutex::new(Inner {
                 kmsg: Kmsg::open(&dev.join("kmsg")).ok(),
                 screen: screen(&dev.join("console")),
-                shown_by_kernel,
+                printk: File::open(proc.join("sys/kernel/printk")).ok(),
                 open_line: false,
             }),
         }
@@ -82,7 +78,7 @@ impl Console {
             // A full or missing log must not stop what is being done.
             let _ = kmsg.log(level, text);
         }
-        if level as u8 > inner.shown_by_kernel || inner.kmsg.is_none() {
+        if level as u8 > inner.shown_by_kernel() || inner.kmsg.is_none() {
             let start = if std::mem::take(&mut inner.open_line) {
                 "\r\x1b[K"
             } else {
@@ -101,6 +97,16 @@ impl Console {
 }
 
 impl Inner {
+    /// Levels up to this one the kernel shows on the console by itself.
+    fn shown_by_kernel(&self) -> u8 {
+        let mut text = [0; 64];
+        let length = self.printk.as_ref().and_then(|file| file.read_at(&mut text, 0).ok());
+        length
+            .and_then(|length| std::str::from_utf8(text.get(..length)?).ok())
+            .and_then(|text| text.split_whitespace().next()?.parse::<u8>().ok())
+            .map_or(0, |loglevel| loglevel.saturating_sub(1))
+    }
+
     fn write(&mut self, mut bytes: &[u8]) {
         let Some(screen) = &mut self.screen else { return };
         let end = Instant::now() + PATIENCE;
@@ -135,6 +141,23 @@ fn wait(screen: &File, end: Instant) {
 mod tests {
     use super::*;
     use std::io::Read;
+
+    #[test]
+    fn what_the_kernel_shows_by_itself_is_asked_each_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let screen = dir.path().join("console");
+        let printk = dir.path().join("sys/kernel/printk");
+        for file in [&screen, &printk, &dir.path().join("kmsg")] {
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, "").unwrap();
+        }
+        let console = Console::open(dir.path(), dir.path());
+        for (levels, shown) in [("7\t4\t1\t7\n", ""), ("1\t4\t1\t7\n", "stiefel: hello\r\n")] {
+            std::fs::write(&printk, levels).unwrap();
+            console.warn("hello");
+            assert_eq!(std::fs::read_to_string(&screen).unwrap(), shown);
+        }
+    }
 
     #[test]
     fn a_console_that_takes_nothing_does_not_stop_the_speaker() {
