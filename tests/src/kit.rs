@@ -121,10 +121,8 @@ impl Kit {
     /// # Errors
     /// [`KitError`].
     pub fn laptop_disk(&self, path: &Path, config: &str, extra: Vec<ExtraFile>) -> Result<LaptopDisk, KitError> {
-        let root = self.dir.path().join("root");
-        if root.exists() {
-            std::fs::remove_dir_all(&root).map_err(io_error("remove", &root))?;
-        }
+        let root = tempfile::tempdir_in(&self.dir).map_err(io_error("make a folder in", self.dir.path()))?;
+        let root = root.path();
         let etc = root.join("etc/stiefel");
         make_dir(&etc.join("keys"))?;
         write(&etc.join("config.yaml"), config.as_bytes())?;
@@ -134,12 +132,12 @@ impl Kit {
             command
                 .arg("--yes")
                 .arg("--root")
-                .arg(&root)
+                .arg(root)
                 .arg("--ramdisk")
                 .arg(self.ramdisk())
         })?;
         let mut builder = LaptopDisk::builder(&self.base).autologin(true);
-        for file in files_below(&root)?.into_iter().chain(extra) {
+        for file in files_below(root)?.into_iter().chain(extra) {
             builder = builder.file(file);
         }
         // What the unit's [Install] section says; `install --root` has made the same link, but links are not copied.

@@ -10,8 +10,9 @@ use stiefel_tests::kit::{DEDICATED_MAC, DESKTOP_MAC};
 use stiefel_tests::scenario::{self, Failure, Machines, Milestones, patience};
 use stiefel_tests::{NicModel, Vm, Wire};
 
+use crate::journey;
 use crate::link::{WAYS, Way};
-use crate::{Bench, journey};
+use crate::runner::Bench;
 
 /// Where the load is on the laptop's disk.
 const LOAD: &str = "/usr/local/bin/load";
@@ -44,7 +45,7 @@ fn machines(
     let program = std::env::current_exe()?.with_file_name("load");
     let config = format!("disk: {{transport: {transport}}}\nlink: {{encryption: {encryption}}}\n{config}");
     let files = [vec![ExtraFile::new(program.as_path(), LOAD, 0o755)], files].concat();
-    Machines::with(&bench.kit, Wire::relayed(0)?, &config, files)
+    Machines::with(bench.kit, Wire::relayed(0)?, &config, files)
 }
 
 impl Session {

@@ -7,7 +7,7 @@ use stiefel_tests::net::FlipTcpByte;
 use stiefel_tests::scenario::{Failure, patience};
 use stiefel_tests::{Wire, re};
 
-use crate::Bench;
+use crate::runner::Bench;
 use crate::tiny::{Server, client, key, server};
 
 /// TCP port of the laptop's HTTP server.

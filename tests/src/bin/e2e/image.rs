@@ -10,7 +10,7 @@ use stiefel_initrd_builder::overlay::overlay;
 use stiefel_shared::cpio::Reader;
 use stiefel_tests::scenario::Failure;
 
-use crate::Bench;
+use crate::runner::Bench;
 
 /// The ramdisk that holds the drivers of all machines is to be no larger, in bytes.
 const RAMDISK_MAX: u64 = 40 << 20;
@@ -75,7 +75,7 @@ pub(crate) fn ramdisk(bench: &Bench) -> Result<(), Failure> {
     let dir = tempfile::tempdir_in(bench.kit.dir())?;
     let installed = bench.kit.installed();
     let begun = Instant::now();
-    let output = Command::new(&bench.program)
+    let output = Command::new(bench.program)
         .args(["build", "--config"])
         .arg(bench.kit.defaults())
         .arg("--kernel")
@@ -91,11 +91,11 @@ pub(crate) fn ramdisk(bench: &Bench) -> Result<(), Failure> {
     }
     let packed = std::fs::read(dir.path().join("ramdisk.cpio.zst"))?;
     let size = packed.len() as u64;
-    println!(
-        "        ramdisk without firmware: {} KiB, built in {:.1} s",
+    bench.note(&format!(
+        "        ramdisk without firmware: {} KiB, built in {:.1} s\n",
         size >> 10,
         took.as_secs_f64()
-    );
+    ));
     let unpacked = zstd::bulk::decompress(&packed, UNPACKED_MAX)?;
     check(&unpacked, "lib", &installed.version, LINK.iter().chain(&LAPTOP))?;
     small("the ramdisk", size, RAMDISK_MAX)
@@ -106,12 +106,12 @@ pub(crate) fn session_overlay(bench: &Bench) -> Result<(), Failure> {
     let installed = bench.kit.installed();
     let begun = Instant::now();
     let overlay = overlay(&installed.modules, &[], &[], true)?;
-    println!(
-        "        overlay without firmware: {} modules, {} KiB, built in {:.1} s",
+    bench.note(&format!(
+        "        overlay without firmware: {} modules, {} KiB, built in {:.1} s\n",
         overlay.modules,
         overlay.bytes.len() >> 10,
         begun.elapsed().as_secs_f64()
-    );
+    ));
     let unpacked = zstd::bulk::decompress(&overlay.bytes, UNPACKED_MAX)?;
     let paths = check(&unpacked, "stiefel", &installed.version, &LINK)?;
     if let Some(own) = paths

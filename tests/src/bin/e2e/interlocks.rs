@@ -9,7 +9,7 @@ use stiefel_tests::disk::{ROOT_OFFSET, plain_disk};
 use stiefel_tests::scenario::{Failure, patience};
 use stiefel_tests::{Drive, Wire, re};
 
-use crate::Bench;
+use crate::runner::Bench;
 use crate::tiny::{DISK_MIB, Server, client, key};
 
 /// Of the file system on both machines' disks.

@@ -6,7 +6,7 @@ use stiefel_tests::disk::PASSWORD;
 use stiefel_tests::scenario::{self, Failure, Machines, Milestones, patience};
 use stiefel_tests::{Vm, Wire};
 
-use crate::Bench;
+use crate::runner::Bench;
 
 /// Writes a file with random content on the desktop's root, and returns its checksum.
 const WRITE: &str =
@@ -14,7 +14,7 @@ const WRITE: &str =
 const READ: &str = "sha256sum < /root/written-on-the-desktop";
 
 fn machines(bench: &Bench) -> Result<Machines, Failure> {
-    Machines::prepare(&bench.kit, Wire::direct()?)
+    Machines::prepare(bench.kit, Wire::direct()?)
 }
 
 /// The cable is plugged into the running laptop; the desktop boots, writes, is powered off; the laptop comes home by
@@ -30,7 +30,7 @@ pub(crate) fn plug(bench: &Bench) -> Result<(), Failure> {
     );
     let desktop = scenario::desktop(&machines.stick, &machines.wire.b(), false)?;
     scenario::desktop_boots(&desktop, &mut milestones)?;
-    print!("{}", milestones.table());
+    bench.note(&milestones.table());
 
     let written = use_desktop(&desktop)?;
     desktop.power_off(patience::SHUTDOWN)?;
@@ -118,7 +118,7 @@ pub(crate) fn wake(bench: &Bench) -> Result<(), Failure> {
         .expect("its own system runs; waking it", patience::STICK)?;
     scenario::wait_until_serving(&laptop)?;
     scenario::desktop_boots_after_asking(&desktop, &mut milestones)?;
-    print!("{}", milestones.table());
+    bench.note(&milestones.table());
     desktop.login("root", PASSWORD, Duration::from_secs(30))?;
     desktop.run_ok("echo kept > /root/written-on-the-desktop")?;
     desktop.power_off(patience::SHUTDOWN)?;

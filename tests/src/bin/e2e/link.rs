@@ -13,7 +13,7 @@ use stiefel_tests::net::{Side, Tamper, Verdict};
 use stiefel_tests::scenario::{CLOCK_WORD, Failure, LOAD_BLOCKS, LOAD_TIMES, patience, pattern};
 use stiefel_tests::{NicModel, Vm, Wire, re};
 
-use crate::Bench;
+use crate::runner::Bench;
 use crate::tiny::{DESKTOP_MAC, LAPTOP_MAC, Server, client_without_nic, key};
 
 /// The most of the traffic that is recorded, in bytes: more than there is.
@@ -65,6 +65,9 @@ impl Tamper for DropLarge {
         }
     }
 }
+
+/// From so long an outage on, other tests may run meanwhile.
+const LONG: Duration = Duration::from_secs(60);
 
 /// How long a killed server may take to serve again.
 const RESTART: Duration = Duration::from_secs(10);
@@ -181,7 +184,12 @@ fn payload(bench: &Bench) -> Result<Vec<(Part, Vec<u8>)>, Failure> {
 pub(crate) fn cable_out(bench: &Bench, way: Way, seconds: u64) -> Result<(), Failure> {
     let pair = Pair::writing(bench, way)?;
     pair.wire.set_cut(true)?;
-    sleep(Duration::from_secs(seconds));
+    let outage = Duration::from_secs(seconds);
+    if outage > LONG {
+        bench.idle(outage)?;
+    } else {
+        sleep(outage);
+    }
     pair.wire.set_cut(false)?;
     pair.all_is_written()
 }
@@ -221,7 +229,7 @@ pub(crate) fn clock_step(bench: &Bench, way: Way) -> Result<(), Failure> {
         // Longer than WireGuard uses one pair of keys: the link must have gone on through a handshake.
         let begun = Instant::now();
         pair.desktop.serial().expect("load: done", Duration::from_secs(120))?;
-        sleep(Duration::from_secs(240).saturating_sub(begun.elapsed()));
+        bench.idle(Duration::from_secs(240).saturating_sub(begun.elapsed()))?;
         pair.still_there()?;
     }
     Ok(())

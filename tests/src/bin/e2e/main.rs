@@ -1,9 +1,9 @@
 //! The end-to-end tests: stiefel in virtual machines, as its users run it.
 //!
-//! `e2e --program FILE [--full] [--resume] [--list] [NAME …]` runs the tests whose names contain one of the given words, or all;
-//! long ones only with `--full` or by name. With `--resume` those are left out that have passed with the same two programs.
-//! Each prints one line; the last line counts them. Exit status 1 if one failed, 2 if none could be run or a signal came. Serial logs
-//! stay in the harness's log folder.
+//! `e2e --program FILE [--full] [--resume] [--jobs N] [--list] [NAME …]` runs the tests whose names contain one of the given words,
+//! or all; long ones only with `--full` or by name. With `--resume` those are left out that have passed with the same two programs.
+//! Several run at the same time (`--jobs`; by default one per CPU, four at most). Each prints one line when it has ended; the last
+//! line counts them. Exit status 1 if one failed, 2 if none could be run or a signal came. Serial logs stay in the harness's log folder.
 
 mod endure;
 mod faults;
@@ -11,42 +11,25 @@ mod image;
 mod interlocks;
 mod journey;
 mod link;
+mod runner;
 mod tiny;
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use link::{WAYS, Way};
+use runner::{Bench, Passed, Test};
 use stiefel_tests::kit::Kit;
 use stiefel_tests::scenario::Failure;
 use stiefel_tests::tools::{self, Job};
 use stiefel_tests::{Accel, cache, stop};
 
-/// What every test gets.
-struct Bench {
-    kit: Kit,
-    /// The program under test.
-    program: PathBuf,
-}
-
-struct Test {
-    name: String,
-    /// Only with `--full`.
-    long: bool,
-    run: Box<Run>,
-}
-
-/// What a test does.
-type Run = dyn Fn(&Bench) -> Result<(), Failure>;
-
 #[derive(Default)]
 struct Tests(Vec<Test>);
 
 impl Tests {
-    fn add(&mut self, name: &str, run: impl Fn(&Bench) -> Result<(), Failure> + 'static) {
+    fn add(&mut self, name: &str, run: impl Fn(&Bench) -> Result<(), Failure> + Send + Sync + 'static) {
         self.0.push(Test {
             name: name.to_owned(),
             long: false,
@@ -55,7 +38,7 @@ impl Tests {
     }
 
     /// A test that runs only with `--full`, or by name.
-    fn long(&mut self, name: &str, run: impl Fn(&Bench) -> Result<(), Failure> + 'static) {
+    fn long(&mut self, name: &str, run: impl Fn(&Bench) -> Result<(), Failure> + Send + Sync + 'static) {
         self.add(name, run);
         if let Some(test) = self.0.last_mut() {
             test.long = true;
@@ -77,6 +60,18 @@ impl Tests {
 
 fn tests() -> Vec<Test> {
     let mut tests = Tests::default();
+    // Those that mostly wait come first: others run meanwhile.
+    tests.ways("cable_out_for_10_min_under_load_loses_nothing", &[], |bench, way| {
+        link::cable_out(bench, way, 600)
+    });
+    tests.ways(
+        "clock_stepped_by_half_a_day_under_load_stops_nothing",
+        &[],
+        link::clock_step,
+    );
+    tests.ways("cable_out_for_120_s_under_load_loses_nothing", &[], |bench, way| {
+        link::cable_out(bench, way, 120)
+    });
     tests.add("ramdisk_of_debians_kernel_is_small_and_has_all_drivers", image::ramdisk);
     tests.add(
         "overlay_of_debians_kernel_has_all_that_reaches_the_laptop",
@@ -110,12 +105,6 @@ fn tests() -> Vec<Test> {
     tests.ways("cable_out_for_20_s_under_load_loses_nothing", &[0], |bench, way| {
         link::cable_out(bench, way, 20)
     });
-    tests.ways("cable_out_for_120_s_under_load_loses_nothing", &[], |bench, way| {
-        link::cable_out(bench, way, 120)
-    });
-    tests.ways("cable_out_for_10_min_under_load_loses_nothing", &[], |bench, way| {
-        link::cable_out(bench, way, 600)
-    });
     tests.ways(
         "adapter_of_the_desktop_replugged_under_load_loses_nothing",
         &[1],
@@ -125,11 +114,6 @@ fn tests() -> Vec<Test> {
         "adapter_of_the_laptop_replugged_under_load_loses_nothing",
         &[0],
         link::laptop_replug,
-    );
-    tests.ways(
-        "clock_stepped_by_half_a_day_under_load_stops_nothing",
-        &[],
-        link::clock_step,
     );
     tests.ways("system_without_ipv6_has_the_link_all_the_same", &[], link::without_ipv6);
     tests.long(
@@ -164,6 +148,7 @@ struct Arguments {
     list: bool,
     full: bool,
     resume: bool,
+    jobs: usize,
 }
 
 fn arguments() -> Result<Arguments, Failure> {
@@ -173,6 +158,7 @@ fn arguments() -> Result<Arguments, Failure> {
         list: false,
         full: false,
         resume: false,
+        jobs: std::thread::available_parallelism().map_or(1, usize::from).min(4),
     };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
@@ -181,11 +167,16 @@ fn arguments() -> Result<Arguments, Failure> {
             "--list" => parsed.list = true,
             "--full" => parsed.full = true,
             "--resume" => parsed.resume = true,
+            "--jobs" => {
+                let number = args.next().and_then(|word| word.parse().ok());
+                parsed.jobs = number.filter(|jobs| *jobs > 0).ok_or("--jobs wants a number")?;
+            }
             word if !word.starts_with('-') => parsed.words.push(word.to_owned()),
             other => {
-                return Err(
-                    format!("{other} is not known; accepted: --program FILE, --full, --resume, --list, names").into(),
-                );
+                return Err(format!(
+                    "{other} is not known; accepted: --program FILE, --full, --resume, --jobs N, --list, names"
+                )
+                .into());
             }
         }
     }
@@ -246,68 +237,26 @@ fn run() -> Result<bool, Failure> {
         cache::log_dir()?.display()
     );
     let begun = Instant::now();
-    let bench = Bench {
-        kit: Kit::prepare(&arguments.program, None)?,
-        program: arguments.program,
-    };
+    let kit = Kit::prepare(&arguments.program, None)?;
     println!(
         "prepared in {:.0} s: installed system, ramdisk, key",
         begun.elapsed().as_secs_f64()
     );
-    let passed = Passed::open(&bench.program)?;
-    let (mut failed, mut before) = (0, 0);
-    for test in &chosen {
-        if arguments.resume && passed.has(&test.name)? {
-            before += 1;
-            continue;
-        }
-        let begun = Instant::now();
-        let result = (test.run)(&bench);
-        stop::check()?;
-        let seconds = begun.elapsed().as_secs_f64();
-        match result {
-            Ok(()) => {
-                passed.add(&test.name)?;
-                println!("ok      {} ({seconds:.0} s)", test.name);
-            }
-            Err(failure) => {
-                failed += 1;
-                println!("FAILED  {} ({seconds:.0} s)\n{}", test.name, chain(&*failure));
-            }
-        }
-    }
-    println!("{} passed, {failed} failed", chosen.len() - failed - before);
-    if before > 0 {
-        println!("{before} had passed before with the same programs");
+    let passed = Passed::open(&arguments.program)?;
+    let (before, rest): (Vec<_>, Vec<_>) = if arguments.resume {
+        let done = passed.names()?;
+        chosen.into_iter().partition(|test| done.contains(&test.name))
+    } else {
+        (Vec::new(), chosen)
+    };
+    let failed = runner::run(&rest, &kit, &arguments.program, arguments.jobs, &passed)?;
+    println!("{} passed, {failed} failed", rest.len() - failed);
+    if !before.is_empty() {
+        println!("{} had passed before with the same programs", before.len());
     }
     let left_out = tests.iter().filter(|test| test.long && !arguments.full).count();
     if arguments.words.is_empty() && left_out > 0 {
         println!("{left_out} long tests were left out; --full runs them, too");
     }
     Ok(failed == 0)
-}
-
-/// The tests that have passed with these very programs.
-struct Passed(PathBuf);
-
-impl Passed {
-    fn open(program: &std::path::Path) -> Result<Self, Failure> {
-        let mut hasher = DefaultHasher::new();
-        for program in [program, &std::env::current_exe()?] {
-            std::fs::read(program)?.hash(&mut hasher);
-        }
-        Ok(Self(cache::dir()?.join(format!("passed-{:016x}", hasher.finish()))))
-    }
-
-    fn has(&self, name: &str) -> Result<bool, Failure> {
-        match std::fs::read_to_string(&self.0) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-            text => Ok(text?.lines().any(|line| line == name)),
-        }
-    }
-
-    fn add(&self, name: &str) -> Result<(), Failure> {
-        let mut file = std::fs::File::options().append(true).create(true).open(&self.0)?;
-        Ok(writeln!(file, "{name}")?)
-    }
 }

@@ -12,7 +12,7 @@ use stiefel_tests::kit::CONSOLE;
 use stiefel_tests::scenario::Failure;
 use stiefel_tests::{Content, Drive, Netdev, NicModel, VmBuilder, tiny::tiny};
 
-use crate::Bench;
+use crate::runner::Bench;
 
 /// Hardware addresses of the two machines.
 pub(crate) const LAPTOP_MAC: &str = "52:54:00:57:1e:11";
