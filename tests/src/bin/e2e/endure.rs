@@ -70,6 +70,12 @@ impl Session {
         Ok(self.desktop.login("root", PASSWORD, Duration::from_secs(30))?)
     }
 
+    /// As [`Session::boots`], for a desktop that is asking already.
+    fn boots_after_asking(&self) -> Result<(), Failure> {
+        scenario::desktop_boots_after_asking(&self.desktop, &mut Milestones::new(false))?;
+        Ok(self.desktop.login("root", PASSWORD, Duration::from_secs(30))?)
+    }
+
     fn start_load(&self) -> Result<(), Failure> {
         self.desktop
             .run_ok(&format!("rm -f {STOP}; setsid {LOAD} /root/load {STOP} >{LOG} 2>&1 &"))?;
@@ -217,6 +223,29 @@ pub(crate) fn desktop_comes_and_goes(bench: &Bench) -> Result<(), Failure> {
         return Err(format!("the power-off without the laptop took {} s", took.as_secs()).into());
     }
     Ok(())
+}
+
+/// What the laptop boots is changed on the desktop, as an upgrade does: at the reboot the laptop goes home to collect it, and the
+/// stick wakes it there. No hand is laid on it.
+pub(crate) fn upgrade(bench: &Bench) -> Result<(), Failure> {
+    let session = Session::begin(machines(bench, WAYS[0], "", Vec::new())?)?;
+    let (laptop, desktop) = (&session.laptop, &session.desktop);
+    session.load_is_right()?;
+    desktop.run_ok("echo a new kernel's settings > /boot/config-new && sync")?;
+    desktop.serial().send_line("systemctl reboot")?;
+    laptop.serial().expect(
+        "its kernel or initrd was changed; the laptop goes home",
+        patience::SHUTDOWN,
+    )?;
+    journey::ended_cleanly(desktop)?;
+    laptop.wait_reboot(patience::SHUTDOWN)?;
+    desktop
+        .serial()
+        .expect("its own system runs; waking it", patience::STICK + patience::LOGIN)?;
+    scenario::wait_until_serving(laptop)?;
+    session.boots_after_asking()?;
+    desktop.run_ok("test -f /boot/config-new")?;
+    session.end()
 }
 
 /// The laptop is reset in the middle of the session: it boots its own system and writes. The desktop says that its session is

@@ -7,10 +7,11 @@ use std::time::Duration;
 use stiefel_shared::handover::Part;
 use stiefel_tests::disk::{ROOT_OFFSET, plain_disk};
 use stiefel_tests::scenario::{Failure, patience};
-use stiefel_tests::{Drive, Wire, re};
+use stiefel_tests::{Drive, NicModel, Wire, re};
 
+use crate::link;
 use crate::runner::Bench;
-use crate::tiny::{DISK_MIB, Server, client, key};
+use crate::tiny::{DISK_MIB, Server, client, client_without_nic, key};
 
 /// Of the file system on both machines' disks.
 const FS_UUID: &str = "57aefe1d-0000-4000-8000-000000000004";
@@ -60,6 +61,61 @@ pub(crate) fn same_uuid(bench: &Bench) -> Result<(), Failure> {
         return Err("the desktop boots in spite of what it says".into());
     }
     Ok(())
+}
+
+/// Two desktops want the disk, each on a cable of its own. The laptop's screen asks: after `n` the second one is told who has it
+/// and the first writes on; after `y` the first one's session is ended and the second gets the disk.
+pub(crate) fn two_desktops(bench: &Bench) -> Result<(), Failure> {
+    let dir = tempfile::tempdir_in(bench.kit.dir())?;
+    let (cable, other_cable) = (Wire::direct()?, Wire::direct()?);
+    let key = key(bench, "stick")?;
+    let laptop = Server {
+        parts: link::payload(bench)?,
+        ..Server::new(&key)
+    }
+    .machine(bench, &cable.a(), dir.path())?
+    .nic("second", NicModel::VirtioPlain, &other_cable.a(), "52:54:00:57:1e:21")
+    .start()?;
+    laptop.serial().expect(READY, patience::SERVING)?;
+    let first = client(bench, &key, &cable.b())?.start()?;
+    first
+        .serial()
+        .expect("load: wrote 1", patience::STICK + patience::BUNDLE + patience::ATTACH)?;
+    let second = client_without_nic(bench, &key)?
+        .nic("cable", NicModel::VirtioPlain, &other_cable.b(), "52:54:00:57:1e:22")
+        .start()?;
+    let asked = || {
+        laptop
+            .serial()
+            .expect(re("wants the disk, which the one at .* has; press y"), patience::STICK)
+    };
+    asked()?;
+    laptop.serial().send("n")?;
+    second.serial().expect(
+        "the laptop refuses: the disk is in use by another desktop (key stick)",
+        Duration::from_secs(10),
+    )?;
+    first.serial().expect("load: done", Duration::from_secs(60))?;
+    // It is not asked about again as long as that session lasts; a desktop that starts anew is another matter.
+    first.system_reset()?;
+    first
+        .serial()
+        .expect("load: wrote 1", patience::STICK + patience::BUNDLE + patience::ATTACH)?;
+    asked()?;
+    laptop.serial().send("y")?;
+    laptop.serial().expect(
+        "the session of the desktop that had the disk is ended",
+        patience::SHUTDOWN,
+    )?;
+    second.serial().expect(
+        "load: done",
+        patience::BUNDLE + patience::ATTACH + Duration::from_secs(60),
+    )?;
+    if first.serial().said("load: done")? {
+        return Err("the first desktop wrote on after its session was ended".into());
+    }
+    drop((first, second, laptop));
+    link::check_disk(&dir.path().join("disk.img"))
 }
 
 /// A hibernated system lies on the laptop's disk: no session begins, and the desktop is told why.

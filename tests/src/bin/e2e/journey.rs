@@ -106,8 +106,8 @@ fn use_desktop(desktop: &Vm) -> Result<String, Failure> {
     Ok(desktop.run_ok_within(WRITE, Duration::from_secs(60))?)
 }
 
-/// Nothing is plugged: the laptop's NIC is there from the start, the desktop's stick wakes it. What the
-/// desktop wrote is on the disk before the laptop's system has touched it again.
+/// Nothing is plugged: the laptop's NIC is there from the start, the desktop's stick wakes it. A key at the laptop ends it: the
+/// desktop powers off in order. What it wrote is on the disk before the laptop's system has touched it again.
 pub(crate) fn wake(bench: &Bench) -> Result<(), Failure> {
     let machines = machines(bench)?;
     let laptop = scenario::laptop_at_home(&machines.disk, Some(&machines.wire.a()), false)?;
@@ -121,7 +121,12 @@ pub(crate) fn wake(bench: &Bench) -> Result<(), Failure> {
     bench.note(&milestones.table());
     desktop.login("root", PASSWORD, Duration::from_secs(30))?;
     desktop.run_ok("echo kept > /root/written-on-the-desktop")?;
-    desktop.power_off(patience::SHUTDOWN)?;
+    laptop.serial().send("p")?;
+    laptop
+        .serial()
+        .expect("the desktop is asked to power off", Duration::from_secs(5))?;
+    desktop.wait_shutdown(patience::SHUTDOWN)?;
+    ended_cleanly(&desktop)?;
     laptop.wait_reboot(patience::SHUTDOWN)?;
     drop(laptop);
     machines.disk.fsck_clean()?;

@@ -154,7 +154,7 @@ impl Pair {
     }
 }
 
-fn check_disk(image: &Path) -> Result<(), Failure> {
+pub(crate) fn check_disk(image: &Path) -> Result<(), Failure> {
     let disk = std::fs::read(image)?;
     for (number, block) in (0..LOAD_BLOCKS).zip(disk.chunks(1 << 20)) {
         if block != pattern(number, LOAD_TIMES - 1) {
@@ -165,7 +165,7 @@ fn check_disk(image: &Path) -> Result<(), Failure> {
 }
 
 /// A payload that writes: Debian's kernel, our program as `/init`, and the overlay of its modules.
-fn payload(bench: &Bench) -> Result<Vec<(Part, Vec<u8>)>, Failure> {
+pub(crate) fn payload(bench: &Bench) -> Result<Vec<(Part, Vec<u8>)>, Failure> {
     let installed = bench.kit.installed();
     let program = std::env::current_exe()?.with_file_name("payload-init");
     let mut initrd = cpio::Writer::new(Vec::new());
@@ -292,10 +292,15 @@ pub(crate) fn packets(bench: &Bench) -> Result<(), Failure> {
 pub(crate) fn server_killed(bench: &Bench, way: Way) -> Result<(), Failure> {
     let pair = Pair::writing(bench, way)?;
     for kill in 1..=5 {
+        let killed = Instant::now();
         pair.laptop.sysrq('i')?;
         pair.laptop
             .serial()
             .expect("the server was started anew; the session goes on", RESTART)?;
+        bench.note(&format!(
+            "        killed, and serving again after {:.1} s\n",
+            killed.elapsed().as_secs_f64()
+        ));
         // It must be served again before the next fault.
         pair.desktop
             .serial()
@@ -304,7 +309,8 @@ pub(crate) fn server_killed(bench: &Bench, way: Way) -> Result<(), Failure> {
     pair.all_is_written()
 }
 
-/// Who records the traffic finds nothing of the disk in it with the tunnel; without, the same search finds it.
+/// Who records the traffic finds nothing of the disk in it with the tunnel; without, the same search finds it. The bundle is
+/// encrypted either way.
 pub(crate) fn recorded(bench: &Bench, way: Way) -> Result<(), Failure> {
     let found = way.1 == Encryption::None;
     let pair = Pair::writing(bench, way)?;
@@ -314,6 +320,11 @@ pub(crate) fn recorded(bench: &Bench, way: Way) -> Result<(), Failure> {
     if pair.wire.carried(&pattern(6, 0)[..64])? != found {
         let what = if found { "is not" } else { "is" };
         return Err(format!("what was written to the disk {what} in the recorded traffic").into());
+    }
+    let kernel = std::fs::read(&bench.kit.installed().kernel)?;
+    let middle = kernel.len() / 2;
+    if pair.wire.carried(&kernel[middle..middle + 64])? {
+        return Err("the payload's kernel is in the recorded traffic".into());
     }
     Ok(())
 }

@@ -91,6 +91,10 @@ fn tests() -> Vec<Test> {
         "desktop_reboots_is_reset_and_powers_off_without_its_laptop",
         endure::desktop_comes_and_goes,
     );
+    tests.long(
+        "kernel_changed_on_the_desktop_sends_the_laptop_home_to_collect_it",
+        endure::upgrade,
+    );
     tests.ways(
         "laptop_reset_in_mid_session_ends_the_desktop_and_nothing_is_written_later",
         &[0],
@@ -136,6 +140,7 @@ fn tests() -> Vec<Test> {
         "desktop_with_a_disk_of_the_same_uuid_is_not_booted",
         interlocks::same_uuid,
     );
+    tests.add("two_desktops_want_the_disk_and_a_key_decides", interlocks::two_desktops);
     tests.add("hibernated_laptop_refuses_the_session", interlocks::hibernated);
     tests.add("keys_at_the_laptop_are_heard", faults::keys);
     tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
