@@ -28,6 +28,8 @@ use crate::fetch::{self, Progress};
 /// After this long without any answer the screen says what to look at.
 const HINT: Duration = Duration::from_secs(15);
 
+/// How long this machine's own disks may take to be looked at.
+const LOOK: Duration = Duration::from_secs(30);
 /// The longest pause between two tries to boot from a laptop that is ready.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -198,7 +200,14 @@ async fn boot(console: &'static Console, handover: &ClientHandover, found: &Foun
          config.yaml, or write the stick without --encrypted-only",
         manifest.hostname
     );
-    let own = tokio::task::spawn_blocking(clash::own_disks).await??;
+    let own = tokio::time::timeout(LOOK, tokio::task::spawn_blocking(clash::own_disks))
+        .await
+        .with_context(|| {
+            format!(
+                "this machine's own disks do not answer within {} s; one is broken: unplug it, or switch it off in the firmware",
+                LOOK.as_secs()
+            )
+        })???;
     clash::check(&own, &manifest.claims)?;
     append_session(&mut initrd, &manifest, found)?;
     let cmdline = manifest.payload.desktop_cmdline();

@@ -212,8 +212,10 @@ impl Machines {
     }
 }
 
-/// How many blocks of 1 MiB `payload-init` writes, and how often each, one after the other: the last one must stay.
+/// How many blocks `payload-init` writes, and how often each, one after the other: the last one must stay.
 pub const LOAD_BLOCKS: u64 = 32;
+/// The size of a block, in bytes: several requests. Larger ones only take time, in the tunnel between emulated machines.
+pub const LOAD_BLOCK: usize = 1 << 18;
 /// See [`LOAD_BLOCKS`].
 pub const LOAD_TIMES: u64 = 3;
 
@@ -229,6 +231,6 @@ pub fn pattern(number: u64, time: u64) -> Vec<u8> {
         "{:<63}\n",
         format!("stiefel writes block {number} of the laptop's disk, {time}")
     )
-    .repeat(1 << 14)
+    .repeat(LOAD_BLOCK / 64)
     .into_bytes()
 }

@@ -1,7 +1,7 @@
 //! A payload for tests of the link: instead of a distribution's `/init`, it writes to the disk, block by block, each flushed,
 //! says so on the console, reads all back, and waits.
 //!
-//! Block n (of 1 MiB) of the disk gets several [`pattern`]s, one after the other; the end-to-end tests check that the laptop's disk image has the last one:
+//! Block n of the disk gets several [`pattern`]s, one after the other; the end-to-end tests check that the laptop's disk image has the last one:
 //! an older write that comes late would show.
 
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rustix::mount::{MountFlags, mount};
 use rustix::time::{ClockId, clock_gettime, clock_settime};
-use stiefel_tests::scenario::{CLOCK_AT, CLOCK_WORD, LOAD_BLOCKS, LOAD_TIMES, pattern};
+use stiefel_tests::scenario::{CLOCK_AT, CLOCK_WORD, LOAD_BLOCK, LOAD_BLOCKS, LOAD_TIMES, pattern};
 
 fn main() {
     if let Err(error) = run() {
@@ -49,14 +49,14 @@ fn run() -> std::io::Result<()> {
             step_clock(hours)?;
         }
         for time in 0..LOAD_TIMES {
-            disk.write_all_at(&pattern(number, time), number << 20)?;
+            disk.write_all_at(&pattern(number, time), number * LOAD_BLOCK as u64)?;
             disk.sync_all()?;
         }
         say(&format!("load: wrote {number}"));
     }
-    let mut read = vec![0; 1 << 20];
+    let mut read = vec![0; LOAD_BLOCK];
     for number in 0..LOAD_BLOCKS {
-        disk.read_exact_at(&mut read, number << 20)?;
+        disk.read_exact_at(&mut read, number * LOAD_BLOCK as u64)?;
         if read != pattern(number, LOAD_TIMES - 1) {
             say(&format!("load: ERROR block {number} is not what was written"));
         }

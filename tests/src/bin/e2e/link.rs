@@ -10,7 +10,7 @@ use stiefel_initrd_builder::overlay;
 use stiefel_shared::cpio;
 use stiefel_shared::handover::{DiskTransport, Encryption, LinkMode, Part};
 use stiefel_tests::net::{Side, Tamper, Verdict};
-use stiefel_tests::scenario::{CLOCK_WORD, Failure, LOAD_BLOCKS, LOAD_TIMES, patience, pattern};
+use stiefel_tests::scenario::{CLOCK_WORD, Failure, LOAD_BLOCK, LOAD_BLOCKS, LOAD_TIMES, patience, pattern};
 use stiefel_tests::{NicModel, Vm, Wire, re};
 
 use crate::runner::Bench;
@@ -156,7 +156,7 @@ impl Pair {
 
 pub(crate) fn check_disk(image: &Path) -> Result<(), Failure> {
     let disk = std::fs::read(image)?;
-    for (number, block) in (0..LOAD_BLOCKS).zip(disk.chunks(1 << 20)) {
+    for (number, block) in (0..LOAD_BLOCKS).zip(disk.chunks(LOAD_BLOCK)) {
         if block != pattern(number, LOAD_TIMES - 1) {
             return Err(format!("block {number} on the laptop's disk is not what the desktop wrote").into());
         }

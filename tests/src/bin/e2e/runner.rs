@@ -16,8 +16,8 @@ use stiefel_tests::kit::Kit;
 use stiefel_tests::scenario::Failure;
 use stiefel_tests::{cache, stop};
 
-/// How many tests have machines at the same time, for each slot: they take memory also while they wait.
-const WAITING: usize = 5;
+/// How many tests may wait besides, for each slot: their machines take memory, and some time.
+const WAITING: usize = 1;
 
 /// A test.
 pub(crate) struct Test {
@@ -106,7 +106,7 @@ pub(crate) fn run(tests: &[&Test], kit: &Kit, program: &Path, jobs: usize, passe
     let slots = Slots {
         free: Mutex::new(Free {
             work: jobs,
-            machines: jobs * WAITING,
+            machines: jobs + jobs * WAITING,
         }),
         changed: Condvar::new(),
     };
