@@ -93,6 +93,15 @@ fn use_desktop(desktop: &Vm) -> Result<String, Failure> {
             "systemctl show --property LoadState --value dracut-shutdown.service | grep -qE '^(masked|not-found)$'",
             "another shutdown program could take the place of ours",
         ),
+        (
+            "at=$(sed 's/traddr=\\([^,]*\\),.*/\\1/' /sys/class/nvme/nvme0/address); \
+             (exec 3<>/dev/tcp/$at/4420) && ! setpriv --reuid=65534 bash -c \"exec 3<>/dev/tcp/$at/4420\"",
+            "root cannot reach the laptop's disk by itself, or other users can",
+        ),
+        (
+            "! setpriv --reuid=65534 cat /sys/class/nvme/nvme0/hostnqn",
+            "other users can read the session's names",
+        ),
         ("! test -e /stiefel", "our folder is in the installed system"),
         (
             "! systemctl is-active --quiet stiefel-autokexec.service",

@@ -20,7 +20,6 @@ use std::time::Instant;
 
 use link::{WAYS, Way};
 use runner::{Bench, Passed, Test};
-use stiefel_shared::handover::Encryption;
 use stiefel_tests::kit::Kit;
 use stiefel_tests::scenario::Failure;
 use stiefel_tests::tools::{self, Job};
@@ -34,6 +33,7 @@ impl Tests {
         self.0.push(Test {
             name: name.to_owned(),
             long: false,
+            waits: false,
             run: Box::new(run),
         });
     }
@@ -46,12 +46,25 @@ impl Tests {
         }
     }
 
+    /// A long test for each way that mostly waits.
+    fn waits(&mut self, name: &str, ways: &[Way], run: fn(&Bench, Way) -> Result<(), Failure>) {
+        for &way in ways {
+            self.0.push(Test {
+                name: format!("{name} ({})", called(way)),
+                long: true,
+                waits: true,
+                run: Box::new(move |bench| run(bench, way)),
+            });
+        }
+    }
+
     /// A test for each way that the disk may travel; those of the `short` numbers in every run.
     fn ways(&mut self, name: &str, short: &[usize], run: fn(&Bench, Way) -> Result<(), Failure>) {
         for (number, way) in WAYS.into_iter().enumerate() {
             self.0.push(Test {
                 name: format!("{name} ({})", called(way)),
                 long: !short.contains(&number),
+                waits: false,
                 run: Box::new(move |bench| run(bench, way)),
             });
         }
@@ -66,17 +79,16 @@ fn called((transport, encryption): Way) -> String {
 fn tests() -> Vec<Test> {
     let mut tests = Tests::default();
     // Those that mostly wait come first: others run meanwhile.
-    tests.ways("cable_out_for_10_min_under_load_loses_nothing", &[], |bench, way| {
+    tests.waits("cable_out_for_10_min_under_load_loses_nothing", &WAYS, |bench, way| {
         link::cable_out(bench, way, 600)
     });
     // Only the tunnel's handshakes know of the time.
-    for way in WAYS.into_iter().filter(|way| way.1 == Encryption::Wireguard) {
-        tests.long(
-            &format!("clock_stepped_by_half_a_day_under_load_stops_nothing ({})", called(way)),
-            move |bench| link::clock_step(bench, way),
-        );
-    }
-    tests.ways("cable_out_for_120_s_under_load_loses_nothing", &[], |bench, way| {
+    tests.waits(
+        "clock_stepped_by_half_a_day_under_load_stops_nothing",
+        &[WAYS[0], WAYS[1]],
+        link::clock_step,
+    );
+    tests.waits("cable_out_for_120_s_under_load_loses_nothing", &WAYS, |bench, way| {
         link::cable_out(bench, way, 120)
     });
     tests.add("ramdisk_of_debians_kernel_is_small_and_has_all_drivers", image::ramdisk);

@@ -1,7 +1,7 @@
 //! Runs the tests, several at the same time.
 //!
 //! A test holds one of `--jobs` slots. One that is going to wait for long, while its machines do nothing, gives its slot back
-//! for good: then another one begins.
+//! for good: then another one begins. Of those that wait only so many are begun that something is left to do meanwhile.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -16,14 +16,16 @@ use stiefel_tests::kit::Kit;
 use stiefel_tests::scenario::Failure;
 use stiefel_tests::{cache, stop};
 
-/// How many tests may wait besides, for each slot: their machines take memory, and some time.
-const WAITING: usize = 1;
+/// How many of the tests that wait may run at the same time, for each slot: their machines take memory, and some time.
+const WAITING: usize = 2;
 
 /// A test.
 pub(crate) struct Test {
     pub(crate) name: String,
     /// Only with `--full`.
     pub(crate) long: bool,
+    /// It waits for long: see [`Bench::idle`].
+    pub(crate) waits: bool,
     pub(crate) run: Box<Run>,
 }
 
@@ -36,6 +38,7 @@ pub(crate) struct Bench<'a> {
     /// The program under test.
     pub(crate) program: &'a Path,
     slots: &'a Slots,
+    waits: bool,
     left: AtomicBool,
     notes: Mutex<String>,
 }
@@ -65,14 +68,16 @@ impl Bench<'_> {
 impl Drop for Bench<'_> {
     fn drop(&mut self) {
         self.leave();
-        self.slots.change(|free| free.machines += 1);
+        if self.waits {
+            self.slots.change(|free| free.waiting += 1);
+        }
     }
 }
 
-/// What is free: slots for tests that work, and for tests that have machines.
+/// What is free: slots for tests that work, and for tests that will wait.
 struct Free {
     work: usize,
-    machines: usize,
+    waiting: usize,
 }
 
 struct Slots {
@@ -86,15 +91,21 @@ impl Slots {
         self.changed.notify_all();
     }
 
-    /// Waits for a slot.
-    fn take(&self) {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut free = self
-            .changed
-            .wait_while(free, |free| free.work == 0 || free.machines == 0)
-            .unwrap_or_else(PoisonError::into_inner);
-        free.work -= 1;
-        free.machines -= 1;
+    /// Waits for a slot, and takes the first of the tests that may begin.
+    fn take<'a>(&self, tests: &mut Vec<&'a Test>) -> Option<&'a Test> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if free.work > 0 {
+                let next = tests.iter().position(|test| !test.waits || free.waiting > 0);
+                if next.is_some() || tests.is_empty() {
+                    let test = tests.remove(next?);
+                    free.work -= 1;
+                    free.waiting -= usize::from(test.waits);
+                    return Some(test);
+                }
+            }
+            free = self.changed.wait(free).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 }
 
@@ -106,14 +117,14 @@ pub(crate) fn run(tests: &[&Test], kit: &Kit, program: &Path, jobs: usize, passe
     let slots = Slots {
         free: Mutex::new(Free {
             work: jobs,
-            machines: jobs + jobs * WAITING,
+            waiting: jobs * WAITING,
         }),
         changed: Condvar::new(),
     };
     let failed = AtomicUsize::new(0);
     std::thread::scope(|scope| {
-        for test in tests {
-            slots.take();
+        let mut tests = tests.to_vec();
+        while let Some(test) = slots.take(&mut tests) {
             if stop::check().is_err() {
                 break;
             }
@@ -121,6 +132,7 @@ pub(crate) fn run(tests: &[&Test], kit: &Kit, program: &Path, jobs: usize, passe
                 kit,
                 program,
                 slots: &slots,
+                waits: test.waits,
                 left: AtomicBool::new(false),
                 notes: Mutex::default(),
             };
