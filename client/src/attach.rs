@@ -6,6 +6,7 @@
 //! needed for it), starts the [keeper](mod@crate::keeper), leaves nothing mounted, and execs `/init` with its own arguments.
 
 use std::ffi::OsString;
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,12 +20,13 @@ use stiefel_sys::kmsg;
 use stiefel_sys::link::{self as sys_link, Link};
 use stiefel_sys::module::Loader;
 use stiefel_sys::mount::{self, MountFlags};
+use stiefel_sys::netns::Namespace;
 use stiefel_sys::power::{self, Power};
 use stiefel_sys::uevent::{self, Monitor, UeventError};
 use stiefel_sys::wipe;
 
 use crate::link::{self, Place};
-use crate::{disk, keeper};
+use crate::{disk, firmware, keeper};
 
 /// Our folder in the payload's initrd; all that is mounted while we attach is below it.
 pub(crate) const HOME: &str = "/stiefel";
@@ -84,6 +86,7 @@ fn attach(console: &Console) -> anyhow::Result<()> {
     let session = read_session()?;
     console.info(&format!("attaching the disk of {}", session.hostname));
     let nic = find_nic(console, &session)?;
+    firmware::keep(console, &session, &nic.name);
     let (place, failed) = Place::new(&session, &home("proc"));
     if let Some(failed) = failed {
         console.warn(&failed);
@@ -94,15 +97,26 @@ fn attach(console: &Console) -> anyhow::Result<()> {
         place.make_tunnel(&session, tunnel, nic_index)?;
     }
     let proc = std::fs::File::open(home("proc")).context("cannot open proc")?;
-    link::repair(&session, nic_index, proc)?;
+    if let Err(error) = place.at_address(|| Ok(sys_link::only_root_reaches(session.link.laptop)?)) {
+        console.warn(&format!("{error:#}"));
+    }
+    place.repair(&session, nic_index, proc.as_fd())?;
     console.info(&format!("the link is {}", nic.name));
     // Back to the kernel's default: later drivers find their firmware in the root file system.
     if let Err(error) = std::fs::write(firmware_path(), b"\n") {
         console.warn(&format!("cannot reset the firmware path: {error}"));
     }
     // Before the kernel has the disk: the link may be lost while the partition table is read.
+    let disks = place.disks().map(Namespace::try_clone).transpose()?;
     keeper::start(place).context("cannot start the keeper of the link")?;
-    let name = disk::attach(console, &session, &home("dev"), &home("sys"), PATIENCE)?;
+    let name = disk::attach(
+        console,
+        &session,
+        disks.as_ref(),
+        &home("dev"),
+        &home("sys"),
+        PATIENCE,
+    )?;
     // The keeper has its own, locked copy; nothing else may find the session's secret.
     wipe::file(&Path::new("/").join(SESSION_PATH)).context("cannot remove the session file")?;
     console.info(&format!(
@@ -170,7 +184,7 @@ fn find_nic(console: &Console, session: &AttachSession) -> anyhow::Result<Link> 
 
 /// Where the kernel is told to look for firmware first.
 fn firmware_path() -> PathBuf {
-    home("sys").join("module/firmware_class/parameters/path")
+    home("sys").join(firmware::SEARCH)
 }
 
 /// Loads what has no device that would ask for it.

@@ -11,9 +11,10 @@ use anyhow::{Context, bail};
 use stiefel_shared::bundle::{AttachSession, Transport};
 use stiefel_sys::console::Console;
 use stiefel_sys::nbd::Reconfigure;
+use stiefel_sys::netns::Namespace;
 use stiefel_sys::{nvme, wireguard};
 
-use crate::link::TUNNEL;
+use crate::link::{self, TUNNEL};
 use crate::nbd;
 
 /// The index of the device, /dev/nbd0.
@@ -28,8 +29,13 @@ const REQUEST: Duration = Duration::from_secs(20);
 const BACKEND: &str = "stiefel";
 /// Between two tries of the NVMe driver to connect anew.
 const NVME_RECONNECT: Duration = Duration::from_secs(2);
-/// After this long without an answer it does.
-const NVME_KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// After this long without any sign from the laptop's driver it does; before, TCP itself goes on. The laptop forgets a half-made
+/// connection after the same time, and newer kernels then give the disk up (`nvmf_should_reconnect`: "do not retry"), so it must be
+/// longer than links that only flap stay away.
+const NVME_KEEP_ALIVE: Duration = Duration::from_secs(30);
+/// A request that the laptop's disk takes longer for is sent again on a new connection, while the old one may still be done, after
+/// newer ones. No disk that works takes this long; that the laptop is gone is found out by other means.
+const NVME_REQUEST: Duration = Duration::from_mins(30);
 /// More queues than this only cost memory on a cable.
 const NVME_QUEUES: usize = 8;
 /// The largest request, in KiB.
@@ -52,17 +58,22 @@ pub(crate) fn laptop(session: &AttachSession, port: u16) -> SocketAddr {
     SocketAddr::V6(SocketAddrV6::new(session.link.laptop, port, 0, 0))
 }
 
-/// Attaches the disk; the name of its block device. `dev` and `sysfs` are where they are mounted.
+/// Attaches the disk; the name of its block device. `place` is the namespace of NBD's connection, `dev` and `sysfs` are where they
+/// are mounted.
 pub(crate) fn attach(
     console: &Console,
     session: &AttachSession,
+    place: Option<&Namespace>,
     dev: &Path,
     sysfs: &Path,
     patience: Duration,
 ) -> anyhow::Result<String> {
     let deadline = Instant::now() + patience;
     let name = match &session.disk.transport {
-        Transport::Nbd { port, export } => attach_nbd(console, session, laptop(session, *port), export, deadline)?,
+        Transport::Nbd { port, export } => {
+            let granted = link::at(place, || connect(console, laptop(session, *port), export, deadline))?;
+            attach_nbd(session, &granted)?
+        },
         Transport::NvmeTcp { .. } => attach_nvme(console, session, dev, sysfs, deadline)?,
     };
     tune(console, sysfs, &name);
@@ -92,14 +103,7 @@ fn tune(console: &Console, sysfs: &Path, name: &str) {
     }
 }
 
-fn attach_nbd(
-    console: &Console,
-    session: &AttachSession,
-    at: SocketAddr,
-    export: &str,
-    deadline: Instant,
-) -> anyhow::Result<String> {
-    let granted = connect(console, at, export, deadline)?;
+fn attach_nbd(session: &AttachSession, granted: &nbd::Granted) -> anyhow::Result<String> {
     check_size(session, granted.size)?;
     stiefel_sys::nbd::connect(&stiefel_sys::nbd::Connect {
         index: Some(NBD_INDEX),
@@ -170,6 +174,7 @@ fn attach_nvme(
         queues: u32::try_from(queues).ok(),
         queue_size: None,
     };
+    let before = nvme::set_io_timeout(sysfs, NVME_REQUEST)?;
     let controller = loop {
         match nvme::connect(&dev.join("nvme-fabrics"), &options) {
             Ok(controller) => break controller,
@@ -180,6 +185,11 @@ fn attach_nvme(
             }
         }
     };
+    // For the machine's own disks.
+    nvme::set_io_timeout(sysfs, before)?;
+    if let Err(error) = nvme::hide_names(sysfs, controller.instance) {
+        console.warn(&format!("other users can see the session's names: {:#}", anyhow::Error::new(error)));
+    }
     // The kernel looks for the disk behind a controller in its own time, without a word when it is done.
     loop {
         if let Some(name) = nvme::namespaces(sysfs, controller.instance)?.into_iter().next()
@@ -232,11 +242,11 @@ pub(crate) fn device(session: &AttachSession, sysfs: &Path) -> anyhow::Result<St
 
 /// Makes a new connection for the kernel's NBD client; when the kernel had it. NVMe needs none: the kernel connects anew by
 /// itself.
-pub(crate) fn reconnect(session: &AttachSession) -> anyhow::Result<Instant> {
+pub(crate) fn reconnect(session: &AttachSession, place: Option<&Namespace>) -> anyhow::Result<Instant> {
     let Transport::Nbd { port, export } = &session.disk.transport else {
         return Ok(Instant::now());
     };
-    let granted = nbd::connect(laptop(session, *port), export)?;
+    let granted = link::at(place, || Ok(nbd::connect(laptop(session, *port), export)?))?;
     stiefel_sys::nbd::reconfigure(&Reconfigure {
         index: NBD_INDEX,
         timeout: REQUEST,

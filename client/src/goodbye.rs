@@ -13,19 +13,23 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::Context;
-use stiefel_shared::bundle::{AttachSession, Goodbye};
+use stiefel_shared::bundle::{AttachSession, Goodbye, Transport};
 use stiefel_shared::handover::BootFolder;
 use stiefel_sys::console::Console;
+use stiefel_sys::netns::Namespace;
 use stiefel_sys::power::{self, Power};
 use stiefel_sys::stack::{self, Stays};
 use stiefel_sys::{block, mount};
 
-use crate::{anew, attach, control, disk};
+use crate::{anew, attach, control, disk, link};
 
 /// Where systemd puts what was the root.
 const OLD_ROOT: &str = "/oldroot";
-/// Unmounting flushes what is still dirty, which may be gigabytes over a slow cable.
-const UNMOUNT: Duration = Duration::from_mins(10);
+/// The namespace through which the laptop is reached, in the folder that systemd pivots to.
+pub(crate) const NAMESPACE: &str = "netns";
+/// Unmounting flushes what is still dirty, which may be gigabytes over a slow cable: it is given up when nothing was written
+/// for so long.
+const UNMOUNT: Duration = Duration::from_mins(2);
 /// For each step that is only a message or a command to the kernel.
 const STEP: Duration = Duration::from_secs(20);
 
@@ -44,13 +48,16 @@ pub fn run() -> ! {
     let (way, power) = direction(&verb);
     let session = attach::session_at(Path::new("/session.json")).map(Arc::new);
     let known = session.as_ref().ok();
+    // Before anything is unmounted: it goes with its last holder.
+    let place = Namespace::open(&Path::new("/").join(NAMESPACE)).ok().map(Arc::new);
     // While the root file system is there; the others are gone.
     let in_root = known
         .filter(|_| way == Goodbye::Reboot)
         .map(|session| look(session, |session| anew::in_root(folders(session)?, Path::new(OLD_ROOT))));
     let cleared = {
         let (console, session) = (Arc::clone(&console), known.cloned());
-        bounded(UNMOUNT, move || clear(&console, session.as_deref()))
+        let written = known.map(|session| written(session));
+        patiently(written, move || clear(&console, session.as_deref()))
     };
     let cleared = report(&console, "unmount the old root and take its volumes down", cleared);
     let clean = match session {
@@ -60,7 +67,7 @@ pub fn run() -> ! {
             } else {
                 way
             };
-            [cleared, part(&console, &session, way)]
+            [cleared, part(&console, &session, place, way)]
         }
         Err(error) => {
             console.error(&format!("the laptop cannot be told: {error:#}"));
@@ -79,19 +86,53 @@ pub fn run() -> ! {
 }
 
 /// Lets go of the disk and tells the laptop; whether all went well.
-fn part(console: &Console, session: &Arc<AttachSession>, way: Goodbye) -> bool {
-    let step = |what, limit, work: fn(&AttachSession, Goodbye) -> anyhow::Result<()>| {
+fn part(console: &Console, session: &Arc<AttachSession>, place: Option<Arc<Namespace>>, way: Goodbye) -> bool {
+    let step = |what, work: fn(&AttachSession) -> anyhow::Result<()>| {
         let session = Arc::clone(session);
-        report(console, what, bounded(limit, move || work(&session, way)))
+        report(console, what, bounded(STEP, move || work(&session)))
     };
-    let done = [
-        step("flush the disk", UNMOUNT, |session, _| flush(session)),
-        step("let go of the disk", STEP, |session, _| {
-            disk::detach(session, Path::new("/sys"))
-        }),
-        step("say goodbye to the laptop", STEP, say_goodbye),
-    ];
-    !done.contains(&false)
+    let flushed = {
+        let session = Arc::clone(session);
+        patiently(Some(written(&session)), move || flush(&session))
+    };
+    let flushed = report(console, "flush the disk", flushed);
+    let detached = step("let go of the disk", |session| disk::detach(session, Path::new("/sys")));
+    let said = {
+        let session = Arc::clone(session);
+        bounded(STEP, move || say_goodbye(&session, place.as_deref(), way))
+    };
+    flushed & detached & report(console, "say goodbye to the laptop", said)
+}
+
+/// How much was written to the disk: a counter of its own kernel's (`Documentation/admin-guide/iostats.rst`, field 7).
+fn written(session: &AttachSession) -> impl Fn() -> Option<u64> + use<> {
+    let sysfs = Path::new("/sys");
+    let stat = disk::device(session, sysfs).map(|name| sysfs.join("block").join(name).join("stat"));
+    move || {
+        let text = std::fs::read_to_string(stat.as_ref().ok()?).ok()?;
+        text.split_ascii_whitespace().nth(6)?.parse().ok()
+    }
+}
+
+/// Runs a step that may have much to write: waits as long as that goes on.
+fn patiently(
+    written: Option<impl Fn() -> Option<u64>>,
+    step: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let (done, result) = mpsc::channel();
+    std::thread::Builder::new().spawn(move || {
+        // Nobody listens any more once it is given up.
+        let _ = done.send(step());
+    })?;
+    let now = || written.as_ref().and_then(|written| written());
+    let mut before = now();
+    loop {
+        match result.recv_timeout(UNMOUNT) {
+            Ok(result) => return result,
+            Err(_) if before.is_some() && now() != before => before = now(),
+            Err(_) => anyhow::bail!("nothing was written for {} s; going on without", UNMOUNT.as_secs()),
+        }
+    }
 }
 
 /// What systemd's word means for the laptop and for this machine.
@@ -217,15 +258,16 @@ fn flush(session: &AttachSession) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn say_goodbye(session: &AttachSession, way: Goodbye) -> anyhow::Result<()> {
-    // The keeper still holds the NIC's namespace.
-    control::goodbye(
-        disk::laptop(session, session.http_port),
-        &session.session,
-        &session.control,
-        way,
-    )?;
-    Ok(())
+fn say_goodbye(session: &AttachSession, place: Option<&Namespace>, way: Goodbye) -> anyhow::Result<()> {
+    let say = || {
+        let laptop = disk::laptop(session, session.http_port);
+        Ok(control::goodbye(laptop, &session.session, &session.control, way)?)
+    };
+    match (place, &session.disk.transport) {
+        // There the tunnel's interface is in the namespace.
+        (Some(place), Transport::Nbd { .. }) if session.link.tunnel.is_some() => link::at(Some(place), say),
+        _ => say(),
+    }
 }
 
 #[cfg(test)]

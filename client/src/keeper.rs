@@ -7,7 +7,7 @@
 //! - When the distribution mounts its own /run (which hides what was there before), it writes the guards that keep
 //!   network managers off the link, and puts the [shutdown program](crate::goodbye) into /run/initramfs.
 //! - When the NIC is plugged in again, it brings it back to its place and points the tunnel at it; when somebody takes the
-//!   link's address or state away, it restores them.
+//!   link's address or state away, it restores them ([`mend`](crate::mend)). It has the NIC's firmware for that.
 //! - When the kernel says that NBD's connection died, it makes a new one and hands it over: I/O that waited goes on. (NVMe
 //!   connects anew by itself.)
 //! - It exchanges signs of life with the laptop, says when that one is gone and when it is back, and ends
@@ -30,7 +30,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use stiefel_shared::bundle::{AttachSession, Transport};
 use stiefel_shared::handover::{LinkMode, secret_json};
 use stiefel_sys::console::Console;
-use stiefel_sys::link::{self as sys_link, LinkMonitor};
+use stiefel_sys::link::{LinkError, LinkMonitor};
 use stiefel_sys::mount;
 use stiefel_sys::nbd::{NbdError, Watch};
 use stiefel_sys::netns::Namespace;
@@ -38,10 +38,11 @@ use stiefel_sys::process;
 
 use crate::attach::{self, HOME, KEEPER_ARG0};
 use crate::disk::{self, NBD_INDEX};
-use crate::guards;
+use crate::{firmware, goodbye, guards};
 use crate::leave::{self, Wishes};
 use crate::life::{Life, News};
-use crate::link::{self, Place};
+use crate::link::Place;
+use crate::mend::Mender;
 use crate::mtu::{self, TUNNEL_OVERHEAD};
 use crate::pulse::Heart;
 use crate::status::{STATUS_PATH, Status};
@@ -107,7 +108,10 @@ fn sysfs() -> &'static Path {
 struct Keeper {
     console: Arc<Console>,
     session: Arc<AttachSession>,
-    place: Place,
+    place: Arc<Place>,
+    mender: Mender,
+    /// The NIC's firmware.
+    firmware: firmware::Files,
     /// Our program, for the shutdown folder.
     program: File,
     /// /proc/self/mountinfo; POLLPRI tells that it changed.
@@ -129,10 +133,6 @@ struct Keeper {
     died: Option<Instant>,
     /// A new one is being made.
     reconnecting: Option<JoinHandle<anyhow::Result<Instant>>>,
-    /// The link could not be mended at the last try, and why.
-    mend: Option<String>,
-    /// The NIC's index, as far as the link was told.
-    nic: Option<u32>,
     /// The NIC's packet size that was agreed upon, in bytes.
     mtu: u32,
     /// procfs, which is unmounted by now, but for who has it open.
@@ -145,24 +145,33 @@ impl Keeper {
             Some(NAMESPACE) => Some(Namespace::from_fd(std::io::stdin().as_fd().try_clone_to_owned()?)?),
             _ => None,
         };
-        let session = attach::read_session()?;
+        let session = Arc::new(attach::read_session()?);
         let now = Instant::now();
+        let proc = || File::open(home("proc")).context("cannot open proc");
+        let place = Arc::new(Place::with(&session, namespace, &home("proc")));
+        let firmware = firmware::take().unwrap_or_else(|error| {
+            console.warn(&format!("the NIC's firmware cannot be kept: {error}"));
+            firmware::Files::new()
+        });
         let watch = match session.disk.transport {
             Transport::Nbd { .. } => Some(Watch::open()?),
             Transport::NvmeTcp { .. } => None,
         };
         let mut keeper = Self {
             console: Arc::clone(console),
-            place: Place::with(&session, namespace, &home("proc")),
+            mender: Mender::new(console, &session, &place, proc()?),
+            firmware,
             program: File::open(attach::program()).context("cannot open our own program")?,
             mounts: File::open(home("proc/self/mountinfo")).context("cannot open the table of mounts")?,
             watch,
             links: LinkMonitor::open()?,
-            heart: Heart::new(&session, now)?,
+            // Where the laptop's address is reached.
+            heart: place.at_address(|| Heart::new(&session, now))?,
+            place,
             life: Life::new(now, Duration::from_secs(session.link.grace)),
             wishes: Wishes::new(
                 File::open(home("dev")).context("cannot open devtmpfs")?,
-                File::open(home("proc")).context("cannot open proc")?,
+                proc()?,
             ),
             status: first_status(&session),
             asked: None,
@@ -170,11 +179,9 @@ impl Keeper {
             dead: None,
             died: None,
             reconnecting: None,
-            mend: None,
-            nic: None,
             mtu: 0,
-            proc: File::open(home("proc")).context("cannot open proc")?,
-            session: Arc::new(session),
+            proc: proc()?,
+            session,
         };
         keeper.agree_on_packets();
         std::env::set_current_dir(home("sys")).context("cannot open sysfs")?;
@@ -214,6 +221,7 @@ impl Keeper {
             self.guard();
             self.hear_of_the_disk();
             self.hear_of_links();
+            self.mender.step();
             self.reconnect();
             self.live();
             if let Err(error) = self.wait() {
@@ -234,7 +242,7 @@ impl Keeper {
         if !self.guarded {
             fds.push(PollFd::new(&self.mounts, PollFlags::PRI));
         }
-        let again = self.dead.is_some() || self.mend.is_some() || self.life.lost();
+        let again = self.dead.is_some() || self.mender.is_busy() || self.life.lost();
         let rest = self.heart.rest(Instant::now());
         let patience = if again { rest.min(AGAIN) } else { rest };
         match poll(&mut fds, Timespec::try_from(patience).ok().as_ref()) {
@@ -261,7 +269,8 @@ impl Keeper {
             self.power_off(sign.power_off, now);
             let mtu = u32::from(sign.mtu);
             if mtu != 0 && mtu < self.mtu {
-                self.lower_packets(mtu);
+                self.mender.lower(mtu);
+                self.agreed(mtu);
             }
         }
         self.publish();
@@ -313,17 +322,10 @@ impl Keeper {
         });
     }
 
-    fn lower_packets(&mut self, mtu: u32) {
-        if let Some(nic) = self.nic.or_else(|| self.place.bring_up(&self.session).ok().flatten()) {
-            mtu::lower(&self.console, &self.session, &self.place, nic, mtu);
-        }
-        self.agreed(mtu);
-    }
-
     fn agreed(&mut self, mtu: u32) {
         let overhead = self.session.link.tunnel.as_ref().map_or(0, |_| TUNNEL_OVERHEAD);
         self.mtu = mtu;
-        self.status.mtu = mtu - overhead;
+        self.status.mtu = mtu.saturating_sub(overhead);
     }
 
     /// Writes the status when it has changed.
@@ -374,6 +376,10 @@ impl Keeper {
         if let Err(error) = std::fs::create_dir_all(KEPT) {
             self.console.warn(&format!("there will be no status: {error}"));
         }
+        if let Err(error) = firmware::offer(&self.firmware, sysfs()) {
+            self.console
+                .warn(&format!("the NIC may lack its firmware when it is plugged in again: {error}"));
+        }
         // The keeper holds it, too; but where everything is killed at the end, the link must outlive the keeper.
         if let Some(namespace) = &self.place.namespace
             && let Err(error) = namespace.bind(&Path::new(KEPT).join("netns"))
@@ -383,7 +389,12 @@ impl Keeper {
         }
         let put = secret_json(&*self.session)
             .map_err(anyhow::Error::from)
-            .and_then(|json| guards::put_shutdown_program(Path::new("/run"), &self.program, &json));
+            .and_then(|json| guards::put_shutdown_program(Path::new("/run"), &self.program, &json))
+            .and_then(|()| match &self.place.namespace {
+                // The shutdown program's way to the laptop.
+                Some(namespace) => Ok(namespace.bind(&Path::new("/run/initramfs").join(goodbye::NAMESPACE))?),
+                None => Ok(()),
+            });
         if let Err(error) = put {
             self.console
                 .error(&format!("the desktop will not say goodbye to the laptop: {error:#}"));
@@ -433,13 +444,14 @@ impl Keeper {
         }
     }
 
-    /// Brings back what changed: a NIC that was plugged in again, a tunnel that somebody has altered.
+    /// Has brought back what changed: a NIC that was plugged in again, a tunnel that somebody has altered.
     fn hear_of_links(&mut self) {
-        let mut changed = self.mend.is_some();
+        // Not everything that can be taken away is news: without the laptop it is looked at again and again.
+        let mut changed = self.life.lost();
         loop {
             match self.links.next(Some(Duration::ZERO)) {
                 Ok(None) => break,
-                Ok(Some(_)) | Err(sys_link::LinkError::Lost) => changed = true,
+                Ok(Some(_)) | Err(LinkError::Lost) => changed = true,
                 Err(error) => {
                     self.console
                         .error(&format!("news of the NICs cannot be heard: {error}"));
@@ -452,41 +464,9 @@ impl Keeper {
                 }
             }
         }
-        if !changed {
-            return;
+        if changed {
+            self.mender.changed();
         }
-        let failed = self.mend_links().err().map(|error| format!("{error:#}"));
-        // Tried every second; said when it changes.
-        if let Some(why) = failed.as_ref().filter(|_| failed != self.mend) {
-            self.console
-                .error(&format!("the link to the laptop cannot be mended yet: {why}"));
-        }
-        self.mend = failed;
-    }
-
-    fn mend_links(&mut self) -> anyhow::Result<()> {
-        self.place.keep_parent(&self.session)?;
-        let there = self.place.bring_up(&self.session)?;
-        let index = match (there, &self.place.namespace) {
-            (Some(index), _) => index,
-            (None, None) => return Ok(()),
-            // In a namespace of its own it is not seen from here, but where it was plugged in again.
-            (None, Some(_)) => {
-                let appeared = sys_link::list()?
-                    .into_iter()
-                    .find(|nic| link::is_sessions(nic, &self.session));
-                let Some(nic) = appeared else { return Ok(()) };
-                self.console.warn(&format!("the NIC {} is plugged in again", nic.name));
-                self.place.take(&nic, &self.session)?
-            }
-        };
-        if self.nic != Some(index) {
-            if let Some(tunnel) = &self.session.link.tunnel {
-                self.place.redirect(&self.session, tunnel, index)?;
-            }
-            self.nic = Some(index);
-        }
-        link::repair(&self.session, index, &self.proc)
     }
 
     /// Has a new connection made while NBD's is dead; on a thread, for a laptop that has gone does not even refuse.
@@ -509,8 +489,8 @@ impl Keeper {
                 Err(_) => self.console.error("the keeper's thread has failed; trying again"),
             },
             None => {
-                let session = Arc::clone(&self.session);
-                let thread = std::thread::Builder::new().spawn(move || disk::reconnect(&session));
+                let (session, place) = (Arc::clone(&self.session), Arc::clone(&self.place));
+                let thread = std::thread::Builder::new().spawn(move || disk::reconnect(&session, place.disks()));
                 match thread {
                     Ok(thread) => self.reconnecting = Some(thread),
                     Err(error) => self.console.error(&format!("no thread: {error}")),

@@ -84,7 +84,7 @@ impl Life {
         if let Some(over) = self.over {
             return (self.wish.is_some() || since(over) >= FAREWELL).then_some(News::Off);
         }
-        if silence >= self.grace + MARGIN {
+        if silence >= self.grace.saturating_add(MARGIN) {
             self.over = Some(now);
             return Some(News::Over);
         }

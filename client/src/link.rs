@@ -1,21 +1,22 @@
 //! The desktop's end of the link: the NIC that leads to the laptop, and the tunnel through it.
 //!
 //! Counterpart: `server::role::link`. With a tunnel, the NIC and WireGuard's socket live in a network namespace of their
-//! own, where no network manager, firewall or user sees them, and only the tunnel's interface in the root namespace. In a LAN
+//! own, where no network manager, firewall or user sees them. The tunnel's interface is there, too, when the disk comes by NBD; NVMe's
+//! driver connects in the root namespace, so the interface must be there, and only root may send to the laptop. In a LAN
 //! (`link.mode`), where the desktop's system uses the NIC, too, a second interface on it (macvlan) lives there instead. Without
 //! a tunnel (or where the kernel has no namespaces) the NIC stays in the root namespace, and the [guards](crate::guards) keep
 //! network managers off.
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddrV6};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
 use rustix::fs::{Mode, OFlags};
-use stiefel_shared::bundle::{AttachSession, Tunnel};
+use stiefel_shared::bundle::{AttachSession, Transport, Tunnel};
 use stiefel_shared::handover::LinkMode;
 use stiefel_sys::link::{self, Link};
 use stiefel_sys::netns::Namespace;
@@ -47,6 +48,8 @@ pub(crate) struct Place {
     pub(crate) namespace: Option<Namespace>,
     /// What the link is used for besides.
     mode: LinkMode,
+    /// The tunnel's interface is in the root namespace.
+    outside: bool,
     /// The packet size that was agreed upon, in bytes.
     mtu: AtomicU32,
     /// Where proc is mounted.
@@ -73,16 +76,24 @@ impl Place {
         Self {
             namespace,
             mode: session.link.mode,
+            outside: matches!(session.disk.transport, Transport::NvmeTcp { .. }),
             mtu: AtomicU32::new(0),
             proc: proc.to_owned(),
         }
     }
 
     fn inside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
-        match &self.namespace {
-            Some(namespace) => namespace.run(work)?,
-            None => work(),
-        }
+        at(self.namespace.as_ref(), work)
+    }
+
+    /// The namespace of the disk's connection, if it is not the root one.
+    pub(crate) fn disks(&self) -> Option<&Namespace> {
+        self.namespace.as_ref().filter(|_| !self.outside)
+    }
+
+    /// Does something where the link's address is: the tunnel's, or without a tunnel the NIC's own.
+    pub(crate) fn at_address<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+        at(self.disks(), work)
     }
 
     /// Whether the NIC itself stays in the root namespace, for the desktop's system, and only a second interface on it
@@ -127,7 +138,13 @@ impl Place {
                 nic.index
             };
             // The kernel takes it down on the way.
-            link::set_namespace(index, namespace.as_fd()).context("cannot move the NIC out of sight")?;
+            if let Err(error) = link::set_namespace(index, namespace.as_fd()) {
+                if self.shares() {
+                    // Its name must be free for the next try.
+                    let _ = link::delete(index);
+                }
+                return Err(error).context("cannot move the NIC out of sight");
+            }
         }
         self.bring_up(session)?.context("the NIC has vanished")
     }
@@ -158,7 +175,8 @@ impl Place {
                 let _ = File::open(&self.proc).map(|proc| allow_ipv6(name, proc));
                 let mtu = self.mtu.load(Ordering::Relaxed);
                 if mtu != 0 && here.max_mtu.is_some_and(|most| most >= mtu) {
-                    link::set_mtu(here.index, mtu)?;
+                    // Up with smaller packets is better than not at all: the tunnel then cuts its own in pieces.
+                    let _ = link::set_mtu(here.index, mtu);
                 }
                 link::set_up(here.index)?;
             }
@@ -175,20 +193,20 @@ impl Place {
         })
     }
 
-    /// Makes the tunnel through the NIC `nic_index`, its interface in the root namespace.
+    /// Makes the tunnel through the NIC `nic_index`.
     pub(crate) fn make_tunnel(&self, session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> anyhow::Result<()> {
         let root = Namespace::current()?;
         let made = self.inside(|| {
             // Its socket stays where it was made.
             let index = wireguard::create(TUNNEL)?;
-            if self.namespace.is_some() {
+            if self.namespace.is_some() && self.outside {
                 link::set_namespace(index, root.as_fd())?;
             }
             Ok(())
         });
         made.context("cannot make the tunnel to the laptop")?;
         let private_key = PrivateKey::from_bytes(tunnel.private_key);
-        wireguard::configure(&Device {
+        let device = Device {
             interface: Interface::Name(TUNNEL),
             private_key: &private_key,
             listen_port: Some(tunnel.port),
@@ -200,20 +218,36 @@ impl Place {
                 persistent_keepalive: Some(KEEPALIVE),
             },
             replace_peers: true,
-        })?;
-        let index = link::index_of(TUNNEL)?.context("the tunnel has vanished")?;
-        link::set_mtu(index, tunnel.mtu)?;
-        Ok(())
+        };
+        self.at_address(|| {
+            wireguard::configure(&device)?;
+            let index = link::index_of(TUNNEL)?.context("the tunnel has vanished")?;
+            Ok(link::set_mtu(index, tunnel.mtu)?)
+        })
     }
 
     /// Points the tunnel at the laptop through another NIC, or the same one under another index.
     pub(crate) fn redirect(&self, session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> anyhow::Result<()> {
         let peer = PublicKey::from_bytes(tunnel.laptop_key);
-        Ok(wireguard::set_endpoint(
-            TUNNEL,
-            &peer,
-            endpoint(session, tunnel, nic_index),
-        )?)
+        let to = endpoint(session, tunnel, nic_index);
+        self.at_address(|| Ok(wireguard::set_endpoint(TUNNEL, &peer, to)?))
+    }
+
+    /// Gives the link its address and what else it needs, also after a network manager or a sysctl has taken it away. `proc` is
+    /// an open folder of procfs.
+    pub(crate) fn repair(&self, session: &AttachSession, nic_index: u32, proc: BorrowedFd<'_>) -> anyhow::Result<()> {
+        self.at_address(|| repair(session, nic_index, proc))
+    }
+}
+
+/// Does something in a namespace, or where the caller is.
+pub(crate) fn at<T: Send>(
+    namespace: Option<&Namespace>,
+    work: impl FnOnce() -> anyhow::Result<T> + Send,
+) -> anyhow::Result<T> {
+    match namespace {
+        Some(namespace) => namespace.run(work)?,
+        None => work(),
     }
 }
 
@@ -224,9 +258,7 @@ fn endpoint(session: &AttachSession, tunnel: &Tunnel, nic_index: u32) -> SocketA
 /// The session's network holds its two ends (RFC 6164).
 const PREFIX: u8 = 127;
 
-/// Gives the link its address and what else it needs, also after a network manager or a sysctl has taken it away. Without
-/// a tunnel the address is the NIC's own. `proc` is an open folder of procfs.
-pub(crate) fn repair(session: &AttachSession, nic_index: u32, proc: impl AsFd) -> anyhow::Result<()> {
+fn repair(session: &AttachSession, nic_index: u32, proc: BorrowedFd<'_>) -> anyhow::Result<()> {
     let index = match session.link.tunnel {
         Some(_) => link::index_of(TUNNEL)?.context("the tunnel is gone; only a restart of the desktop helps")?,
         None => nic_index,
@@ -237,6 +269,8 @@ pub(crate) fn repair(session: &AttachSession, nic_index: u32, proc: impl AsFd) -
     if !this.up {
         link::set_up(index)?;
     }
+    // Where the kernel has no such rules, the attacher has said so.
+    let _ = link::only_root_reaches(session.link.laptop);
     let address = IpAddr::V6(session.link.address);
     // Only what is missing is added: what is replaced would be news again, for ever.
     if link::addresses(index)?.iter().any(|have| have.addr == address) {

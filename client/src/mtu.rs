@@ -48,7 +48,7 @@ pub(crate) fn agree(console: &Console, session: &AttachSession, place: &Place, n
                 ask(heart, common, SHORTEST, end - BACK);
             }
             let overhead = session.link.tunnel.as_ref().map_or(0, |_| TUNNEL_OVERHEAD);
-            let length = usize::try_from(common - overhead - HEADERS)?;
+            let length = usize::try_from(common.saturating_sub(overhead + HEADERS))?;
             Ok(ask(heart, 0, length, end - BACK).is_some())
         })
         .unwrap_or_else(|error: anyhow::Error| {
@@ -89,10 +89,13 @@ fn ask(heart: &mut Heart, mtu: u32, length: usize, end: Instant) -> Option<Sign>
 
 fn set(session: &AttachSession, place: &Place, nic: u32, mtu: u32) -> anyhow::Result<()> {
     place.set_mtu(nic, mtu)?;
-    if session.link.tunnel.is_some()
-        && let Some(tunnel) = link::index_of(TUNNEL)?
-    {
-        link::set_mtu(tunnel, mtu - TUNNEL_OVERHEAD)?;
+    if session.link.tunnel.is_none() {
+        return Ok(());
     }
-    Ok(())
+    place.at_address(|| {
+        if let Some(tunnel) = link::index_of(TUNNEL)? {
+            link::set_mtu(tunnel, mtu.saturating_sub(TUNNEL_OVERHEAD))?;
+        }
+        Ok(())
+    })
 }

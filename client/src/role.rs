@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use rustix::fs::{MemfdFlags, memfd_create};
 use sha2::{Digest, Sha256};
-use stiefel_shared::bundle::{AttachSession, Manifest};
+use stiefel_shared::bundle::{AttachSession, Goodbye, Manifest};
 use stiefel_shared::cpio;
 use stiefel_shared::discovery::{PORT, State};
 use stiefel_shared::handover::{ClientHandover, PROGRAM_PATH, Part, SESSION_PATH, secret_json};
@@ -21,7 +21,7 @@ use stiefel_sys::link;
 use stiefel_sys::{kexec, wired};
 use tokio::sync::mpsc;
 
-use crate::clash;
+use crate::{clash, control};
 use crate::discovery::{self, Event, Found};
 use crate::fetch::{self, Progress};
 
@@ -194,6 +194,28 @@ async fn boot(console: &'static Console, handover: &ClientHandover, found: &Foun
         "received {} of {}",
         manifest.payload.version, manifest.hostname
     ));
+    let loaded = start(console, handover, found, &manifest, &kernel, &mut initrd).await;
+    if loaded.is_err() {
+        // Else it keeps its disk for this session, and from others, until it is tired of waiting.
+        let (peer, session) = (found.address.into(), manifest.session.clone());
+        let control = manifest.control.clone();
+        let said = move || control::goodbye(peer, &session, &control, Goodbye::Reboot);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(said).await {
+            console.info(&format!("the laptop was not told: {:#}", anyhow::Error::new(error)));
+        }
+    }
+    loaded
+}
+
+/// Looks at what was received, and loads it.
+async fn start(
+    console: &'static Console,
+    handover: &ClientHandover,
+    found: &Found,
+    manifest: &Manifest,
+    kernel: &File,
+    initrd: &mut File,
+) -> anyhow::Result<()> {
     ensure!(
         manifest.link.tunnel.is_some() || !handover.encrypted_only,
         "{} would send its disk in clear, and this stick forbids that; set link.encryption to wireguard in its \
@@ -209,7 +231,7 @@ async fn boot(console: &'static Console, handover: &ClientHandover, found: &Foun
             )
         })???;
     clash::check(&own, &manifest.claims)?;
-    append_session(&mut initrd, &manifest, found)?;
+    append_session(initrd, manifest, found)?;
     let cmdline = manifest.payload.desktop_cmdline();
     kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &cmdline)?;
     console.info(&format!("starting {}", manifest.payload.version));

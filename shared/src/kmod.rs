@@ -25,6 +25,18 @@ pub struct Texts<'a> {
     pub builtin: &'a [u8],
 }
 
+/// The firmware files that a module asks for: the fields `firmware=…` of `modinfo`, its section `.modinfo` (`linux/moduleparam.h`:
+/// fields end with a zero byte), or the whole module. Names that lead elsewhere are left out.
+#[must_use]
+pub fn firmware_names(modinfo: &[u8]) -> BTreeSet<String> {
+    modinfo
+        .split(|byte| *byte == 0)
+        .filter_map(|field| std::str::from_utf8(field).ok()?.strip_prefix("firmware="))
+        .filter(|name| name.split('/').all(|part| !matches!(part, "" | "." | "..")))
+        .map(str::to_owned)
+        .collect()
+}
+
 /// Why the index, or an answer from it, cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KmodError {

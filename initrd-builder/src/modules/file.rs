@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use lzma_rust2::XzReader;
 use object::{Object, ObjectSection, ObjectSymbol};
+use stiefel_shared::kmod;
 
 /// The largest module taken, in bytes, uncompressed. The largest ones that exist have some 20 MB.
 const MODULE_MAX: u64 = 64 << 20;
@@ -63,11 +64,7 @@ pub(super) fn firmware_names(module: &[u8]) -> BTreeSet<String> {
         .section_by_name(".modinfo")
         .and_then(|section| section.data().ok())
         .unwrap_or_default();
-    info.split(|byte| *byte == 0)
-        .filter_map(|field| std::str::from_utf8(field).ok()?.strip_prefix("firmware="))
-        .filter(|name| name.split('/').all(|part| !matches!(part, "" | "." | "..")))
-        .map(str::to_owned)
-        .collect()
+    kmod::firmware_names(info)
 }
 
 /// What a driver of a wired network adapter calls to make its interface.

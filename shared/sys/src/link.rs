@@ -18,6 +18,10 @@ use crate::read;
 /// ARPHRD_ETHER: the interface speaks Ethernet.
 pub const ARPHRD_ETHER: u16 = 1;
 
+mod rule;
+
+pub use rule::only_root_reaches;
+
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;
 const IFLA_PARENT_DEV_NAME: u16 = 56;
@@ -56,6 +60,14 @@ pub enum LinkError {
         name: String,
         /// Its kind.
         kind: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Who may send to an address could not be said.
+    #[error("every user of this machine can reach {address}; this kernel may have no routing rules for IPv6")]
+    Rule {
+        /// The address.
+        address: Ipv6Addr,
         /// The kernel's answer.
         source: io::Error,
     },

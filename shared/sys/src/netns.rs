@@ -150,6 +150,15 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Another handle of the same one.
+    ///
+    /// # Errors
+    /// [`NetnsError::Create`]: no descriptors left.
+    pub fn try_clone(&self) -> Result<Self, NetnsError> {
+        let fd = self.fd.try_clone().map_err(|source| NetnsError::Create { source })?;
+        Ok(Self { fd })
+    }
+
     /// Runs `work` inside, on a thread of its own, and waits for it. A panic of `work` goes on in the caller.
     ///
     /// # Errors

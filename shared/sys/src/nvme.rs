@@ -8,9 +8,10 @@
 //! the controller never comes back after a loss. The address must have no scope: a link-local one does not survive a
 //! re-plug.
 
-use std::fs::OpenOptions;
+use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ pub const MAX_NQN: usize = 223;
 
 /// NVMF_MIN_QUEUE_SIZE, NVMF_MAX_QUEUE_SIZE of `drivers/nvme/host/fabrics.h`.
 const QUEUE_SIZES: std::ops::RangeInclusive<u32> = 16..=1024;
+/// NVME_IO_TIMEOUT's start value, in seconds (`drivers/nvme/host/core.c`).
+const DEFAULT_IO_TIMEOUT: u32 = 30;
 /// The kernel's answer is two numbers; newer ones may add to it.
 const MAX_ANSWER: u64 = 4096;
 
@@ -65,6 +68,14 @@ pub enum NvmeError {
     #[error("cannot read {path}; the NVMe controller may be gone", path = path.display())]
     Read {
         /// The file or folder.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A setting was refused.
+    #[error("cannot write {path}; is sysfs read-only?", path = path.display())]
+    Write {
+        /// The file.
         path: PathBuf,
         /// The kernel's answer.
         source: io::Error,
@@ -162,6 +173,39 @@ pub fn connect(fabrics: &Path, options: &Connect<'_>) -> Result<Controller, Nvme
     let mut answer = String::new();
     device.take(MAX_ANSWER).read_to_string(&mut answer).map_err(failed)?;
     parse_answer(&answer).ok_or(NvmeError::Answer { answer })
+}
+
+/// How long the NVMe driver waits for the answer to a request before it gives its connection up. Controllers take it when
+/// they are made; the earlier value comes back.
+///
+/// # Errors
+/// [`NvmeError::Read`], [`NvmeError::Write`].
+pub fn set_io_timeout(sysfs: &Path, timeout: Duration) -> Result<Duration, NvmeError> {
+    let path = sysfs.join("module/nvme_core/parameters/io_timeout");
+    let before = read::bounded(&path, 4096).map_err(|source| NvmeError::Read {
+        path: path.clone(),
+        source,
+    })?;
+    let before = number(String::from_utf8_lossy(&before).trim()).unwrap_or(DEFAULT_IO_TIMEOUT);
+    std::fs::write(&path, timeout.as_secs().to_string()).map_err(|source| NvmeError::Write { path, source })?;
+    Ok(Duration::from_secs(before.into()))
+}
+
+/// Leaves the names that open a controller's disk to root: who knows them may connect as this host does.
+///
+/// # Errors
+/// [`NvmeError::Write`]; the others are hidden all the same.
+pub fn hide_names(sysfs: &Path, instance: u32) -> Result<(), NvmeError> {
+    let mut done = Ok(());
+    for name in ["hostnqn", "hostid", "subsysnqn"] {
+        let path = folder(sysfs, instance).join(name);
+        if let Err(source) = std::fs::set_permissions(&path, Permissions::from_mode(0o400))
+            && source.kind() != io::ErrorKind::NotFound
+        {
+            done = Err(NvmeError::Write { path, source });
+        }
+    }
+    done
 }
 
 impl Connect<'_> {
