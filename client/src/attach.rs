@@ -109,14 +109,7 @@ fn attach(console: &Console) -> anyhow::Result<()> {
     // Before the kernel has the disk: the link may be lost while the partition table is read.
     let disks = place.disks().map(Namespace::try_clone).transpose()?;
     keeper::start(place).context("cannot start the keeper of the link")?;
-    let name = disk::attach(
-        console,
-        &session,
-        disks.as_ref(),
-        &home("dev"),
-        &home("sys"),
-        PATIENCE,
-    )?;
+    let name = disk::attach(console, &session, disks.as_ref(), &home("dev"), &home("sys"), PATIENCE)?;
     // The keeper has its own, locked copy; nothing else may find the session's secret.
     wipe::file(&Path::new("/").join(SESSION_PATH)).context("cannot remove the session file")?;
     console.info(&format!(

@@ -73,7 +73,7 @@ pub(crate) fn attach(
         Transport::Nbd { port, export } => {
             let granted = link::at(place, || connect(console, laptop(session, *port), export, deadline))?;
             attach_nbd(session, &granted)?
-        },
+        }
         Transport::NvmeTcp { .. } => attach_nvme(console, session, dev, sysfs, deadline)?,
     };
     tune(console, sysfs, &name);
@@ -188,7 +188,10 @@ fn attach_nvme(
     // For the machine's own disks.
     nvme::set_io_timeout(sysfs, before)?;
     if let Err(error) = nvme::hide_names(sysfs, controller.instance) {
-        console.warn(&format!("other users can see the session's names: {:#}", anyhow::Error::new(error)));
+        console.warn(&format!(
+            "other users can see the session's names: {:#}",
+            anyhow::Error::new(error)
+        ));
     }
     // The kernel looks for the disk behind a controller in its own time, without a word when it is done.
     loop {

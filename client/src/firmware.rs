@@ -31,7 +31,9 @@ pub(crate) type Files = BTreeMap<String, Vec<u8>>;
 pub(crate) fn keep(console: &Console, session: &AttachSession, name: &str) {
     let home = Path::new(HOME);
     if let Err(error) = put_aside(home, &home.join("sys"), session, name) {
-        console.warn(&format!("the NIC may lack its firmware when it is plugged in again: {error}"));
+        console.warn(&format!(
+            "the NIC may lack its firmware when it is plugged in again: {error}"
+        ));
     }
 }
 

@@ -38,7 +38,6 @@ use stiefel_sys::process;
 
 use crate::attach::{self, HOME, KEEPER_ARG0};
 use crate::disk::{self, NBD_INDEX};
-use crate::{firmware, goodbye, guards};
 use crate::leave::{self, Wishes};
 use crate::life::{Life, News};
 use crate::link::Place;
@@ -46,6 +45,7 @@ use crate::mend::Mender;
 use crate::mtu::{self, TUNNEL_OVERHEAD};
 use crate::pulse::Heart;
 use crate::status::{STATUS_PATH, Status};
+use crate::{firmware, goodbye, guards};
 
 /// Where the NIC's namespace is kept.
 const KEPT: &str = "/run/stiefel";
@@ -169,10 +169,7 @@ impl Keeper {
             heart: place.at_address(|| Heart::new(&session, now))?,
             place,
             life: Life::new(now, Duration::from_secs(session.link.grace)),
-            wishes: Wishes::new(
-                File::open(home("dev")).context("cannot open devtmpfs")?,
-                proc()?,
-            ),
+            wishes: Wishes::new(File::open(home("dev")).context("cannot open devtmpfs")?, proc()?),
             status: first_status(&session),
             asked: None,
             guarded: false,
@@ -377,8 +374,9 @@ impl Keeper {
             self.console.warn(&format!("there will be no status: {error}"));
         }
         if let Err(error) = firmware::offer(&self.firmware, sysfs()) {
-            self.console
-                .warn(&format!("the NIC may lack its firmware when it is plugged in again: {error}"));
+            self.console.warn(&format!(
+                "the NIC may lack its firmware when it is plugged in again: {error}"
+            ));
         }
         // The keeper holds it, too; but where everything is killed at the end, the link must outlive the keeper.
         if let Some(namespace) = &self.place.namespace

@@ -21,9 +21,9 @@ use stiefel_sys::link;
 use stiefel_sys::{kexec, wired};
 use tokio::sync::mpsc;
 
-use crate::{clash, control};
 use crate::discovery::{self, Event, Found};
 use crate::fetch::{self, Progress};
+use crate::{clash, control};
 
 /// After this long without any answer the screen says what to look at.
 const HINT: Duration = Duration::from_secs(15);

@@ -56,7 +56,9 @@ mod tests {
         let namespace = Namespace::new().unwrap();
         namespace
             .run(|| {
-                let index = link::create("st0", "dummy").or_else(|_| link::create("st0", "veth")).unwrap();
+                let index = link::create("st0", "dummy")
+                    .or_else(|_| link::create("st0", "veth"))
+                    .unwrap();
                 for nic in link::list().unwrap() {
                     link::set_up(nic.index).unwrap();
                 }
