@@ -14,7 +14,7 @@ use stiefel_shared::nbd::*;
 
 const CLIENTS: usize = 12;
 /// What docs/nbd.md says that one connection may hold, and the stacks of its threads, in KiB.
-const EACH: u64 = (2 * 256) + 2 * 1024 + 2 * 1024 + 18 * 32;
+const EACH: u64 = (2 * 256) + 1024 + 2 * 1024 + 1024 + 18 * 32;
 
 /// A disk that lets nobody in until it is opened.
 #[derive(Debug, Default)]

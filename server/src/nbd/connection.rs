@@ -3,13 +3,13 @@
 //! The [driver](super::driver) receives, and answers at once what needs no medium. Everything else becomes a [`Task`] on
 //! a thread that may wait, so that requests run concurrently and complete out of order. Memory: the driver's two buffers,
 //! and what tasks hold, bounded by the connection's budget. A client that does not read its replies stops its own driver
-//! and at most two other threads: one that has the turn to send, and one with a long read.
+//! and at most one other thread.
 
 use std::any::Any;
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use stiefel_shared::nbd::STATE_ZERO;
 
@@ -41,8 +41,6 @@ pub(super) struct Connection {
     pub(super) tasks: AtomicUsize,
     /// Tasks at the same time.
     pub(super) workers: usize,
-    /// What a second long read beside the driver's own needs, made at the first one; absent while such a read runs.
-    pub(super) second: Mutex<Option<Option<Scratch>>>,
     /// Told of the end by being dropped, after all else.
     pub(super) _guard: Box<dyn Any + Send + Sync>,
 }
@@ -85,18 +83,6 @@ pub(super) struct Task {
 }
 
 impl Connection {
-    /// The right to do a second long read beside the driver's, and what it needs; [`Connection::give_back`] returns both.
-    pub(super) fn second_scratch(&self) -> Option<Scratch> {
-        let mut second = self.second.lock().unwrap_or_else(PoisonError::into_inner);
-        let scratch = second.take()?;
-        drop(second);
-        Some(scratch.unwrap_or_else(|| Scratch::new(&self.export)))
-    }
-
-    pub(super) fn give_back(&self, scratch: Scratch) {
-        *self.second.lock().unwrap_or_else(PoisonError::into_inner) = Some(Some(scratch));
-    }
-
     /// Executes a task and has its reply sent.
     pub(super) fn execute(&self, task: Task) {
         let Task {

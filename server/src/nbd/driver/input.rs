@@ -99,16 +99,6 @@ impl Input {
         self.take(stream, to, RecvFlags::empty())
     }
 
-    /// Takes what has come meanwhile; whether another request is here then. What is wrong will show when it is waited for.
-    pub(super) fn has_more(&mut self, stream: &TcpStream) -> bool {
-        if self.len() < self.header() {
-            self.make_room();
-            let to = self.bytes.len();
-            let _ = self.take(stream, to, RecvFlags::DONTWAIT);
-        }
-        self.len() >= self.header()
-    }
-
     /// Waits until `length` bytes, not more than the buffer holds, are here.
     ///
     /// # Errors

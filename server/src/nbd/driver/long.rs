@@ -1,7 +1,4 @@
 //! Long requests: reads that go file → pipe → socket, writes that go socket → pipe → file, piece by piece.
-//!
-//! While one long read is being sent and another is waiting already, that one is read on a second thread: the file system's
-//! share of the work then runs beside the socket's.
 
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
@@ -22,7 +19,7 @@ const GULP: usize = 512 << 10;
 const PAGE: u64 = 4096;
 
 impl Driver {
-    /// A read of more than [`super::SMALL`] bytes: if it seems to be in memory here or on the second thread, else as a task.
+    /// A read of more than [`super::SMALL`] bytes: here if it seems to be in memory, else as a task.
     pub(super) fn long_read(&mut self, replies: Replies, range: Range, whole: bool) -> io::Result<Step> {
         let export = &self.connection.export;
         if !export.is_at_hand(range.offset) || !export.is_at_hand(range.offset + range.length - 1) {
@@ -31,19 +28,6 @@ impl Driver {
         }
         self.send_out()?;
         let connection = Arc::clone(&self.connection);
-        if self.input.has_more(&connection.peer.stream)
-            && let Some(mut scratch) = connection.second_scratch()
-        {
-            let second = move || {
-                // An error has closed the connection.
-                let _ = connection.stream_read(&mut scratch, replies, range, whole);
-                connection.give_back(scratch);
-            };
-            if let Err((second, _)) = self.connection.pool.run(Box::new(second)) {
-                second();
-            }
-            return Ok(Step::On);
-        }
         connection.stream_read(&mut self.scratch, replies, range, whole)?;
         Ok(Step::On)
     }

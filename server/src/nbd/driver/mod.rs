@@ -78,7 +78,6 @@ pub(super) fn transmit(
         output: Output::new(bytes_in_flight.max(least)),
         tasks: AtomicUsize::new(0),
         workers,
-        second: Mutex::new(Some(None)),
         _guard: guard,
     });
     let driver = Driver {
