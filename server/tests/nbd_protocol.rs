@@ -6,9 +6,8 @@ mod nbd_support;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::{Duration, Instant};
 
-use nbd_support::{Answer, Client, Fixture, PATIENCE, is_closed};
+use nbd_support::{Answer, Client, Fixture, PATIENCE};
 use proptest::prelude::*;
 use stiefel_server::nbd::{DropError, ExportError, ExportOptions, Limits};
 use stiefel_shared::nbd::*;
@@ -385,53 +384,6 @@ fn many_requests_of_one_connection_all_get_their_own_answer() {
 }
 
 #[test]
-fn a_client_that_never_reads_is_bounded_and_holds_nobody() {
-    let fixture = Fixture::new(u64::from(64 * MIB));
-    let mut greedy = fixture.client();
-    for _ in 0..2000 {
-        greedy.send(CMD_READ, 0, 0, MIB, &[]);
-    }
-    let mut other = fixture.client();
-    for _ in 0..100 {
-        assert_eq!(other.read(0, 4096).len(), 4096);
-    }
-    // At most one request per worker, and what the sockets take.
-    assert!(fixture.export.stats().bytes_read < 200 << 20);
-    fixture.server.drop_connections(PATIENCE).unwrap();
-    assert_eq!(fixture.server.connections(), 0);
-}
-
-#[test]
-fn connections_beyond_the_limit_are_closed() {
-    let limits = Limits {
-        connections: 2,
-        ..Limits::default()
-    };
-    let fixture = Fixture::with(4096, ExportOptions::default(), limits, true);
-    let mut first = fixture.client();
-    let _second = fixture.client();
-    assert!(is_closed(&mut Client::raw(fixture.address)));
-    assert_eq!(first.read(0, 512).len(), 512);
-}
-
-#[test]
-fn who_is_not_admitted_hears_nothing() {
-    let fixture = Fixture::with(4096, ExportOptions::default(), Limits::default(), false);
-    assert!(is_closed(&mut Client::raw(fixture.address)));
-}
-
-#[test]
-fn a_negotiation_has_a_deadline() {
-    let limits = Limits {
-        negotiation: Duration::from_millis(100),
-        ..Limits::default()
-    };
-    let fixture = Fixture::with(4096, ExportOptions::default(), limits, true);
-    let mut silent = Client::connect(fixture.address);
-    assert!(silent.is_closed());
-}
-
-#[test]
 fn dropped_connections_are_gone_and_new_ones_are_let_in() {
     let fixture = Fixture::new(u64::from(MIB));
     let mut clients = [
@@ -491,46 +443,6 @@ fn a_write_whose_payload_never_came_does_not_reach_the_file() {
     drop(client);
     fixture.server.drop_connections(PATIENCE).unwrap();
     assert_eq!(std::fs::read(fixture.file().path()).unwrap(), vec![0; 8192]);
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
-    /// Whatever a client sends in whichever phase, the others are served, and its connection ends with it.
-    #[test]
-    fn no_bytes_of_a_hostile_client_harm_the_others(
-        phase in 0..4,
-        requests in proptest::collection::vec((any::<u16>(), 0_u16..10, 0_u64..70_000, any::<u32>(), any::<bool>()), 0..20),
-        noise in proptest::collection::vec(any::<u8>(), 0..300),
-    ) {
-        let fixture = Fixture::new(65_536);
-        let mut other = fixture.simple_client();
-        let mut hostile = match phase {
-            0 => Client::raw(fixture.address),
-            1 => Client::connect(fixture.address).stream,
-            2 => fixture.client().stream,
-            _ => fixture.extended_client().stream,
-        };
-        for (flags, command, offset, length, short) in requests {
-            let length = if short { length % 70_000 } else { length };
-            let request = Request { flags: flags & 0x3f, command, cookie: 1, offset, length };
-            let bytes = match phase {
-                3 => Asked::from(request).encode_extended().to_vec(),
-                _ => request.encode().to_vec(),
-            };
-            // The server may have closed the connection already.
-            let _ = hostile.write_all(&bytes);
-        }
-        let _ = hostile.write_all(&noise);
-        prop_assert_eq!(other.read(0, 512).len(), 512);
-        drop(hostile);
-        fixture.server.drop_connections(PATIENCE).unwrap();
-        // One that was not accepted yet is not dropped, but ends by itself: its client is gone.
-        let begun = Instant::now();
-        while fixture.server.connections() > 0 && begun.elapsed() < PATIENCE {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        prop_assert_eq!(fixture.server.connections(), 0);
-    }
 }
 
 #[derive(Debug, Clone)]

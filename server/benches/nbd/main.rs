@@ -1,9 +1,10 @@
 //! The NBD server against nbdkit, qemu-nbd and nbd-server, in interleaved rounds, with one batch client for all.
 //!
 //! `cargo bench -p stiefel-server --bench nbd -- [--rounds N] [--seconds S] [--size MIB] [--dir DIR] [--install]
-//! [--rows A,B] [--servers A,B] [--compare PROGRAM]...`: prints the table of docs/nbd.md. Peers come from apt (`--install` fetches them); one that
-//! is missing is left out with a word. Our own server is this program started again, with default options; `--compare` adds
-//! another build of it.
+//! [--program STIEFEL] [--rows A,B] [--servers A,B] [--compare PROGRAM]...`: prints the table of docs/nbd.md. Peers come from
+//! apt (`--install` fetches its newest); one that is missing is left out with a word. Our own server is `STIEFEL nbd`, or this
+//! program started again (the same profile, but for panics), with default options; `--compare` adds another build of this.
+//! All serve the same file, whose pages are in memory and were written back before each measurement.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_precision_loss)]
 
 mod client;
@@ -22,10 +23,10 @@ pub const BLOCK: usize = 4096;
 
 /// What is measured, under its name in the table.
 pub const ROWS: [(&str, Load); 8] = [
-    ("read 1M, 1 conn", Load::new(Kind::Read, 1 << 20, 8, 1, false)),
-    ("read 1M, 4 conn", Load::new(Kind::Read, 1 << 20, 4, 4, false)),
-    ("write 1M, 1 conn", Load::new(Kind::Write, 1 << 20, 8, 1, false)),
-    ("write 1M, 4 conn", Load::new(Kind::Write, 1 << 20, 4, 4, false)),
+    ("read 1M 1 conn", Load::new(Kind::Read, 1 << 20, 8, 1, false)),
+    ("read 1M 4 conn", Load::new(Kind::Read, 1 << 20, 4, 4, false)),
+    ("write 1M 1 conn", Load::new(Kind::Write, 1 << 20, 8, 1, false)),
+    ("write 1M 4 conn", Load::new(Kind::Write, 1 << 20, 4, 4, false)),
     ("read 4k QD1", Load::new(Kind::Read, 4096, 1, 1, true)),
     ("read 4k QD32", Load::new(Kind::Read, 4096, 32, 1, true)),
     ("write 4k QD32", Load::new(Kind::Write, 4096, 32, 1, true)),
@@ -41,6 +42,7 @@ struct Options {
     rows: Vec<String>,
     servers: Vec<String>,
     compare: Vec<String>,
+    program: Option<String>,
 }
 
 impl Options {
@@ -54,6 +56,7 @@ impl Options {
             rows: Vec::new(),
             servers: Vec::new(),
             compare: Vec::new(),
+            program: None,
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
@@ -67,6 +70,7 @@ impl Options {
                 "--rows" => options.rows = list(value()),
                 "--servers" => options.servers = list(value()),
                 "--compare" => options.compare.push(value()),
+                "--program" => options.program = Some(value()),
                 "--install" => options.install = true,
                 // Given by cargo itself.
                 "--bench" => {}
@@ -101,6 +105,8 @@ pub struct Measured {
 }
 
 fn measure(kind: &Kinds, file: &Path, size: u64, load: &Load, seconds: f64) -> Measured {
+    // What the one before has written is not to be this one's burden.
+    std::fs::File::open(file).unwrap().sync_all().unwrap();
     let running = Running::start(kind, file);
     // The first moments are not counted: threads start, buffers grow.
     let warm = Duration::from_secs_f64(seconds / 8.0);
@@ -115,6 +121,17 @@ fn measure(kind: &Kinds, file: &Path, size: u64, load: &Load, seconds: f64) -> M
     };
     running.stop();
     measured
+}
+
+/// Brings the peers, as new as apt has them.
+fn install() {
+    for arguments in [
+        "update -q",
+        "install -y --no-install-recommends nbdkit qemu-utils nbd-server",
+    ] {
+        let done = Command::new("apt-get").args(arguments.split(' ')).status().unwrap();
+        assert!(done.success(), "apt-get {arguments} failed");
+    }
 }
 
 fn main() {
@@ -135,18 +152,10 @@ fn main() {
     }
     let options = Options::parse();
     if options.install {
-        let apt = [
-            "install",
-            "-y",
-            "--no-install-recommends",
-            "nbdkit",
-            "qemu-utils",
-            "nbd-server",
-        ];
-        assert!(Command::new("apt-get").args(apt).status().unwrap().success());
+        install();
     }
     let wanted = |list: &[String], name: &str| list.is_empty() || list.iter().any(|part| name.contains(part.as_str()));
-    let mut kinds = servers::known();
+    let mut kinds = servers::known(options.program.as_deref());
     kinds.retain(|kind| wanted(&options.servers, kind.name) && kind.present());
     kinds.extend(options.compare.iter().map(|program| Kinds::other(program)));
     let rows: Vec<_> = ROWS.iter().filter(|(name, _)| wanted(&options.rows, name)).collect();

@@ -9,16 +9,24 @@ use std::time::{Duration, Instant};
 pub struct Kinds {
     pub name: &'static str,
     program: &'static str,
-    /// Arguments; `{file}`, `{port}`, `{config}` and `{pid}` (of one that goes into the background) are filled in.
-    arguments: &'static [&'static str],
+    /// Arguments, separated by spaces; `{file}`, `{port}`, `{config}` and `{pid}` (of one that goes into the background) are filled in.
+    arguments: &'static str,
     /// Lines of a configuration file in which `{file}` and `{port}` are filled in.
     config: &'static str,
 }
 
-const QEMU: [&str; 2] = ["--aio=io_uring", "--aio=threads"];
+/// Through the page cache, as all are measured; `--aio=native` is only for `O_DIRECT`.
+const QEMU: [&str; 2] = [
+    "-t -e 16 -f raw -x disk --aio=io_uring -b 127.0.0.1 -p {port} {file}",
+    "-t -e 16 -f raw -x disk --aio=threads -b 127.0.0.1 -p {port} {file}",
+];
+/// How a build of this benchmark serves.
+const SERVE: &str = "serve 127.0.0.1:{port} {file}";
+/// How the program that users get serves.
+const NBD: &str = "nbd --listen 127.0.0.1:{port} --name disk {file}";
 
-/// All of them; ours first.
-pub fn known() -> Vec<Kinds> {
+/// All of them; ours first, which is `program` if there is one.
+pub fn known(program: Option<&str>) -> Vec<Kinds> {
     let qemu = |name, arguments| Kinds {
         name,
         program: "qemu-nbd",
@@ -28,58 +36,25 @@ pub fn known() -> Vec<Kinds> {
     let nbd_server = |name, config| Kinds {
         name,
         program: "nbd-server",
-        arguments: &["-C", "{config}", "-p", "{pid}"],
+        arguments: "-C {config} -p {pid}",
         config,
     };
     vec![
         Kinds {
             name: "stiefel",
-            program: "",
-            arguments: &["serve", "127.0.0.1:{port}", "{file}"],
+            // For the life of the benchmark.
+            program: program.map_or("", |program| String::leak(program.to_owned())),
+            arguments: if program.is_some() { NBD } else { SERVE },
             config: "",
         },
         Kinds {
             name: "nbdkit file",
             program: "nbdkit",
-            arguments: &["-f", "-i", "127.0.0.1", "-p", "{port}", "file", "{file}"],
+            arguments: "-f -i 127.0.0.1 -p {port} file {file}",
             config: "",
         },
-        qemu(
-            "qemu-nbd io_uring",
-            &[
-                "-t",
-                "-e",
-                "16",
-                "-f",
-                "raw",
-                "-x",
-                "disk",
-                QEMU[0],
-                "-b",
-                "127.0.0.1",
-                "-p",
-                "{port}",
-                "{file}",
-            ],
-        ),
-        qemu(
-            "qemu-nbd threads",
-            &[
-                "-t",
-                "-e",
-                "16",
-                "-f",
-                "raw",
-                "-x",
-                "disk",
-                QEMU[1],
-                "-b",
-                "127.0.0.1",
-                "-p",
-                "{port}",
-                "{file}",
-            ],
-        ),
+        qemu("qemu-nbd io_uring", QEMU[0]),
+        qemu("qemu-nbd threads", QEMU[1]),
         nbd_server(
             "nbd-server",
             "[generic]\nlistenaddr = 127.0.0.1\nport = {port}\n[disk]\nexportname = {file}\nflush = true\nfua = true\n",
@@ -99,7 +74,7 @@ impl Kinds {
         Self {
             name: program,
             program,
-            arguments: &["serve", "127.0.0.1:{port}", "{file}"],
+            arguments: SERVE,
             config: "",
         }
     }
@@ -153,7 +128,7 @@ impl Running {
             Path::new(kind.program)
         };
         let child = Command::new(program)
-            .args(kind.arguments.iter().map(|argument| fill(argument)))
+            .args(kind.arguments.split(' ').map(fill))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

@@ -56,6 +56,14 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
+    /// With a pipe where one can be had and used.
+    pub(super) fn new(export: &Export) -> Self {
+        Self {
+            pipe: export.file().and_then(|_| Pipe::new().ok()),
+            ..Self::default()
+        }
+    }
+
     fn part(&mut self, length: usize) -> &mut [u8] {
         if self.buffer.len() < length {
             self.buffer.resize(length, 0);
@@ -256,8 +264,8 @@ impl Connection {
     }
 }
 
-/// Why a read did not come to its end.
-enum Broken {
+/// Why a long request did not come to its end.
+pub(super) enum Broken {
     /// The error can be told.
     Medium(io::Error),
     /// Nothing can be told any more.

@@ -62,6 +62,8 @@ struct Posted {
 struct State {
     /// A thread has the turn; it sends what is posted before it gives the turn back.
     busy: bool,
+    /// Threads that wait for the turn; nobody is woken in vain.
+    waiting: usize,
     queue: VecDeque<Posted>,
 }
 
@@ -85,7 +87,9 @@ impl Output {
     pub(super) fn turn<'a>(&'a self, stream: &'a TcpStream) -> Turn<'a> {
         let mut state = lock(&self.state);
         while state.busy {
+            state.waiting += 1;
             state = self.free.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
         state.busy = true;
         Turn { output: self, stream }
@@ -171,8 +175,11 @@ impl Drop for Turn<'_> {
         let state = output.state.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.drain(state);
         state.busy = false;
+        let waiting = state.waiting > 0;
         drop(state);
-        output.free.notify_one();
+        if waiting {
+            output.free.notify_one();
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::io;
 use stiefel_shared::nbd::{
     CHUNK_LEN, Chunk, Errno, ExtendedChunk, Extent, REPLY_BLOCK_STATUS, REPLY_BLOCK_STATUS_EXT, REPLY_ERROR,
     REPLY_FLAG_DONE, REPLY_NONE, REPLY_OFFSET_DATA, REPLY_OFFSET_HOLE, SimpleReply, encode_block_status,
-    encode_block_status_ext, encode_error_payload,
+    encode_error_payload,
 };
 
 use super::negotiate::{ALLOCATION_CONTEXT, Style};
@@ -109,13 +109,13 @@ impl Replies {
 
     /// Extents of `base:allocation`; not for simple replies.
     pub(super) fn status(&self, out: &mut Vec<u8>, extents: &[Extent]) {
-        let (kind, payload) = match self.style {
-            Style::Extended => (
-                REPLY_BLOCK_STATUS_EXT,
-                encode_block_status_ext(ALLOCATION_CONTEXT, extents),
-            ),
-            _ => (REPLY_BLOCK_STATUS, encode_block_status(ALLOCATION_CONTEXT, extents)),
+        let extended = self.style == Style::Extended;
+        let kind = if extended {
+            REPLY_BLOCK_STATUS_EXT
+        } else {
+            REPLY_BLOCK_STATUS
         };
+        let payload = encode_block_status(ALLOCATION_CONTEXT, extents, extended);
         self.chunk(out, kind, payload.len(), true);
         out.extend_from_slice(&payload);
     }

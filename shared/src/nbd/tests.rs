@@ -140,7 +140,7 @@ fn request_and_reply_bytes_are_pinned() {
         },
     ];
     assert_eq!(
-        hex(&encode_block_status(1, &extents)),
+        hex(&encode_block_status(1, &extents, false)),
         "0000000100001000000000000000020000000003"
     );
 }
@@ -282,7 +282,7 @@ proptest! {
     fn error_and_status_payloads_survive_the_wire(message in "[^\0]{0,40}", context: u32, extents in proptest::collection::vec((1_u64..1 << 32, any::<u32>()), 1..9)) {
         prop_assert_eq!(parse_error_payload(&encode_error_payload(Errno::Io, &message)), Ok((Errno::Io, message)));
         let extents: Vec<_> = extents.into_iter().map(|(length, state)| Extent { length, state }).collect();
-        prop_assert_eq!(parse_block_status(&encode_block_status(context, &extents)), Ok((context, extents)));
+        prop_assert_eq!(parse_block_status(&encode_block_status(context, &extents, false)), Ok((context, extents)));
     }
 
     #[test]

@@ -154,6 +154,57 @@ impl Errno {
     }
 }
 
+/// What every message of this phase but the simple reply begins with, behind its magic number.
+#[derive(Clone, Copy)]
+struct Front {
+    flags: u16,
+    kind: u16,
+    cookie: u64,
+}
+
+impl Front {
+    fn encode(self, magic: u32) -> [u8; 16] {
+        join([
+            &magic.to_be_bytes(),
+            &self.flags.to_be_bytes(),
+            &self.kind.to_be_bytes(),
+            &self.cookie.to_be_bytes(),
+        ])
+    }
+
+    fn parse(fields: &mut Fields<'_>, magic: u32) -> Result<Self, WireError> {
+        expect_magic(fields, magic)?;
+        Ok(Self {
+            flags: fields.u16()?,
+            kind: fields.u16()?,
+            cookie: fields.u64()?,
+        })
+    }
+}
+
+fn expect_magic(fields: &mut Fields<'_>, magic: u32) -> Result<(), WireError> {
+    let found = fields.u32()?;
+    if found == magic {
+        return Ok(());
+    }
+    Err(WireError::BadMagic {
+        what: fields.what,
+        found: u64::from(found),
+    })
+}
+
+/// One message of a fixed length from its parts, which fill it.
+fn join<const N: usize, const PARTS: usize>(parts: [&[u8]; PARTS]) -> [u8; N] {
+    let mut out = [0; N];
+    let mut rest = &mut out[..];
+    for part in parts {
+        let (place, behind) = rest.split_at_mut(part.len());
+        place.copy_from_slice(part);
+        rest = behind;
+    }
+    out
+}
+
 /// A request's header ("Request message"). For `CMD_WRITE`, `length` bytes of payload follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
@@ -173,14 +224,8 @@ impl Request {
     /// The header as sent.
     #[must_use]
     pub fn encode(&self) -> [u8; REQUEST_LEN] {
-        let mut out = [0; REQUEST_LEN];
-        out[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
-        out[4..6].copy_from_slice(&self.flags.to_be_bytes());
-        out[6..8].copy_from_slice(&self.command.to_be_bytes());
-        out[8..16].copy_from_slice(&self.cookie.to_be_bytes());
-        out[16..24].copy_from_slice(&self.offset.to_be_bytes());
-        out[24..].copy_from_slice(&self.length.to_be_bytes());
-        out
+        let front = Asked::from(*self).front().encode(REQUEST_MAGIC);
+        join([&front, &self.offset.to_be_bytes(), &self.length.to_be_bytes()])
     }
 
     /// Reads a header.
@@ -189,17 +234,11 @@ impl Request {
     /// `BadMagic`: the connection is out of step.
     pub fn parse(bytes: &[u8; REQUEST_LEN]) -> Result<Self, WireError> {
         let mut fields = Fields::new("an NBD request", bytes);
-        let found = fields.u32()?;
-        if found != REQUEST_MAGIC {
-            return Err(WireError::BadMagic {
-                what: "an NBD request",
-                found: u64::from(found),
-            });
-        }
+        let front = Front::parse(&mut fields, REQUEST_MAGIC)?;
         Ok(Self {
-            flags: fields.u16()?,
-            command: fields.u16()?,
-            cookie: fields.u64()?,
+            flags: front.flags,
+            command: front.kind,
+            cookie: front.cookie,
             offset: fields.u64()?,
             length: fields.u32()?,
         })
@@ -243,17 +282,19 @@ impl From<Request> for Asked {
 }
 
 impl Asked {
+    fn front(&self) -> Front {
+        Front {
+            flags: self.flags,
+            kind: self.command,
+            cookie: self.cookie,
+        }
+    }
+
     /// The header of an extended request as sent; `payload` is expressed by [`CMD_FLAG_PAYLOAD_LEN`] alone.
     #[must_use]
     pub fn encode_extended(&self) -> [u8; EXTENDED_REQUEST_LEN] {
-        let mut out = [0; EXTENDED_REQUEST_LEN];
-        out[..4].copy_from_slice(&EXTENDED_REQUEST_MAGIC.to_be_bytes());
-        out[4..6].copy_from_slice(&self.flags.to_be_bytes());
-        out[6..8].copy_from_slice(&self.command.to_be_bytes());
-        out[8..16].copy_from_slice(&self.cookie.to_be_bytes());
-        out[16..24].copy_from_slice(&self.offset.to_be_bytes());
-        out[24..].copy_from_slice(&self.length.to_be_bytes());
-        out
+        let front = self.front().encode(EXTENDED_REQUEST_MAGIC);
+        join([&front, &self.offset.to_be_bytes(), &self.length.to_be_bytes()])
     }
 
     /// Reads the header of an extended request.
@@ -262,17 +303,11 @@ impl Asked {
     /// `BadMagic`: the connection is out of step.
     pub fn parse_extended(bytes: &[u8; EXTENDED_REQUEST_LEN]) -> Result<Self, WireError> {
         let mut fields = Fields::new("an extended NBD request", bytes);
-        let found = fields.u32()?;
-        if found != EXTENDED_REQUEST_MAGIC {
-            return Err(WireError::BadMagic {
-                what: "an extended NBD request",
-                found: u64::from(found),
-            });
-        }
+        let front = Front::parse(&mut fields, EXTENDED_REQUEST_MAGIC)?;
         let mut asked = Self {
-            flags: fields.u16()?,
-            command: fields.u16()?,
-            cookie: fields.u64()?,
+            flags: front.flags,
+            command: front.kind,
+            cookie: front.cookie,
             offset: fields.u64()?,
             length: fields.u64()?,
             payload: 0,
@@ -297,11 +332,11 @@ impl SimpleReply {
     /// The header as sent.
     #[must_use]
     pub fn encode(self) -> [u8; SIMPLE_REPLY_LEN] {
-        let mut out = [0; SIMPLE_REPLY_LEN];
-        out[..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
-        out[4..8].copy_from_slice(&self.error.to_be_bytes());
-        out[8..].copy_from_slice(&self.cookie.to_be_bytes());
-        out
+        join([
+            &SIMPLE_REPLY_MAGIC.to_be_bytes(),
+            &self.error.to_be_bytes(),
+            &self.cookie.to_be_bytes(),
+        ])
     }
 
     /// Reads a header.
@@ -310,13 +345,7 @@ impl SimpleReply {
     /// `BadMagic`: the connection is out of step.
     pub fn parse(bytes: &[u8; SIMPLE_REPLY_LEN]) -> Result<Self, WireError> {
         let mut fields = Fields::new("a simple NBD reply", bytes);
-        let found = fields.u32()?;
-        if found != SIMPLE_REPLY_MAGIC {
-            return Err(WireError::BadMagic {
-                what: "a simple NBD reply",
-                found: u64::from(found),
-            });
-        }
+        expect_magic(&mut fields, SIMPLE_REPLY_MAGIC)?;
         Ok(Self {
             error: fields.u32()?,
             cookie: fields.u64()?,
@@ -338,16 +367,19 @@ pub struct Chunk {
 }
 
 impl Chunk {
+    fn front(self) -> Front {
+        Front {
+            flags: self.flags,
+            kind: self.kind,
+            cookie: self.cookie,
+        }
+    }
+
     /// The header as sent.
     #[must_use]
     pub fn encode(self) -> [u8; CHUNK_LEN] {
-        let mut out = [0; CHUNK_LEN];
-        out[..4].copy_from_slice(&STRUCTURED_REPLY_MAGIC.to_be_bytes());
-        out[4..6].copy_from_slice(&self.flags.to_be_bytes());
-        out[6..8].copy_from_slice(&self.kind.to_be_bytes());
-        out[8..16].copy_from_slice(&self.cookie.to_be_bytes());
-        out[16..].copy_from_slice(&self.length.to_be_bytes());
-        out
+        let front = self.front().encode(STRUCTURED_REPLY_MAGIC);
+        join([&front, &self.length.to_be_bytes()])
     }
 
     /// Reads a header.
@@ -356,19 +388,17 @@ impl Chunk {
     /// `BadMagic`: the connection is out of step.
     pub fn parse(bytes: &[u8; CHUNK_LEN]) -> Result<Self, WireError> {
         let mut fields = Fields::new("a structured NBD reply", bytes);
-        let found = fields.u32()?;
-        if found != STRUCTURED_REPLY_MAGIC {
-            return Err(WireError::BadMagic {
-                what: "a structured NBD reply",
-                found: u64::from(found),
-            });
+        let front = Front::parse(&mut fields, STRUCTURED_REPLY_MAGIC)?;
+        Ok(Self::behind(front, fields.u32()?))
+    }
+
+    fn behind(front: Front, length: u32) -> Self {
+        Self {
+            flags: front.flags,
+            kind: front.kind,
+            cookie: front.cookie,
+            length,
         }
-        Ok(Self {
-            flags: fields.u16()?,
-            kind: fields.u16()?,
-            cookie: fields.u64()?,
-            length: fields.u32()?,
-        })
     }
 }
 
@@ -385,12 +415,9 @@ impl ExtendedChunk {
     /// The header as sent.
     #[must_use]
     pub fn encode(self) -> [u8; EXTENDED_CHUNK_LEN] {
-        let mut out = [0; EXTENDED_CHUNK_LEN];
-        out[..16].copy_from_slice(&self.chunk.encode()[..16]);
-        out[..4].copy_from_slice(&EXTENDED_REPLY_MAGIC.to_be_bytes());
-        out[16..24].copy_from_slice(&self.offset.to_be_bytes());
-        out[24..].copy_from_slice(&u64::from(self.chunk.length).to_be_bytes());
-        out
+        let front = self.chunk.front().encode(EXTENDED_REPLY_MAGIC);
+        let length = u64::from(self.chunk.length);
+        join([&front, &self.offset.to_be_bytes(), &length.to_be_bytes()])
     }
 
     /// Reads a header.
@@ -400,26 +427,15 @@ impl ExtendedChunk {
     pub fn parse(bytes: &[u8; EXTENDED_CHUNK_LEN]) -> Result<Self, WireError> {
         let what = "an extended NBD reply";
         let mut fields = Fields::new(what, bytes);
-        let found = fields.u32()?;
-        if found != EXTENDED_REPLY_MAGIC {
-            return Err(WireError::BadMagic {
-                what,
-                found: u64::from(found),
-            });
-        }
-        let (flags, kind, cookie, offset) = (fields.u16()?, fields.u16()?, fields.u64()?, fields.u64()?);
+        let front = Front::parse(&mut fields, EXTENDED_REPLY_MAGIC)?;
+        let offset = fields.u64()?;
         let len = fields.u64()?;
         let length = u32::try_from(len).map_err(|_| WireError::TooLong {
             what,
             len,
             max: u64::from(u32::MAX),
         })?;
-        let chunk = Chunk {
-            flags,
-            kind,
-            cookie,
-            length,
-        };
+        let chunk = Chunk::behind(front, length);
         Ok(Self { chunk, offset })
     }
 }
@@ -461,12 +477,21 @@ pub struct Extent {
     pub state: u32,
 }
 
-/// The payload of a `REPLY_BLOCK_STATUS` chunk.
+/// The payload of a `REPLY_BLOCK_STATUS` chunk, or with `extended` of a `REPLY_BLOCK_STATUS_EXT` one.
 #[must_use]
-pub fn encode_block_status(context: u32, extents: &[Extent]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(4 + 8 * extents.len());
+pub fn encode_block_status(context: u32, extents: &[Extent], extended: bool) -> Vec<u8> {
+    let mut out = Vec::with_capacity(8 + 16 * extents.len());
     out.extend_from_slice(&context.to_be_bytes());
+    if extended {
+        // Cannot saturate: nobody holds that many extents in memory.
+        out.extend_from_slice(&u32::try_from(extents.len()).unwrap_or(u32::MAX).to_be_bytes());
+    }
     for extent in extents {
+        if extended {
+            out.extend_from_slice(&extent.length.to_be_bytes());
+            out.extend_from_slice(&u64::from(extent.state).to_be_bytes());
+            continue;
+        }
         // A shorter extent than there is remains true: the client asks again for the rest.
         let length = u32::try_from(extent.length).unwrap_or(1 << 31);
         out.extend_from_slice(&length.to_be_bytes());
@@ -474,20 +499,6 @@ pub fn encode_block_status(context: u32, extents: &[Extent]) -> Vec<u8> {
         if u64::from(length) < extent.length {
             break;
         }
-    }
-    out
-}
-
-/// The payload of a `REPLY_BLOCK_STATUS_EXT` chunk.
-#[must_use]
-pub fn encode_block_status_ext(context: u32, extents: &[Extent]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(8 + 16 * extents.len());
-    out.extend_from_slice(&context.to_be_bytes());
-    // Cannot saturate: nobody holds that many extents in memory.
-    out.extend_from_slice(&u32::try_from(extents.len()).unwrap_or(u32::MAX).to_be_bytes());
-    for extent in extents {
-        out.extend_from_slice(&extent.length.to_be_bytes());
-        out.extend_from_slice(&u64::from(extent.state).to_be_bytes());
     }
     out
 }
