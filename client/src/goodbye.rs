@@ -44,9 +44,12 @@ pub fn run() -> ! {
     let (way, power) = direction(&verb);
     let session = attach::session_at(Path::new("/session.json")).map(Arc::new);
     let known = session.as_ref().ok();
+    if known.is_some_and(|session| session.disk.guest) {
+        console.info("guest: what this desktop has written is discarded by the laptop");
+    }
     // While the root file system is there; the others are gone.
     let in_root = known
-        .filter(|_| way == Goodbye::Reboot)
+        .filter(|session| may_change(session, way))
         .map(|session| look(session, |session| anew::in_root(folders(session)?, Path::new(OLD_ROOT))));
     let cleared = {
         let (console, session) = (Arc::clone(&console), known.cloned());
@@ -92,6 +95,11 @@ fn part(console: &Console, session: &Arc<AttachSession>, way: Goodbye) -> bool {
         step("say goodbye to the laptop", STEP, say_goodbye),
     ];
     !done.contains(&false)
+}
+
+/// Whether the laptop may have to collect anew what the desktop boots: a guest's changes are never booted.
+fn may_change(session: &AttachSession, way: Goodbye) -> bool {
+    way == Goodbye::Reboot && !session.disk.guest
 }
 
 /// What systemd's word means for the laptop and for this machine.

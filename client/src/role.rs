@@ -21,6 +21,7 @@ use stiefel_sys::link;
 use stiefel_sys::{kexec, wired};
 use tokio::sync::mpsc;
 
+use crate::attach::GUEST;
 use crate::clash;
 use crate::discovery::{self, Event, Found};
 use crate::fetch::{self, Progress};
@@ -192,6 +193,9 @@ async fn boot(console: &'static Console, handover: &ClientHandover, found: &Foun
         "received {} of {}",
         manifest.payload.version, manifest.hostname
     ));
+    if manifest.disk.guest {
+        console.warn(GUEST);
+    }
     ensure!(
         manifest.link.tunnel.is_some() || !handover.encrypted_only,
         "{} would send its disk in clear, and this stick forbids that; set link.encryption to wireguard in its \

@@ -8,8 +8,8 @@
 //! Durability, for a file: a flush brings the blocks onto the disk, then the bits, then is answered. So after a power cut
 //! each block is what was flushed, or older, or newer, never what nobody wrote. A kept overlay that could not be flushed
 //! is refused for ever. What was not flushed is lost when the *process* ends, so its session must end with it.
-//! In memory: bits are written through at once; whoever holds the memfd (PID 1, by [`Overlay::upper`]) can have a new
-//! process go on with it by [`Overlay::resume`] as if nothing had happened.
+//! In memory: bits are written through before a write is answered; whoever holds the memfd (PID 1, by [`Overlay::upper`]) can
+//! have a new process go on with it by [`Overlay::resume`] as if nothing had happened.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
-use rustix::fs::{MemfdFlags, memfd_create};
-use stiefel_shared::nbd::Extent;
+use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, memfd_create};
+use stiefel_shared::nbd::{Extent, STATE_HOLE};
 
 use super::export::{Export, ExportError, ExportOptions};
 use super::request::Range;
@@ -112,6 +112,24 @@ pub fn open_guest(
 /// See [`ExportError`].
 pub fn open_base(path: &Path) -> Result<Arc<dyn Store>, ExportError> {
     Ok(Arc::new(FileStore::open(path, Access::Base)?))
+}
+
+/// As [`open_base`], of an open file or device that the caller holds; `path` is only shown.
+///
+/// # Errors
+/// See [`ExportError`]; `Open` also if it could be written through this very file.
+pub fn base_of(file: File, path: &Path) -> Result<Arc<dyn Store>, ExportError> {
+    let failed = |source| ExportError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let flags = fcntl_getfl(&file).map_err(|errno| failed(errno.into()))?;
+    if flags & OFlags::RWMODE != OFlags::RDONLY {
+        return Err(failed(io::Error::other(
+            "what guests share must not be open for writing",
+        )));
+    }
+    Ok(Arc::new(FileStore::of(file, path)?))
 }
 
 /// Which blocks the upper layer has: blocks of bits, absent where all are zero.
@@ -278,15 +296,42 @@ impl Overlay {
         self.map.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the upper layer may take so many bytes more.
-    fn check_room(&self, bytes: usize) -> io::Result<()> {
+    /// Bytes of memory that the upper layer takes, and how many it may; `None` if it is not in memory.
+    #[must_use]
+    pub fn filled(&self) -> Option<(u64, u64)> {
+        let (limit, file) = (self.memory?, self.upper.file()?);
+        Some((file.metadata().ok()?.blocks() * 512, limit))
+    }
+
+    /// Whether the upper layer may take what a range needs: as much as it is long, but for what has its place already.
+    fn check_room(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let (Some(limit), Some(file)) = (self.memory, self.upper.file()) else {
             return Ok(());
         };
-        if file.metadata()?.blocks() * 512 + bytes as u64 > limit {
+        let used = file.metadata()?.blocks() * 512;
+        if used + bytes <= limit {
+            return Ok(());
+        }
+        // Nearly full: what is there can still be overwritten.
+        let range = Range {
+            offset: self.blocks_at + offset / BLOCK * BLOCK,
+            length: (offset + bytes).next_multiple_of(BLOCK) - offset / BLOCK * BLOCK,
+        };
+        let holes = self.upper.extents(range, usize::MAX).into_iter();
+        let needed: u64 = holes
+            .filter(|extent| extent.state & STATE_HOLE != 0)
+            .map(|extent| extent.length)
+            .sum();
+        if needed > 0 && used + needed > limit {
             return Err(io::ErrorKind::StorageFull.into());
         }
         Ok(())
+    }
+
+    /// Whether a write to these blocks needs no new bit: they are there, and, in memory, all bits are where a new process
+    /// would find them.
+    fn is_known(&self, map: &Map, blocks: &std::ops::Range<u64>) -> bool {
+        map.has_all(blocks.start, blocks.end) && (self.memory.is_none() || map.dirty.is_empty())
     }
 
     /// The parts of a range that come from one layer each: where, how long, whether from the upper one.
@@ -423,9 +468,9 @@ impl Store for Overlay {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let end = offset + bytes as u64;
         let blocks = offset / BLOCK..end.div_ceil(BLOCK);
-        self.check_room(bytes)?;
+        self.check_room(offset, bytes as u64)?;
         match self.map.try_read() {
-            Ok(map) if map.has_all(blocks.start, blocks.end) => {
+            Ok(map) if self.is_known(&map, &blocks) => {
                 return self.upper.write_now(parts, self.blocks_at + offset);
             }
             Ok(_) | Err(TryLockError::Poisoned(_)) => {}
@@ -446,12 +491,12 @@ impl Store for Overlay {
     }
 
     fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.check_room(data.len())?;
+        self.check_room(offset, data.len() as u64)?;
         let end = offset + data.len() as u64;
         let blocks = offset / BLOCK..end.div_ceil(BLOCK);
         {
             let map = self.read_map();
-            if map.has_all(blocks.start, blocks.end) {
+            if self.is_known(&map, &blocks) {
                 return self.upper.write(data, self.blocks_at + offset);
             }
         }
@@ -503,7 +548,7 @@ impl Store for Overlay {
         let end = range.offset + range.length;
         let blocks = range.offset.div_ceil(BLOCK)..end / BLOCK;
         if no_hole {
-            self.check_room(length(range.length))?;
+            self.check_room(range.offset, range.length)?;
         }
         if blocks.start >= blocks.end {
             return self.write(&vec![0; length(range.length)], range.offset);
@@ -553,7 +598,8 @@ impl Store for Overlay {
 
     fn sync(&self) -> io::Result<()> {
         if self.memory.is_some() {
-            return Ok(());
+            // Those of a write that was not answered because they could not be stored.
+            return self.store_leaves(&mut self.write_map());
         }
         // The bits as they are now: what they stand for was written before, so the first flush covers it.
         let bits: Vec<(usize, Box<[u8]>)> = {
