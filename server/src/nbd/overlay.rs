@@ -11,6 +11,8 @@
 //! In memory: bits are written through before a write is answered; whoever holds the memfd (PID 1, by [`Overlay::upper`]) can
 //! have a new process go on with it by [`Overlay::resume`] as if nothing had happened.
 
+mod map;
+
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -22,15 +24,13 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Try
 use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, memfd_create};
 use stiefel_shared::nbd::{Extent, STATE_HOLE};
 
+use map::{BLOCK, LEAF, Map, length};
+
 use super::export::{Export, ExportError, ExportOptions};
 use super::request::Range;
 use super::storage::{Access, FileStore, Medium, lock};
 use super::store::{Store, Traits};
 
-/// Bytes that one bit stands for.
-const BLOCK: u64 = 4096;
-/// Bits in one block of bits.
-const LEAF: u64 = BLOCK * 8;
 /// The first bytes of an upper layer.
 const MAGIC: &[u8; 12] = b"stiefel-ovl1";
 /// Where block 0 has the base's size, 64 bits, little-endian.
@@ -130,66 +130,6 @@ pub fn base_of(file: File, path: &Path) -> Result<Arc<dyn Store>, ExportError> {
         )));
     }
     Ok(Arc::new(FileStore::of(file, path)?))
-}
-
-/// Which blocks the upper layer has: blocks of bits, absent where all are zero.
-#[derive(Debug)]
-struct Map {
-    leaves: Vec<Option<Box<[u8]>>>,
-    /// Leaves that are not yet in the file.
-    dirty: BTreeSet<usize>,
-}
-
-impl Map {
-    fn has(&self, block: u64) -> bool {
-        let (leaf, byte, bit) = place(block);
-        self.leaves
-            .get(leaf)
-            .and_then(Option::as_ref)
-            .is_some_and(|bits| bits[byte] & bit != 0)
-    }
-
-    /// Where the run of blocks that are alike ends, at most `end`, and whether the upper layer has them.
-    fn run(&self, block: u64, end: u64) -> (u64, bool) {
-        let has = self.has(block);
-        let mut at = block + 1;
-        while at < end && self.has(at) == has {
-            let (leaf, ..) = place(at);
-            // Whole absent leaves need not be looked at bit by bit.
-            let absent = self.leaves.get(leaf).is_none_or(Option::is_none);
-            at = if absent {
-                at.next_multiple_of(LEAF).max(at + 1)
-            } else {
-                at + 1
-            };
-        }
-        (at.min(end), has)
-    }
-
-    fn has_all(&self, first: u64, end: u64) -> bool {
-        self.run(first, end) == (end, true)
-    }
-
-    fn set(&mut self, blocks: std::ops::Range<u64>) {
-        for block in blocks {
-            let (leaf, byte, bit) = place(block);
-            let Some(bits) = self.leaves.get_mut(leaf) else { return };
-            let bits = bits.get_or_insert_with(|| vec![0; length(BLOCK)].into());
-            if bits[byte] & bit == 0 {
-                bits[byte] |= bit;
-                self.dirty.insert(leaf);
-            }
-        }
-    }
-}
-
-/// Leaf, byte and bit of a block.
-fn place(block: u64) -> (usize, usize, u8) {
-    (length(block / LEAF), length(block % LEAF / 8), 1 << (block % 8))
-}
-
-fn length(bytes: u64) -> usize {
-    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// A base with an upper layer.

@@ -99,6 +99,10 @@ impl Inner {
                 return;
             }
         };
+        if let Some(closed) = &seat.closed {
+            console.warn(closed);
+            return;
+        }
         let present: Vec<Holder> = seat.sessions.iter().map(|session| session.holder.clone()).collect();
         if present.iter().any(|holder| !self.is_silent(holder.session)) {
             console.warn("a desktop is using the disk; press p to ask it to power off");

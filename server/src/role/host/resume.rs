@@ -49,9 +49,11 @@ impl Inner {
                 Served::adopt(with, device, &record.transport, &record.link)
             })?]
         };
-        self.setup
-            .console
-            .warn("the server was started anew; the session goes on");
+        if !gone_on.is_empty() {
+            self.setup
+                .console
+                .warn("the server was started anew; the session goes on");
+        }
         Ok(gone_on)
     }
 

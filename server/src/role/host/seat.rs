@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use stiefel_shared::session::{MachineId, SessionName};
+use stiefel_sys::custody::PLACES;
 
 use crate::http::Begin;
 use crate::role::End;
@@ -12,6 +13,8 @@ use crate::role::disk::{Base, Served};
 
 /// The most desktops that can be guests at once. Their numbers are below it.
 pub(super) const MAX_GUESTS: u8 = 8;
+// PID 1 keeps what each has written, and the disk.
+const _: () = assert!(MAX_GUESTS < PLACES);
 
 /// A desktop that has the disk.
 #[derive(Debug, Clone)]

@@ -12,6 +12,8 @@ fn laptop() -> Arc<tempfile::TempDir> {
     dir
 }
 
+const SECTOR: u64 = 512;
+
 fn disk() -> Vec<u8> {
     vec![0x5a; usize::try_from(SIZE).unwrap()]
 }
@@ -50,13 +52,24 @@ fn ask(stream: &mut TcpStream, command: u16, offset: u64, data: &[u8], length: u
     answer
 }
 
-fn write(stream: &mut TcpStream, offset: u64, data: &[u8]) {
-    ask(stream, CMD_WRITE, offset, data, u32::try_from(data.len()).unwrap());
+/// Fills sectors with a byte, and flushes.
+fn write(stream: &mut TcpStream, sectors: std::ops::Range<u64>, byte: u8) {
+    let data = vec![byte; usize::try_from((sectors.end - sectors.start) * SECTOR).unwrap()];
+    ask(
+        stream,
+        CMD_WRITE,
+        sectors.start * SECTOR,
+        &data,
+        u32::try_from(data.len()).unwrap(),
+    );
     ask(stream, CMD_FLUSH, 0, &[], 0);
 }
 
-fn read(stream: &mut TcpStream, offset: u64) -> u8 {
-    ask(stream, CMD_READ, offset, &[], 1)[0]
+/// The byte that a sector is full of.
+fn read(stream: &mut TcpStream, sector: u64) -> u8 {
+    let data = ask(stream, CMD_READ, sector * SECTOR, &[], u32::try_from(SECTOR).unwrap());
+    assert!(data.iter().all(|byte| *byte == data[0]));
+    data[0]
 }
 
 /// Whether the laptop asks this guest to power off, as it would hear it.
@@ -80,19 +93,19 @@ fn guests_share_the_disk_see_only_their_own_writes_and_change_nothing_on_it() {
     assert!(blue.manifest.disk.guest && red.manifest.disk.guest);
     assert!(blue.manifest.session != red.manifest.session && blue.manifest.control.0 != red.manifest.control.0);
     let [mut one, mut two] = [&blue, &red].map(|bundle| fixture.connect(bundle).unwrap());
-    write(&mut one, 5000, &[1; 10_000]);
-    write(&mut two, 5000, &[2; 100]);
+    write(&mut one, 9..29, 1);
+    write(&mut two, 9..10, 2);
     assert_eq!(
-        (read(&mut one, 5000), read(&mut one, 14_999), read(&mut one, 15_000)),
+        (read(&mut one, 9), read(&mut one, 28), read(&mut one, 29)),
         (1, 1, 0x5a)
     );
     assert_eq!(
-        (read(&mut two, 5000), read(&mut two, 5100), read(&mut two, 0)),
+        (read(&mut two, 9), read(&mut two, 10), read(&mut two, 8)),
         (2, 0x5a, 0x5a)
     );
     // A new connection of the one ends none of the other.
     let mut again = fixture.connect(&blue).unwrap();
-    assert_eq!((read(&mut again, 5000), read(&mut two, 5000)), (1, 2));
+    assert_eq!((read(&mut again, 9), read(&mut two, 9)), (1, 2));
     assert!(is_closed(one));
     assert_eq!(std::fs::read(&fixture.disk).unwrap(), disk());
 }
@@ -102,8 +115,8 @@ fn a_guest_that_boots_anew_begins_with_the_laptops_disk_and_others_stay() {
     let fixture = fixture(After::Stay);
     let [blue, red] = [('a', "blue"), ('b', "red")].map(|(machine, key)| fixture.begin(key, machine).unwrap());
     let [mut one, mut two] = [&blue, &red].map(|bundle| fixture.connect(bundle).unwrap());
-    write(&mut one, 0, &[1; 10]);
-    write(&mut two, 0, &[2; 10]);
+    write(&mut one, 0..1, 1);
+    write(&mut two, 0..1, 2);
     let anew = fixture.begin("blue", 'a').unwrap();
     assert!(is_closed(one) && fixture.connect(&blue).is_none());
     assert_eq!(read(&mut fixture.connect(&anew).unwrap(), 0), 0x5a);
@@ -176,8 +189,8 @@ fn what_guests_have_written_goes_on_in_the_servers_next_process_and_ends_with_th
     let (dir, pid_one) = (laptop(), PidOne::default());
     let first = process(&dir, After::Stay, &pid_one);
     let [blue, red] = [('a', "blue"), ('b', "red")].map(|(machine, key)| first.begin(key, machine).unwrap());
-    write(&mut first.connect(&blue).unwrap(), 4096, &[1; 5000]);
-    write(&mut first.connect(&red).unwrap(), 4096, &[2; 5000]);
+    write(&mut first.connect(&blue).unwrap(), 8..18, 1);
+    write(&mut first.connect(&red).unwrap(), 8..18, 2);
     assert_eq!(pid_one.places(), [0, 1, 2]);
     drop(first);
 
@@ -185,8 +198,8 @@ fn what_guests_have_written_goes_on_in_the_servers_next_process_and_ends_with_th
     assert_eq!(second.host.resume().unwrap().len(), 2);
     for (bundle, byte) in [(&blue, 1), (&red, 2)] {
         let mut stream = second.connect(bundle).expect("the guest cannot go on");
-        assert_eq!((read(&mut stream, 9095), read(&mut stream, 9096)), (byte, 0x5a));
-        write(&mut stream, 0, &[byte]);
+        assert_eq!((read(&mut stream, 17), read(&mut stream, 18)), (byte, 0x5a));
+        write(&mut stream, 0..1, byte);
         // It is the same session to the laptop's clock, too.
         is_asked(&second, bundle, 1000);
     }
@@ -200,7 +213,7 @@ fn what_guests_have_written_goes_on_in_the_servers_next_process_and_ends_with_th
     let third = process(&dir, After::Stay, &pid_one);
     assert_eq!(third.host.resume().unwrap().len(), 2);
     assert_eq!(read(&mut third.connect(&red).unwrap(), 0), 2);
-    assert_eq!(read(&mut third.connect(&green).unwrap(), 4096), 0x5a);
+    assert_eq!(read(&mut third.connect(&green).unwrap(), 8), 0x5a);
     third.goodbye(&red, Goodbye::Poweroff).unwrap();
     third.goodbye(&green, Goodbye::Poweroff).unwrap();
     assert!(!pid_one.keeps());
@@ -214,7 +227,7 @@ fn a_guest_whose_writes_were_not_kept_does_not_go_on_and_others_do() {
     let (dir, pid_one) = (laptop(), PidOne::default());
     let first = process(&dir, After::Stay, &pid_one);
     let [blue, red] = [('a', "blue"), ('b', "red")].map(|(machine, key)| first.begin(key, machine).unwrap());
-    write(&mut first.connect(&red).unwrap(), 0, &[2]);
+    write(&mut first.connect(&red).unwrap(), 0..1, 2);
     drop(first);
     pid_one.0.lock().unwrap().remove(&1);
 
@@ -272,7 +285,7 @@ fn a_guests_lost_writes_are_its_own_and_are_not_forgotten() {
     let mut header = [0; 16];
     failed.read_exact(&mut header).unwrap();
     assert_ne!(SimpleReply::parse(&header).unwrap().error, 0);
-    write(&mut second.connect(&red).unwrap(), 0, &[2]);
+    write(&mut second.connect(&red).unwrap(), 0..1, 2);
     // Nothing of it is on the disk, so nothing else is in doubt.
     second.goodbye(&blue, Goodbye::Poweroff).unwrap();
     assert!(second.news.try_recv().is_err() && second.begin("green", 'c').is_ok());
