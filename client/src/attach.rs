@@ -35,6 +35,10 @@ const PATIENCE: Duration = Duration::from_mins(2);
 /// `cdc_subset` races `cdc_ether` for QEMU's USB NIC and gives it a random hardware address.
 const NEVER: [&str; 1] = ["cdc_subset"];
 
+/// What people must know of a guest's disk.
+pub(crate) const GUEST: &str =
+    "guest: nothing is kept. What this desktop writes is gone when it is switched off or reboots";
+
 /// Attaches the disk and execs the distribution's `/init`; the kernel would panic if it returned.
 pub fn run() -> ! {
     let mounted = mount_private();
@@ -116,6 +120,9 @@ fn attach(console: &Console) -> anyhow::Result<()> {
         "the disk of {} is attached as /dev/{name}; starting its system",
         session.hostname
     ));
+    if session.disk.guest {
+        console.warn(GUEST);
+    }
     Ok(())
 }
 

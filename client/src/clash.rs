@@ -53,7 +53,11 @@ const fn next(kind: ClaimKind) -> &'static str {
 pub(crate) fn own_disks() -> Result<Vec<Content>, BlockError> {
     let sysfs = Path::new(SYSFS);
     let disks = block::disks(sysfs)?;
-    Ok(disks.iter().flat_map(|disk| block::contents(sysfs, disk)).collect())
+    // An empty card reader has none, and the laptop's system will not find anything on a broken disk either.
+    Ok(disks
+        .iter()
+        .flat_map(|disk| block::contents(sysfs, disk).unwrap_or_default())
+        .collect())
 }
 
 /// Compares what the desktop's own devices carry with what the laptop's carry.

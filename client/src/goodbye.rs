@@ -50,9 +50,12 @@ pub fn run() -> ! {
     let known = session.as_ref().ok();
     // Before anything is unmounted: it goes with its last holder.
     let place = Namespace::open(&Path::new("/").join(NAMESPACE)).ok().map(Arc::new);
+    if known.is_some_and(|session| session.disk.guest) {
+        console.info("guest: what this desktop has written is discarded by the laptop");
+    }
     // While the root file system is there; the others are gone.
     let in_root = known
-        .filter(|_| way == Goodbye::Reboot)
+        .filter(|session| may_change(session, way))
         .map(|session| look(session, |session| anew::in_root(folders(session)?, Path::new(OLD_ROOT))));
     let cleared = {
         let (console, session) = (Arc::clone(&console), known.cloned());
@@ -133,6 +136,11 @@ fn patiently(
             Err(_) => anyhow::bail!("nothing was written for {} s; going on without", UNMOUNT.as_secs()),
         }
     }
+}
+
+/// Whether the laptop may have to collect anew what the desktop boots: a guest's changes are never booted.
+fn may_change(session: &AttachSession, way: Goodbye) -> bool {
+    way == Goodbye::Reboot && !session.disk.guest
 }
 
 /// What systemd's word means for the laptop and for this machine.

@@ -228,6 +228,7 @@ mod tests {
                     port: 1,
                     export: "secret-export".to_owned(),
                 },
+                guest: false,
             },
             link: LinkOffer {
                 mode: LinkMode::Dedicated,

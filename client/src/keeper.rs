@@ -507,6 +507,7 @@ fn first_status(session: &AttachSession) -> Status {
         laptop: session.hostname.clone(),
         transport: transport.to_owned(),
         encryption: session.link.tunnel.as_ref().map_or("none", |_| "wireguard").to_owned(),
+        guest: session.disk.guest,
         mtu: session.link.tunnel.as_ref().map_or(1500, |tunnel| tunnel.mtu),
         connected: true,
         ..Status::default()

@@ -21,6 +21,7 @@ use stiefel_sys::link;
 use stiefel_sys::{kexec, wired};
 use tokio::sync::mpsc;
 
+use crate::attach::GUEST;
 use crate::discovery::{self, Event, Found};
 use crate::fetch::{self, Progress};
 use crate::{clash, control};
@@ -216,6 +217,9 @@ async fn start(
     kernel: &File,
     initrd: &mut File,
 ) -> anyhow::Result<()> {
+    if manifest.disk.guest {
+        console.warn(GUEST);
+    }
     ensure!(
         manifest.link.tunnel.is_some() || !handover.encrypted_only,
         "{} would send its disk in clear, and this stick forbids that; set link.encryption to wireguard in its \

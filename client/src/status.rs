@@ -17,6 +17,8 @@ pub struct Status {
     pub encryption: String,
     /// The name of the disk's block device.
     pub device: String,
+    /// Nothing that is written is kept: it is gone when this desktop is switched off or reboots.
+    pub guest: bool,
     /// The largest packet on the way to the disk, in bytes.
     pub mtu: u32,
     /// Whether the laptop is heard.

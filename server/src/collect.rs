@@ -16,7 +16,7 @@ use stiefel_initrd_builder::modules::{ModuleTree, ModulesError};
 use stiefel_initrd_builder::overlay::OverlayError;
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, ManifestError, RAMDISK};
 use stiefel_shared::config::{Auto, Config};
-use stiefel_shared::handover::{BootFolder, DiskIdentity, DiskTransport, Encryption, HandoverError, Part};
+use stiefel_shared::handover::{BootFolder, DiskIdentity, DiskTransport, Encryption, HandoverError, Part, SessionMode};
 use stiefel_shared::key::{KeyError, StickKey};
 use stiefel_sys::block::{self, BlockError, Disk};
 
@@ -232,7 +232,12 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
     if config.link.encryption == Encryption::Wireguard {
         check_tunnel(&manifest, &payload)?;
     }
-    let transport = transport(config.disk.transport.given().copied(), &manifest, &payload)?;
+    let wanted = match config.session.mode {
+        SessionMode::Normal => config.disk.transport.given().copied(),
+        // Only our own server keeps their writes apart.
+        SessionMode::Guest => Some(DiskTransport::Nbd),
+    };
+    let transport = transport(wanted, &manifest, &payload)?;
     let disk = disk(&tree, &config.boot.disk)?;
     let firmware = ["/lib/firmware/updates", "/lib/firmware", "/usr/lib/firmware"];
     Ok(Collected {

@@ -182,16 +182,17 @@ pub fn bind(port: u16) -> Result<TcpListener, HttpError> {
 
 /// Serves until the future is dropped, which also closes all connections.
 ///
-/// `resumed` is a session that an earlier process has begun: it can say goodbye. `responder` is shared with [`crate::discovery`]: it knows what was offered to whom.
+/// `resumed` are sessions that an earlier process has begun: they can say goodbye. `responder` is shared with
+/// [`crate::discovery`]: it knows what was offered to whom.
 pub async fn run<H: SessionHost>(
     listener: TcpListener,
     host: Arc<H>,
     responder: Arc<Mutex<Responder>>,
     limits: Limits,
-    resumed: Option<(SessionName, ControlKey)>,
+    resumed: Vec<(SessionName, ControlKey)>,
 ) -> Infallible {
     let server = Arc::new(Server::new(host, responder, limits));
-    if let Some((session, control)) = resumed {
+    for (session, control) in resumed {
         server.resume(session, control);
     }
     let places = Places::new(limits.connections, limits.per_peer);

@@ -1,7 +1,7 @@
 //! The laptop in the ramdisk: finds its disk, answers discovery, serves the bundle and the disk, and says what happens.
 //!
 //! The pieces are [`crate::discovery`], [`crate::http`] and [`crate::nbd`]; what they may do is decided by
-//! `host::Host`, which owns the disk and the one session.
+//! `host::Host`, which owns the disk and its sessions: one that writes, or several of guests.
 
 mod disk;
 mod host;
@@ -11,15 +11,13 @@ mod machine;
 mod pulse;
 mod record;
 
-use std::net::{Ipv6Addr, TcpListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use stiefel_shared::bundle::{DISK_PORT, Goodbye};
 use stiefel_shared::discovery::{About, LinkEvent, PORT, Responder, State};
-use stiefel_shared::handover::{After, DiskIdentity, DiskTransport, Encryption, ServerHandover};
+use stiefel_shared::handover::{DiskIdentity, DiskTransport, Encryption, ServerHandover, SessionMode};
 use stiefel_sys::block::{self, BlockError, Disk};
 use stiefel_sys::console::Console;
 use stiefel_sys::custody::Custody;
@@ -32,11 +30,10 @@ use tokio::sync::mpsc;
 
 use crate::discovery;
 use crate::http;
-use crate::nbd;
 use crate::supply::Supply;
 use crate::tree::Tree;
 
-use host::{Door, Host, News, Setup};
+use host::{Host, News, Setup};
 use keys::Keys;
 use machine::Laptop;
 use record::{RECORD, Records};
@@ -70,6 +67,11 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
     let needed = needed_modules(&handover);
     tokio::task::spawn_blocking(move || load(&needed)).await??;
 
+    if handover.session == SessionMode::Guest {
+        console.info(
+            "guest: nothing is kept. What desktops write stays in this laptop's memory; its disk is open read-only",
+        );
+    }
     let names: Vec<&str> = handover.keys.iter().map(|key| key.name.as_str()).collect();
     console.info(&format!("sticks with these keys may connect: {}", names.join(", ")));
     let about = About {
@@ -84,12 +86,6 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
         Instant::now(),
     )));
 
-    let door = Arc::new(Door::default());
-    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, DISK_PORT))
-        .with_context(|| format!("cannot listen on TCP port {DISK_PORT} for the disk"))?;
-    let gate: Arc<dyn nbd::Gate> = Arc::<Door>::clone(&door);
-    let server = nbd::Server::start(listener, gate, nbd::Limits::default()).context("cannot serve the disk")?;
-    let after = handover.after;
     let machine = Box::new(Laptop {
         console,
         identity: handover.disk.clone(),
@@ -103,8 +99,6 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
         person: Arc::<Keys>::clone(&keys),
         records,
         root: "/".into(),
-        door,
-        server,
         news: tell,
     };
     let host = Arc::new(Host::new(setup, handover));
@@ -134,47 +128,21 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
     console.info("ready; waiting for the desktop");
     keys.follow(host);
     tokio::pin!(web, answers, pulse);
-    loop {
-        tokio::select! {
+    tokio::select! {
             never = &mut web => match never {},
             never = &mut pulse => match never {},
             () = &mut answers => anyhow::bail!("discovery ended"),
             Some(news) = news.recv() => match news {
                 News::Broken(why) => anyhow::bail!("the disk could not be closed in order, check it: {why}"),
-                News::Parted(goodbye) => {
-                    let (says, end) = after_goodbye(goodbye, after);
-                    console.info(says);
-                    if let Some(end) = end {
-                        return Ok(end);
-                    }
-                }
-                News::Home => return Ok(End::Restart),
-                News::Silent => {
-                    if let (_, Some(end)) = after_goodbye(Goodbye::Poweroff, after) {
-                        return Ok(end);
-                    }
-                }
+                News::End(end) => Ok(end),
             },
-        }
     }
 }
 
-/// What follows a goodbye: what the screen says, and whether the laptop's turn ends.
-const fn after_goodbye(goodbye: Goodbye, after: After) -> (&'static str, Option<End>) {
-    match (goodbye, after) {
-        (Goodbye::Reboot, _) => ("the desktop reboots; serving on", None),
-        (Goodbye::RebootAnew, _) => (
-            "the desktop reboots, and its kernel or initrd was changed; the laptop goes home to collect it and can be woken \
-             there",
-            Some(End::Restart),
-        ),
-        (Goodbye::Poweroff, After::Stay) => ("the desktop is off; serving on", None),
-        (Goodbye::Poweroff, After::Return) => (
-            "the desktop is off; going back to the laptop's own system",
-            Some(End::Restart),
-        ),
-        (Goodbye::Poweroff, After::Poweroff) => ("the desktop is off; switching off", Some(End::PowerOff)),
-    }
+/// Whether an earlier process, or this one, has left a session that could go on.
+#[must_use]
+pub fn has_session() -> bool {
+    Path::new(RECORD).exists()
 }
 
 /// Brings all wired NICs up, and tells discovery and the screen of them.
@@ -283,22 +251,6 @@ fn wait_for_disk(console: &Console, wanted: &DiskIdentity) -> anyhow::Result<Dis
                 // Events were lost: look again.
                 Err(_) => break,
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn after_power_off_the_laptop_does_what_is_configured_and_after_reboot_it_serves_on_unless_the_kernel_changed() {
-        assert_eq!(after_goodbye(Goodbye::Poweroff, After::Return).1, Some(End::Restart));
-        assert_eq!(after_goodbye(Goodbye::Poweroff, After::Poweroff).1, Some(End::PowerOff));
-        assert_eq!(after_goodbye(Goodbye::Poweroff, After::Stay).1, None);
-        for after in [After::Return, After::Stay, After::Poweroff] {
-            assert_eq!(after_goodbye(Goodbye::Reboot, after).1, None);
-            assert_eq!(after_goodbye(Goodbye::RebootAnew, after).1, Some(End::Restart));
         }
     }
 }

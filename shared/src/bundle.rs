@@ -13,7 +13,7 @@ use crate::superblock::{self, Claim};
 
 /// TCP port of the laptop's disk.
 pub const DISK_PORT: u16 = 61571;
-/// UDP port of both ends of the tunnel.
+/// UDP port of both ends of the tunnel; of a further guest's see docs/protocol.md, "The link".
 pub const TUNNEL_PORT: u16 = 61572;
 /// UDP port of the laptop's signs of life.
 pub const PULSE_PORT: u16 = 61573;
@@ -208,6 +208,9 @@ pub struct DiskOffer {
     pub logical_block_size: u32,
     /// How it is served.
     pub transport: Transport,
+    /// What is written stays in the laptop's memory, and is gone with the session.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub guest: bool,
 }
 
 /// How the disk travels.

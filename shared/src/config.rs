@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::handover::{After, DiskTransport, Encryption, LinkMode};
+use crate::handover::{After, DiskTransport, Encryption, LinkMode, SessionMode};
 
 /// Where the configuration lies on the laptop.
 pub const CONFIG_PATH: &str = "/etc/stiefel/config.yaml";
@@ -171,6 +171,8 @@ pub enum Wake {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Session {
+    /// What becomes of what a desktop writes.
+    pub mode: SessionMode,
     /// What the laptop does once the desktop was powered off.
     pub after: After,
     /// How long the laptop waits for a desktop that is not heard any more before it goes home.
@@ -182,6 +184,7 @@ pub struct Session {
 impl Default for Session {
     fn default() -> Self {
         Self {
+            mode: SessionMode::default(),
             after: After::default(),
             grace: Seconds(Duration::from_mins(15)),
             swap: false,
@@ -265,6 +268,14 @@ impl Config {
             return Err(fail(
                 "link: {mode: lan, encryption: none} would send the disk in clear over a network that others use; set \
                  encryption to wireguard, or mode to dedicated for a cable of its own"
+                    .to_owned(),
+            ));
+        }
+        if document.session.mode == SessionMode::Guest && document.disk.transport == Auto::Given(DiskTransport::NvmeTcp)
+        {
+            return Err(fail(
+                "session.mode is guest, but disk.transport is nvme-tcp: what guests write is kept apart by stiefel's own \
+                 server, which speaks NBD; set disk.transport to auto or nbd, or session.mode to normal"
                     .to_owned(),
             ));
         }
@@ -654,6 +665,7 @@ mod tests {
             ("trigger: {battery: 101%}", "10%"),
             ("link: {encryption: rot13}", "wireguard"),
             ("session: {after: sleep}", "poweroff"),
+            ("session: {mode: visitor}", "guest"),
             ("disk: {transport: iscsi}", "nvme-tcp or nbd"),
             ("link: {mode: wan}", "dedicated"),
             ("session: {swap: maybe}", "bool"),
@@ -670,6 +682,17 @@ mod tests {
     fn what_would_endanger_the_disk_is_refused() {
         assert!(error("link: {mode: lan, encryption: none}").contains("wireguard"));
         assert!(error("session: {grace: 5s}").contains("30s"));
+    }
+
+    #[test]
+    fn guests_have_nbd_and_nothing_else() {
+        let refused = error("session: {mode: guest}\ndisk: {transport: nvme-tcp}\n");
+        assert!(refused.contains("set disk.transport to auto or nbd"), "{refused}");
+        for transport in ["auto", "nbd"] {
+            let config = Config::parse(&format!("session: {{mode: guest}}\ndisk: {{transport: {transport}}}\n"));
+            assert_eq!(config.unwrap().session.mode, SessionMode::Guest);
+        }
+        assert!(Config::parse("disk: {transport: nvme-tcp}").is_ok());
     }
 
     #[test]

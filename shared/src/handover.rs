@@ -60,8 +60,10 @@ pub struct ServerHandover {
     pub encryption: Encryption,
     /// What the link is used for besides.
     pub mode: LinkMode,
-    /// How the disk is served; both kernels can do it.
+    /// How the disk is served; both kernels can do it. With guests always by NBD.
     pub transport: DiskTransport,
+    /// What becomes of what a desktop writes.
+    pub session: SessionMode,
     /// How long the laptop waits for a desktop that is not heard any more, in seconds.
     pub grace: u64,
 }
@@ -252,6 +254,17 @@ pub enum DiskTransport {
     NvmeTcp,
     /// NBD: our own server.
     Nbd,
+}
+
+/// `session.mode`: what becomes of what a desktop writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SessionMode {
+    /// It goes onto the laptop's disk, which one desktop has at a time.
+    #[default]
+    Normal,
+    /// It stays in the laptop's memory, and is gone with the session; several desktops may be there at once.
+    Guest,
 }
 
 /// `session.after`: what the laptop does once the desktop was powered off.

@@ -1,8 +1,9 @@
-//! What PID 1 keeps for the role: the descriptor of the disk that it serves, and its verdict on how the machine's turn ends.
+//! What PID 1 keeps for the role: the descriptors of what it serves, and its verdict on how the machine's turn ends.
 //!
 //! Counterpart: [`stiefel_sys::custody::Custody`], in the role. Here everything that a dead disk could make last for ever (closing
 //! it, too) happens on a thread that nobody waits for without a limit.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +23,8 @@ pub(crate) struct Kept(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    held: Option<OwnedFd>,
+    /// By their numbers; the custodian lets no number through that is too large.
+    held: BTreeMap<u8, OwnedFd>,
     verdict: Option<Verdict>,
 }
 
@@ -66,15 +68,16 @@ impl Kept {
     fn serve(&self, custodian: &Custodian) -> std::io::Result<()> {
         while let Some(request) = custodian.next()? {
             let copy = match &request {
-                Request::Hold(fd) => {
+                Request::Hold(place, fd) => {
                     let fd = fd.try_clone()?;
-                    let before = self.state().held.replace(fd);
+                    let before = self.state().held.insert(*place, fd);
                     // The last copy's end may last: not while the state is locked.
                     drop(before);
                     None
                 }
-                Request::Release => {
-                    drop(self.take());
+                Request::Release(place) => {
+                    let before = self.state().held.remove(place);
+                    drop(before);
                     None
                 }
                 Request::Verdict(status) => {
@@ -84,7 +87,7 @@ impl Kept {
                     }
                     None
                 }
-                Request::Fetch => self.state().held.as_ref().map(OwnedFd::try_clone).transpose()?,
+                Request::Fetch(place) => self.state().held.get(place).map(OwnedFd::try_clone).transpose()?,
             };
             // The role may have been killed meanwhile: the next word from it is its end.
             let _ = custodian.answer(&request, copy.as_ref().map(AsFd::as_fd));
@@ -97,9 +100,9 @@ impl Kept {
         self.state().verdict
     }
 
-    /// Gives away what is held.
-    pub(crate) fn take(&self) -> Option<OwnedFd> {
-        self.state().held.take()
+    /// Gives away all that is held.
+    pub(crate) fn take(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.state().held).into_values().collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -144,14 +147,14 @@ mod tests {
         let (role, attended) = kept.attend(console()).unwrap();
         let first = Custody::from(role);
         let mut file = tempfile::tempfile().unwrap();
-        first.hold(file.as_fd()).unwrap();
+        first.hold(3, file.as_fd()).unwrap();
         file.write_all(b"abc").unwrap();
         drop((file, first));
         attended.finish();
         let (role, _attended) = kept.attend(console()).unwrap();
-        let mut again = File::from(Custody::from(role).fetch().unwrap().unwrap());
+        let mut again = File::from(Custody::from(role).fetch(3).unwrap().unwrap());
         assert_eq!(again.stream_position().unwrap(), 3);
-        assert!(kept.take().is_some());
+        assert_eq!(kept.take().len(), 1);
     }
 
     #[test]
@@ -160,15 +163,19 @@ mod tests {
         let (role, _attended) = kept.attend(console()).unwrap();
         let role = Custody::from(role);
         let (first, writer) = std::io::pipe().unwrap();
-        role.hold(writer.as_fd()).unwrap();
+        role.hold(0, writer.as_fd()).unwrap();
         drop(writer);
         assert!(!is_closed(&first));
         let (second, writer) = std::io::pipe().unwrap();
-        role.hold(writer.as_fd()).unwrap();
+        role.hold(0, writer.as_fd()).unwrap();
         drop(writer);
         assert!(is_closed(&first) && !is_closed(&second));
-        role.release().unwrap();
-        assert!(is_closed(&second) && role.fetch().unwrap().is_none());
+        let (other, writer) = std::io::pipe().unwrap();
+        role.hold(1, writer.as_fd()).unwrap();
+        drop(writer);
+        role.release(0).unwrap();
+        assert!(is_closed(&second) && role.fetch(0).unwrap().is_none());
+        assert!(!is_closed(&other) && role.fetch(1).unwrap().is_some());
     }
 
     #[test]

@@ -172,8 +172,13 @@ fn let_go(console: &Console, kept: &Kept) {
         Some(Err(error)) => console.error(&describe(&error)),
         None => console.error("the kernel does not let the disk go; data may be lost, check the disk"),
     }
-    let Some(held) = kept.take() else { return };
-    match within(SYNC, move || rustix::fs::fsync(&held)) {
+    let held = kept.take();
+    if held.is_empty() {
+        return;
+    }
+    // What lies in memory alone is done at once.
+    let flush = move || held.iter().try_for_each(rustix::fs::fsync);
+    match within(SYNC, flush) {
         // Whether an earlier flush has failed the role has said.
         Some(Ok(())) => console.info("the disk is closed"),
         Some(Err(error)) => console.error(&format!(

@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 
 use stiefel_initrd_builder::overlay::{Overlay, overlay};
 use stiefel_shared::cpio;
-use stiefel_shared::handover::{Handover, Part, PartSize, Payload, SecretBytes, ServerHandover};
+use stiefel_shared::handover::{Handover, Part, PartSize, Payload, SecretBytes, ServerHandover, SessionMode};
 use stiefel_sys::kexec;
 
 use super::{CollectError, Collected, checked, fits};
@@ -70,13 +70,16 @@ impl Collected {
             })
         };
         let mut cmdline = self.payload.cmdline.clone();
-        if !self.session.swap && !cmdline.split(' ').any(|word| word == NO_SWAP) {
+        // A guest would swap into the laptop's memory.
+        let swap = self.session.swap && self.session.mode == SessionMode::Normal;
+        if !swap && !cmdline.split(' ').any(|word| word == NO_SWAP) {
             cmdline = insert(&cmdline, NO_SWAP);
         }
         Ok(ServerHandover {
             encryption: self.link.encryption,
             mode: self.link.mode,
             transport: self.transport,
+            session: self.session.mode,
             grace: self.session.grace.0.as_secs(),
             keys: self.keys.clone(),
             hostname: self.hostname.clone(),
@@ -270,6 +273,13 @@ mod tests {
             memory: None,
         };
         assert_eq!(collected.image().unwrap().modules, 1);
+        collected.session.swap = true;
+        for (mode, swaps) in [(SessionMode::Normal, true), (SessionMode::Guest, false)] {
+            collected.session.mode = mode;
+            let handover = collected.image().unwrap().handover;
+            assert_eq!(handover.session, mode);
+            assert_eq!(handover.payload.cmdline.contains(NO_SWAP), !swaps);
+        }
         collected.modules.push("special".to_owned());
         assert_eq!(collected.image().unwrap().modules, 2);
     }

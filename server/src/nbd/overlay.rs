@@ -8,8 +8,10 @@
 //! Durability, for a file: a flush brings the blocks onto the disk, then the bits, then is answered. So after a power cut
 //! each block is what was flushed, or older, or newer, never what nobody wrote. A kept overlay that could not be flushed
 //! is refused for ever. What was not flushed is lost when the *process* ends, so its session must end with it.
-//! In memory: bits are written through at once; whoever holds the memfd (PID 1, by [`Overlay::upper`]) can have a new
-//! process go on with it by [`Overlay::resume`] as if nothing had happened.
+//! In memory: bits are written through before a write is answered; whoever holds the memfd (PID 1, by [`Overlay::upper`]) can
+//! have a new process go on with it by [`Overlay::resume`] as if nothing had happened.
+
+mod map;
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
@@ -19,18 +21,16 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
-use rustix::fs::{MemfdFlags, memfd_create};
-use stiefel_shared::nbd::Extent;
+use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, memfd_create};
+use stiefel_shared::nbd::{Extent, STATE_HOLE};
+
+use map::{BLOCK, LEAF, Map, length};
 
 use super::export::{Export, ExportError, ExportOptions};
 use super::request::Range;
 use super::storage::{Access, FileStore, Medium, lock};
 use super::store::{Store, Traits};
 
-/// Bytes that one bit stands for.
-const BLOCK: u64 = 4096;
-/// Bits in one block of bits.
-const LEAF: u64 = BLOCK * 8;
 /// The first bytes of an upper layer.
 const MAGIC: &[u8; 12] = b"stiefel-ovl1";
 /// Where block 0 has the base's size, 64 bits, little-endian.
@@ -114,64 +114,22 @@ pub fn open_base(path: &Path) -> Result<Arc<dyn Store>, ExportError> {
     Ok(Arc::new(FileStore::open(path, Access::Base)?))
 }
 
-/// Which blocks the upper layer has: blocks of bits, absent where all are zero.
-#[derive(Debug)]
-struct Map {
-    leaves: Vec<Option<Box<[u8]>>>,
-    /// Leaves that are not yet in the file.
-    dirty: BTreeSet<usize>,
-}
-
-impl Map {
-    fn has(&self, block: u64) -> bool {
-        let (leaf, byte, bit) = place(block);
-        self.leaves
-            .get(leaf)
-            .and_then(Option::as_ref)
-            .is_some_and(|bits| bits[byte] & bit != 0)
+/// As [`open_base`], of an open file or device that the caller holds; `path` is only shown.
+///
+/// # Errors
+/// See [`ExportError`]; `Open` also if it could be written through this very file.
+pub fn base_of(file: File, path: &Path) -> Result<Arc<dyn Store>, ExportError> {
+    let failed = |source| ExportError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let flags = fcntl_getfl(&file).map_err(|errno| failed(errno.into()))?;
+    if flags & OFlags::RWMODE != OFlags::RDONLY {
+        return Err(failed(io::Error::other(
+            "what guests share must not be open for writing",
+        )));
     }
-
-    /// Where the run of blocks that are alike ends, at most `end`, and whether the upper layer has them.
-    fn run(&self, block: u64, end: u64) -> (u64, bool) {
-        let has = self.has(block);
-        let mut at = block + 1;
-        while at < end && self.has(at) == has {
-            let (leaf, ..) = place(at);
-            // Whole absent leaves need not be looked at bit by bit.
-            let absent = self.leaves.get(leaf).is_none_or(Option::is_none);
-            at = if absent {
-                at.next_multiple_of(LEAF).max(at + 1)
-            } else {
-                at + 1
-            };
-        }
-        (at.min(end), has)
-    }
-
-    fn has_all(&self, first: u64, end: u64) -> bool {
-        self.run(first, end) == (end, true)
-    }
-
-    fn set(&mut self, blocks: std::ops::Range<u64>) {
-        for block in blocks {
-            let (leaf, byte, bit) = place(block);
-            let Some(bits) = self.leaves.get_mut(leaf) else { return };
-            let bits = bits.get_or_insert_with(|| vec![0; length(BLOCK)].into());
-            if bits[byte] & bit == 0 {
-                bits[byte] |= bit;
-                self.dirty.insert(leaf);
-            }
-        }
-    }
-}
-
-/// Leaf, byte and bit of a block.
-fn place(block: u64) -> (usize, usize, u8) {
-    (length(block / LEAF), length(block % LEAF / 8), 1 << (block % 8))
-}
-
-fn length(bytes: u64) -> usize {
-    usize::try_from(bytes).unwrap_or(usize::MAX)
+    Ok(Arc::new(FileStore::of(file, path)?))
 }
 
 /// A base with an upper layer.
@@ -278,15 +236,42 @@ impl Overlay {
         self.map.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the upper layer may take so many bytes more.
-    fn check_room(&self, bytes: usize) -> io::Result<()> {
+    /// Bytes of memory that the upper layer takes, and how many it may; `None` if it is not in memory.
+    #[must_use]
+    pub fn filled(&self) -> Option<(u64, u64)> {
+        let (limit, file) = (self.memory?, self.upper.file()?);
+        Some((file.metadata().ok()?.blocks() * 512, limit))
+    }
+
+    /// Whether the upper layer may take what a range needs: as much as it is long, but for what has its place already.
+    fn check_room(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let (Some(limit), Some(file)) = (self.memory, self.upper.file()) else {
             return Ok(());
         };
-        if file.metadata()?.blocks() * 512 + bytes as u64 > limit {
+        let used = file.metadata()?.blocks() * 512;
+        if used + bytes <= limit {
+            return Ok(());
+        }
+        // Nearly full: what is there can still be overwritten.
+        let range = Range {
+            offset: self.blocks_at + offset / BLOCK * BLOCK,
+            length: (offset + bytes).next_multiple_of(BLOCK) - offset / BLOCK * BLOCK,
+        };
+        let holes = self.upper.extents(range, usize::MAX).into_iter();
+        let needed: u64 = holes
+            .filter(|extent| extent.state & STATE_HOLE != 0)
+            .map(|extent| extent.length)
+            .sum();
+        if needed > 0 && used + needed > limit {
             return Err(io::ErrorKind::StorageFull.into());
         }
         Ok(())
+    }
+
+    /// Whether a write to these blocks needs no new bit: they are there, and, in memory, all bits are where a new process
+    /// would find them.
+    fn is_known(&self, map: &Map, blocks: &std::ops::Range<u64>) -> bool {
+        map.has_all(blocks.start, blocks.end) && (self.memory.is_none() || map.dirty.is_empty())
     }
 
     /// The parts of a range that come from one layer each: where, how long, whether from the upper one.
@@ -423,9 +408,9 @@ impl Store for Overlay {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         let end = offset + bytes as u64;
         let blocks = offset / BLOCK..end.div_ceil(BLOCK);
-        self.check_room(bytes)?;
+        self.check_room(offset, bytes as u64)?;
         match self.map.try_read() {
-            Ok(map) if map.has_all(blocks.start, blocks.end) => {
+            Ok(map) if self.is_known(&map, &blocks) => {
                 return self.upper.write_now(parts, self.blocks_at + offset);
             }
             Ok(_) | Err(TryLockError::Poisoned(_)) => {}
@@ -446,12 +431,12 @@ impl Store for Overlay {
     }
 
     fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.check_room(data.len())?;
+        self.check_room(offset, data.len() as u64)?;
         let end = offset + data.len() as u64;
         let blocks = offset / BLOCK..end.div_ceil(BLOCK);
         {
             let map = self.read_map();
-            if map.has_all(blocks.start, blocks.end) {
+            if self.is_known(&map, &blocks) {
                 return self.upper.write(data, self.blocks_at + offset);
             }
         }
@@ -503,7 +488,7 @@ impl Store for Overlay {
         let end = range.offset + range.length;
         let blocks = range.offset.div_ceil(BLOCK)..end / BLOCK;
         if no_hole {
-            self.check_room(length(range.length))?;
+            self.check_room(range.offset, range.length)?;
         }
         if blocks.start >= blocks.end {
             return self.write(&vec![0; length(range.length)], range.offset);
@@ -553,7 +538,8 @@ impl Store for Overlay {
 
     fn sync(&self) -> io::Result<()> {
         if self.memory.is_some() {
-            return Ok(());
+            // Those of a write that was not answered because they could not be stored.
+            return self.store_leaves(&mut self.write_map());
         }
         // The bits as they are now: what they stand for was written before, so the first flush covers it.
         let bits: Vec<(usize, Box<[u8]>)> = {

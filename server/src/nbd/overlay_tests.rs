@@ -144,12 +144,41 @@ fn memory_has_a_limit_and_trimming_gives_it_back() {
         }
     };
     assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+    // What is there can still be overwritten.
+    overlay.write(&[2; 8192], 3 * BLOCK).unwrap();
+    assert!(all(&overlay)[12_288..20_480].iter().all(|byte| *byte == 2));
+    let (used, limit) = overlay.filled().unwrap();
+    assert!(limit == 100_000 && used <= limit && used > 80_000, "{used}");
     let whole = Range {
         offset: 0,
         length: SIZE,
     };
     overlay.trim(whole).unwrap();
     overlay.write(&[1; 4096], 0).unwrap();
+}
+
+#[test]
+fn space_that_was_trimmed_counts_again_when_it_is_written() {
+    let (base, _file) = base();
+    let overlay = Overlay::memory(base, 100_000).unwrap();
+    let whole = Range {
+        offset: 0,
+        length: SIZE,
+    };
+    // All blocks are the upper layer's now, and none takes memory.
+    overlay.trim(whole).unwrap();
+    let full = overlay.write(&[1; 150_000], 0).unwrap_err();
+    assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+    let part = overlay.write_now(&[IoSlice::new(&[1; 150_000])], 0).unwrap_err();
+    assert_eq!(part.kind(), io::ErrorKind::StorageFull);
+}
+
+#[test]
+fn what_guests_share_must_not_be_open_for_writing() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path();
+    assert!(base_of(file.reopen().unwrap(), path).is_err());
+    assert!(base_of(File::open(path).unwrap(), path).is_ok());
 }
 
 #[test]

@@ -1,40 +1,49 @@
-//! Who owns the disk: opens it for one session at a time, and closes it in order before anything else may have it.
+//! Who owns the disk: opens it for one session at a time, and closes it in order before anything else may have it. Or it
+//! opens it read-only, for guests ([`guests`]), of whom there may be several; never both.
 //!
 //! The order at the end of a session is always the same: withdraw the disk (nobody new gets in), drop the peer's
 //! connections, wait until no request runs any more, flush, close the device, take the link down. Only then may another
 //! session begin or the laptop reboot.
 //!
-//! What a session is made of is written down ([`record`](super::record)), so that it goes on when this process was killed.
+//! What a session is made of is written down ([`record`](super::record)), so that it goes on when this process was killed
+//! ([`resume`]).
 
+mod end;
+mod guests;
 mod life;
+mod links;
 mod person;
+mod resume;
+mod seat;
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use stiefel_shared::bundle::{ControlKey, DeviceClaims, DiskOffer, Goodbye, LinkOffer, Manifest, Transport};
-use stiefel_shared::discovery::LinkEvent;
+use stiefel_shared::bundle::{ControlKey, DeviceClaims, DiskOffer, Goodbye, LinkOffer, Manifest};
 use stiefel_shared::handover::ServerHandover;
-use stiefel_shared::session::{MachineId, SessionName};
+use stiefel_shared::session::SessionName;
 use stiefel_sys::block::{Content, Disk};
 use stiefel_sys::console::Console;
 use tokio::sync::mpsc;
 
 use life::Life;
+use links::Links;
+use seat::{Holder, Seat, Session};
 
 use super::End;
-use super::disk::Served;
+use super::disk::{Base, Served, With};
 use super::keys::Person;
-use super::link::{Known, Up, Wanted};
+use super::link::{Up, Wanted};
 use super::machine::{Machine, within};
 use super::record::{Record, Records};
 use crate::http::{Begin, Bundle, FeedError, Refusal, SessionHost};
-use crate::nbd::{self, Export, Gate, Listed};
+use crate::nbd::Export;
 use crate::supply::Supply;
 
 /// How long requests that run may take until the disk is closed. A disk that does not answer for this long is broken.
@@ -43,95 +52,29 @@ const DRAIN: Duration = Duration::from_secs(60);
 /// What the host tells those who run it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum News {
-    /// A desktop has said goodbye, and knows that it was heard.
-    Parted(Goodbye),
-    /// A desktop was not heard for too long; its session was closed in order.
-    Silent,
-    /// The person at the laptop wants it back.
-    Home,
+    /// The laptop's turn ends; whoever had to know knows it.
+    End(End),
     /// The disk could not be closed in order: what became of its last writes is unknown.
     Broken(String),
 }
 
-/// What is open to a desktop: at most one disk, for one peer. This is also the NBD server's view.
-#[derive(Default)]
-pub(super) struct Door(Mutex<Option<Open>>);
-
-struct Open {
-    /// The desktop's address of this session. An interface is not compared: after a re-plug it has another index.
-    peer: IpAddr,
-    served: Served,
-    /// Goes with the session.
-    link: Option<Up>,
-}
-
-impl Door {
-    /// Tells the session's link of an interface that came or went; how it is known when that has changed something.
-    fn follow(&self, event: &LinkEvent, silent: bool) -> anyhow::Result<Option<Known>> {
-        match self.lock().as_mut().and_then(|open| open.link.as_mut()) {
-            Some(link) => Ok(link.follow(event, silent)?.then(|| link.known().clone())),
-            None => Ok(None),
-        }
-    }
-
-    /// The packet size of the session's link, in bytes.
-    fn mtu(&self) -> u32 {
-        let door = self.lock();
-        let link = door.as_ref().and_then(|open| open.link.as_ref());
-        link.map_or(0, |link| link.known().mtu)
-    }
-
-    /// Sets the packet size of the session's link, in bytes; what it is then.
-    pub(super) fn set_mtu(&self, mtu: u32) -> anyhow::Result<u32> {
-        match self.lock().as_mut().and_then(|open| open.link.as_mut()) {
-            Some(link) => link.set_mtu(mtu),
-            None => Ok(0),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Gate for Door {
-    fn admit(&self, peer: SocketAddr) -> bool {
-        self.lock().as_ref().is_some_and(|open| open.peer == peer.ip())
-    }
-
-    fn export(&self, name: &str, peer: SocketAddr) -> Option<Arc<Export>> {
-        let door = self.lock();
-        let open = door.as_ref().filter(|open| open.peer == peer.ip())?;
-        open.served.export().filter(|export| export.name() == name).cloned()
-    }
-
-    fn list(&self, _peer: SocketAddr) -> Vec<Listed> {
-        // The name is the session's secret.
-        Vec::new()
-    }
-}
-
-/// The desktop that has the disk.
-#[derive(Debug, Clone)]
-struct Holder {
-    session: SessionName,
-    peer: SocketAddrV6,
-    key: String,
-    machine: MachineId,
-}
-
-/// The one session.
-#[derive(Default)]
-struct Seat {
-    holder: Option<Holder>,
-    /// Key and machine of another desktop that the person at the laptop does not let in while this session lasts.
-    denied: Option<(String, MachineId)>,
-    /// Why nobody gets the disk any more before the laptop was restarted.
-    closed: Option<String>,
-}
-
-/// The disk and its one session.
+/// The disk and its sessions.
 pub(super) struct Host(Arc<Inner>);
+
+/// What a session begins with. By default it has the disk alone.
+#[derive(Default)]
+struct Opening {
+    /// Its number among those that are there.
+    place: u8,
+    /// What guests share already, and how many bytes of memory this one's writes may take.
+    guest: Option<(Option<Arc<Base>>, u64)>,
+}
+
+/// The disk, open for a session.
+enum Taken {
+    Own(File),
+    Shared(Arc<Base>, u64),
+}
 
 /// What the host works with.
 pub(super) struct Setup {
@@ -142,8 +85,6 @@ pub(super) struct Setup {
     pub(super) records: Records,
     /// The folder below which the payload's parts lie.
     pub(super) root: PathBuf,
-    pub(super) door: Arc<Door>,
-    pub(super) server: nbd::Server,
     pub(super) news: mpsc::UnboundedSender<News>,
 }
 
@@ -152,9 +93,10 @@ pub(super) struct Inner {
     handover: ServerHandover,
     /// Held across a whole change, so that changes happen one after the other.
     seat: Mutex<Seat>,
-    life: Mutex<Option<Life>>,
-    /// The desktop is asked to power off.
-    ask: AtomicBool,
+    links: Links,
+    lives: Mutex<Vec<Life>>,
+    /// How the laptop's turn ends, and whose goodbye it was that ended it.
+    over: OnceLock<(Option<SessionName>, End)>,
     supply: Mutex<Supply>,
     /// The per cent on the screen.
     shown: AtomicU64,
@@ -166,19 +108,12 @@ impl Host {
             setup,
             handover,
             seat: Mutex::default(),
-            life: Mutex::default(),
-            ask: AtomicBool::new(false),
+            links: Links::default(),
+            lives: Mutex::default(),
+            over: OnceLock::new(),
             supply: Mutex::default(),
             shown: AtomicU64::default(),
         }))
-    }
-
-    /// Goes on with a session that an earlier process has left.
-    ///
-    /// # Errors
-    /// It cannot go on: the disk was not kept, or is another now.
-    pub(super) fn resume(&self) -> anyhow::Result<Option<(SessionName, ControlKey)>> {
-        self.0.resume()
     }
 
     /// Runs a change on a thread for blocking work. It goes on to its end also when the desktop that asked goes away.
@@ -229,9 +164,13 @@ impl SessionHost for Host {
         self.change(move |inner| inner.goodbye(session, goodbye)).await
     }
 
-    fn parted(&self, _session: SessionName, goodbye: Goodbye) {
-        // Without a receiver the laptop's turn is over already.
-        let _ = self.0.setup.news.send(News::Parted(goodbye));
+    fn parted(&self, session: SessionName, _goodbye: Goodbye) {
+        if let Some((Some(last), end)) = self.0.over.get()
+            && *last == session
+        {
+            // Without a receiver the laptop's turn is over already.
+            let _ = self.0.setup.news.send(News::End(*end));
+        }
     }
 }
 
@@ -240,21 +179,44 @@ impl Inner {
         self.seat.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The seat, when the desktop that asks has fallen silent in the session that it has already: one that starts anew says nothing
+    /// in the old one. Who goes on saying something there is another one, with a copy of the stick. The seat is free meanwhile.
+    fn let_fall_silent(&self, request: &Begin) -> MutexGuard<'_, Seat> {
+        let seat = self.seat();
+        let left = seat.of(request).map(|present| self.until_silent(present));
+        match left.filter(|left| !left.is_zero()) {
+            None => seat,
+            Some(left) => {
+                drop(seat);
+                std::thread::sleep(left);
+                self.seat()
+            }
+        }
+    }
+
     fn begin(self: &Arc<Self>, request: Begin) -> Result<Bundle, Refusal> {
-        let mut seat = self.seat();
+        let mut seat = self.let_fall_silent(&request);
         if let Some(closed) = &seat.closed {
             return refuse(closed);
         }
-        if seat.holder.as_ref().is_some_and(|present| present.is(&request)) {
+        if let Some(present) = seat
+            .of(&request)
+            .filter(|present| self.until_silent(*present).is_zero())
+        {
             self.setup
                 .console
                 .info("the same desktop starts anew and takes over from itself");
-            self.close(&mut seat)?;
+            self.close(&mut seat, present)?;
         }
-        let mut seat = self.contend(seat, &request)?;
+        let (mut seat, opening) = if self.has_guests() {
+            let opening = self.plan_guest(&seat, &request)?;
+            (seat, opening)
+        } else {
+            (self.contend(seat, &request)?, Opening::default())
+        };
         let opened = {
             let (inner, request) = (Arc::clone(self), request.clone());
-            within(DRAIN, move || inner.open(&request))
+            within(DRAIN, move || inner.open(&request, opening))
         };
         let opened = match opened {
             Ok(opened) => opened,
@@ -262,19 +224,21 @@ impl Inner {
             Err(error) => return Err(self.break_off(&mut seat, &error)),
         };
         match opened {
-            Ok((open, bundle)) => {
+            Ok((session, link, bundle)) => {
                 let (peer, key) = (request.peer.ip(), &request.key);
+                let guest = match session.served.filled() {
+                    Some((_, limit)) => format!(
+                        " as a guest: nothing is kept; what it writes may take {} MiB of memory",
+                        limit >> 20
+                    ),
+                    None => String::new(),
+                };
                 self.setup
                     .console
-                    .info(&format!("the desktop at {peer} (key {key}) begins a session"));
-                self.watch(&open.served);
-                *self.setup.door.lock() = Some(open);
-                seat.holder = Some(Holder {
-                    session: request.session,
-                    peer: request.peer,
-                    key: request.key,
-                    machine: request.machine,
-                });
+                    .info(&format!("the desktop at {peer} (key {key}) begins a session{guest}"));
+                Self::has_returned(&mut seat, &request);
+                self.links.add(request.session, link);
+                seat.sessions.push(session);
                 let address = bundle.manifest.link.address;
                 self.begin_life(request.session, &bundle.manifest.control, IpAddr::V6(address), None);
                 Ok(bundle)
@@ -286,54 +250,79 @@ impl Inner {
         }
     }
 
-    /// Opens the disk under a new secret name.
-    fn open(&self, request: &Begin) -> anyhow::Result<(Open, Bundle)> {
-        let handover = &self.handover;
-        let disk = self.setup.machine.disk()?;
-        let held = self.setup.machine.open(&disk)?;
-        // Open and exclusive now: it is still the same one, or another has taken its name in between.
-        let again = self
-            .setup
-            .machine
-            .disk()
-            .context("the disk went away while it was opened")?;
-        ensure!(
-            again.device == disk.device && size(&held)? == handover.disk.size,
-            "the disk changed while it was opened; is its plug loose? Start the desktop again"
-        );
+    /// Opens the disk, or the guest's share of it, under a new secret name.
+    fn open(self: &Arc<Self>, request: &Begin, opening: Opening) -> anyhow::Result<(Session, Up, Bundle)> {
+        let (handover, place) = (&self.handover, opening.place);
+        let (disk, taken) = self.take_disk(opening)?;
         let claims = self.claims(&disk)?;
         let wanted = Wanted {
             peer: request.peer,
             encryption: handover.encryption,
             mode: handover.mode,
             grace: handover.grace,
+            place,
         };
         let (link, offer) = self.setup.machine.link(wanted).context("no link to the desktop")?;
-        let (served, transport) = Served::open(&*self.setup.machine, held, &disk, handover, &offer)?;
+        let with = With {
+            machine: &*self.setup.machine,
+            disk: &disk,
+            watch: &|export: &Export| self.watch(request.session, export),
+        };
+        let guest = matches!(taken, Taken::Shared(..));
+        let (served, transport) = match taken {
+            Taken::Own(device) => Served::open(with, device, handover.transport, &offer)?,
+            Taken::Shared(base, limit) => Served::to_guest(with, base, limit, &offer)?,
+        };
         let offered = DiskOffer {
             identity: handover.disk.clone(),
             logical_block_size: disk.logical_block_size,
             transport,
+            guest,
         };
-        let peer = IpAddr::V6(offer.address);
-        let open = Open {
-            peer,
+        let session = Session {
+            holder: Holder::new(request),
+            place,
             served,
-            link: Some(link),
+            warned: false,
         };
         let made = self
             .bundle(request, offered, offer, claims)
-            .and_then(|bundle| self.write_down(request, &open, &bundle).map(|()| bundle));
+            .and_then(|bundle| self.write_down(&session, &link, &bundle).map(|()| bundle));
         match made {
-            Ok(bundle) => Ok((open, bundle)),
+            Ok(bundle) => Ok((session, link, bundle)),
             Err(error) => {
                 // Nobody knows of it yet, so nothing was written.
-                let _ = open.served.close(&*self.setup.machine, &self.setup.server, DRAIN);
-                drop(open);
-                let _ = self.setup.records.clear();
+                let _ = session.served.close(&*self.setup.machine, DRAIN);
+                drop(link);
+                let _ = self.setup.records.forget(request.session, place);
                 Err(error)
             }
         }
+    }
+
+    /// Opens the disk exclusively, if no guest has it open already.
+    fn take_disk(&self, opening: Opening) -> anyhow::Result<(Disk, Taken)> {
+        let machine = &self.setup.machine;
+        let disk = machine.disk()?;
+        if let Some((Some(base), limit)) = opening.guest {
+            ensure!(
+                is_device(base.device(), disk.device)?,
+                "the disk is not the one any more that the other guests have; is its plug loose? Restart the laptop"
+            );
+            return Ok((disk, Taken::Shared(base, limit)));
+        }
+        let held = machine.open(&disk, opening.guest.is_none())?;
+        // Open and exclusive now: it is still the same one, or another has taken its name in between.
+        let again = machine.disk().context("the disk went away while it was opened")?;
+        ensure!(
+            again.device == disk.device && size(&held)? == self.handover.disk.size,
+            "the disk changed while it was opened; is its plug loose? Start the desktop again"
+        );
+        let taken = match opening.guest {
+            None => Taken::Own(held),
+            Some((_, limit)) => Taken::Shared(Base::new(held, &disk)?, limit),
+        };
+        Ok((disk, taken))
     }
 
     /// By what the disk is found, for the desktop to compare with its own.
@@ -342,7 +331,11 @@ impl Inner {
     /// A hibernated system lies on it: its memory would no longer fit to what the desktop leaves on the disk.
     fn claims(&self, disk: &Disk) -> anyhow::Result<Vec<DeviceClaims>> {
         const NEXT: &str = "start the laptop by itself, let that system resume and shut it down fully, then try again";
-        let contents = self.setup.machine.contents(disk);
+        let contents = self
+            .setup
+            .machine
+            .contents(disk)
+            .context("what lies on the disk cannot be read, so nobody gets it")?;
         if let Some(content) = contents.iter().find(|content| content.hibernated) {
             bail!("a hibernated system lies on the laptop's {}; {NEXT}", content.name);
         }
@@ -364,18 +357,25 @@ impl Inner {
     }
 
     /// Lets the session outlive this process.
-    fn write_down(&self, request: &Begin, open: &Open, bundle: &Bundle) -> anyhow::Result<()> {
-        let Some(link) = &open.link else { return Ok(()) };
-        self.setup.records.hold(open.served.device())?;
+    fn write_down(&self, session: &Session, link: &Up, bundle: &Bundle) -> anyhow::Result<()> {
+        let Session {
+            holder, place, served, ..
+        } = session;
+        self.setup.records.hold_disk(served.device())?;
+        if let Some(upper) = served.upper() {
+            self.setup.records.hold_memory(*place, upper.as_fd())?;
+        }
         self.setup.records.write(Record {
-            session: request.session.to_string(),
-            key: request.key.clone(),
-            machine: request.machine.to_string(),
-            peer: request.peer,
+            session: holder.session.to_string(),
+            key: holder.key.clone(),
+            machine: holder.machine.to_string(),
+            peer: holder.peer,
             control: bundle.manifest.control.clone(),
             transport: bundle.manifest.disk.transport.clone(),
             link: link.known().clone(),
             beat: 0,
+            place: *place,
+            memory: served.filled().map(|(_, limit)| limit),
         })
     }
 
@@ -404,154 +404,16 @@ impl Inner {
         Ok(Bundle { manifest, parts })
     }
 
-    /// Ends the session that holds the disk, in order. After an error the disk may still be written to: nobody else gets it.
-    fn close(&self, seat: &mut Seat) -> Result<(), Refusal> {
-        self.close_with(seat, None)
-    }
-
-    /// As [`Inner::close`]; with the session the laptop's turn may end.
-    fn close_with(&self, seat: &mut Seat, end: Option<End>) -> Result<(), Refusal> {
-        if let Some(closed) = &seat.closed {
-            return refuse(closed);
-        }
-        let open = self.setup.door.lock().take();
-        if let Some(open) = open
-            && let Err(error) = open.served.close(&*self.setup.machine, &self.setup.server, DRAIN)
-        {
-            return Err(self.break_off(seat, &error));
-        }
-        // Before the record goes: a process that was killed in between would serve on.
-        if let Some(end) = end {
-            self.end_turn(seat, end);
-        }
-        // PID 1 may still have the disk open otherwise, so nobody may have it; it ends with the ramdisk.
-        if let Err(error) = self.setup.records.clear() {
-            return Err(self.break_off(seat, &error));
-        }
-        (seat.holder, seat.denied) = (None, None);
-        self.setup.person.never_mind();
-        *self.life() = None;
-        self.ask.store(false, Ordering::Release);
-        Ok(())
-    }
-
-    /// What is done with the disk is not known any more: nobody gets it, and the laptop goes home, whatever hangs.
-    fn break_off(&self, seat: &mut Seat, error: &anyhow::Error) -> Refusal {
-        let reason = format!("{error:#}");
-        seat.closed = Some(reason.clone());
-        if let Err(error) = self.setup.records.verdict(End::GiveUp) {
-            self.setup.console.warn(&format!("{error:#}"));
-        }
-        // Without a receiver the laptop's turn is over already.
-        let _ = self.setup.news.send(News::Broken(reason.clone()));
-        Refusal { reason }
-    }
-
-    /// Goes on with the session that an earlier process has left, if there is one; its name and secret.
-    pub(super) fn resume(self: &Arc<Self>) -> anyhow::Result<Option<(SessionName, ControlKey)>> {
-        let Some((record, device)) = self.setup.records.read()? else {
-            return Ok(None);
-        };
-        let mut seat = self.seat();
-        let disk = self.setup.machine.disk()?;
-        ensure!(
-            size(&device)? == self.handover.disk.size && is_device(&device, disk.device)?,
-            "the disk that was kept is not the one that is there now"
-        );
-        if let Transport::NvmeTcp { nqn, .. } = &record.transport {
-            ensure!(self.setup.machine.published(nqn), "the disk is not served any more");
-        }
-        let served = Served::adopt(device, &disk, &record.transport)?;
-        self.watch(&served);
-        if let (Some(why), Some(export)) = (self.setup.records.failed(), served.export()) {
-            export.fail(&why);
-        }
-        let session: SessionName = record.session.parse()?;
-        let peer = IpAddr::V6(record.link.desktop);
-        *self.setup.door.lock() = Some(Open {
-            peer,
-            served,
-            link: Some(Up::adopt(record.link)),
-        });
-        seat.holder = Some(Holder {
-            session,
-            peer: record.peer,
-            key: record.key,
-            machine: record.machine.parse()?,
-        });
-        // What was heard since it was noted may be said again, once.
-        self.begin_life(session, &record.control, peer, Some(record.beat));
-        self.setup
-            .console
-            .warn("the server was started anew; the session goes on");
-        Ok(Some((session, record.control)))
-    }
-
-    /// Has it noted, before anybody is told, that the disk has lost data.
-    fn watch(self: &Arc<Self>, served: &Served) {
+    /// Has it noted, before anybody is told, that a session has lost data; and lets nobody forget what was noted.
+    fn watch(self: &Arc<Self>, session: SessionName, export: &Export) {
         let inner = Arc::downgrade(self);
-        if let Some(export) = served.export() {
-            export.on_failure(Box::new(move |why| {
-                if let Some(inner) = inner.upgrade() {
-                    inner.setup.records.note_failure(why);
-                }
-            }));
-        }
-    }
-
-    fn give_up(&self, session: SessionName) {
-        let mut seat = self.seat();
-        if seat.holder.as_ref().is_some_and(|holder| holder.session == session) {
-            // What fails was said already.
-            let _ = self.close(&mut seat);
-        }
-    }
-
-    fn goodbye(&self, session: SessionName, goodbye: Goodbye) -> Result<(), Refusal> {
-        let mut seat = self.seat();
-        if seat.holder.as_ref().is_none_or(|holder| holder.session != session) {
-            return refuse("this session is over");
-        }
-        self.close_after(&mut seat, self.end_after(goodbye))?;
-        self.setup
-            .console
-            .info("the desktop has said goodbye; the disk is flushed and closed");
-        Ok(())
-    }
-
-    /// Whether the laptop's turn ends with a goodbye.
-    fn end_after(&self, goodbye: Goodbye) -> Option<End> {
-        super::after_goodbye(goodbye, self.handover.after).1
-    }
-
-    /// Lets nobody in any more, and has PID 1 know that the laptop's turn ends.
-    fn end_turn(&self, seat: &mut Seat, end: End) {
-        seat.closed = Some("the laptop is going home; wait until it is there, it can be woken then".to_owned());
-        if let Err(error) = self.setup.records.verdict(end) {
-            self.setup.console.warn(&format!("{error:#}"));
-        }
-    }
-
-    /// As [`Inner::close_with`], but the link stays until the answer to the goodbye has gone through it.
-    fn close_after(&self, seat: &mut Seat, end: Option<End>) -> Result<(), Refusal> {
-        let link = self.setup.door.lock().as_mut().and_then(|open| open.link.take());
-        let closed = self.close_with(seat, end);
-        if let Some(link) = link {
-            self.linger(link);
-        }
-        closed
-    }
-
-    /// Takes a link down when nothing is said through it any more.
-    fn linger(&self, link: Up) {
-        let spawned = std::thread::Builder::new().name("link-end".to_owned()).spawn(move || {
-            std::thread::sleep(LINGER);
-            drop(link);
-        });
-        if let Err(error) = spawned {
-            self.setup
-                .console
-                .warn(&format!("the link ends before the desktop has its answer: {error}"));
+        export.on_failure(Box::new(move |why| {
+            if let Some(inner) = inner.upgrade() {
+                inner.setup.records.note_failure(session, why);
+            }
+        }));
+        if let Some(why) = self.setup.records.failed(session) {
+            export.fail(&why);
         }
     }
 }
@@ -568,9 +430,6 @@ fn size(mut disk: &File) -> anyhow::Result<u64> {
     use std::io::{Seek, SeekFrom};
     disk.seek(SeekFrom::End(0)).context("cannot ask the disk for its size")
 }
-
-/// How long the link outlives the goodbye: the desktop asks again for 18 s if the answer gets lost.
-const LINGER: Duration = Duration::from_secs(20);
 
 #[cfg(test)]
 mod tests;

@@ -18,8 +18,8 @@ use stiefel_shared::seal;
 use stiefel_sys::link::{self, Link};
 use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, PrivateKey, PublicKey};
 
-/// The tunnel's interface, on both machines.
-const NAME: &str = "stiefel0";
+/// The tunnels' interfaces; a number comes after it.
+const NAME: &str = "stiefel";
 /// Seconds between two signs of life.
 const KEEPALIVE: u16 = 5;
 /// What fits a frame of 1500 bytes with WireGuard's 80 around it over IPv6.
@@ -40,6 +40,13 @@ pub(super) struct Wanted {
     pub(super) mode: LinkMode,
     /// In seconds.
     pub(super) grace: u64,
+    /// The session's number: guests have tunnels beside each other.
+    pub(super) place: u8,
+}
+
+/// The UDP port of a session's tunnel: after the first's comes that of the signs of life.
+fn tunnel_port(place: u8) -> u16 {
+    TUNNEL_PORT + u16::from(place) + u16::from(place > 0)
 }
 
 /// How the link is known again after the server's process was restarted. The kernel has all else.
@@ -48,12 +55,14 @@ pub(super) struct Known {
     pub(super) peer: SocketAddrV6,
     pub(super) laptop: Ipv6Addr,
     pub(super) desktop: Ipv6Addr,
+    /// The hardware address of the NIC that led to it at first.
+    mac: [u8; 6],
     tunnel: Option<KnownTunnel>,
     /// The NIC's packet size that both sides have agreed upon, in bytes.
     pub(super) mtu: u32,
 }
 
-/// A tunnel. Its name is the next session's, too.
+/// A tunnel. Its name is that of the next session with the same number, too.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct KnownTunnel {
     /// Its interface; the kernel gives no number twice.
@@ -86,15 +95,20 @@ impl Up {
         &self.known
     }
 
-    /// Follows the interfaces: when the one to the desktop is gone, or the desktop is `silent`, the next that comes up is taken.
-    /// Then nothing that the desktop says need be the first word. Whether the way has changed.
+    /// Follows the interfaces: the NIC that led to the desktop at first is taken whenever it comes up; when it is gone, or the
+    /// desktop is `silent`, the next that comes up. Then nothing that the desktop says need be the first word. Whether the way has
+    /// changed.
     pub(super) fn follow(&mut self, event: &LinkEvent, silent: bool) -> anyhow::Result<bool> {
         let peer = &mut self.known.peer;
         let before = peer.scope_id();
         let scope = match event {
             // Zero is no interface.
             LinkEvent::Removed { index } if *index == before => 0,
-            LinkEvent::Added { index, .. } if before == 0 || (silent && before != *index) => *index,
+            LinkEvent::Added { index, .. }
+                if before == 0 || (before != *index && (silent || mac(*index) == Some(self.known.mac))) =>
+            {
+                *index
+            }
             _ => return Ok(false),
         };
         peer.set_scope_id(scope);
@@ -156,6 +170,10 @@ impl Drop for Up {
         if !self.down {
             return;
         }
+        if self.known.mtu != USUAL {
+            // What comes next knows nothing of larger packets.
+            let _ = link::set_mtu(self.known.peer.scope_id(), USUAL);
+        }
         // These fail only if it is gone already.
         if self.known.tunnel.is_none() {
             let _ = link::delete_address(self.known.peer.scope_id(), IpAddr::V6(self.known.laptop), PREFIX);
@@ -171,16 +189,18 @@ impl Drop for Up {
 /// What the kernel says: no wireguard module, no interface.
 pub(super) fn set_up(wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
     let [laptop, address] = addresses(seal::random()?);
+    let port = tunnel_port(wanted.place);
     let mut known = Known {
-        peer: SocketAddrV6::new(*wanted.peer.ip(), TUNNEL_PORT, 0, wanted.peer.scope_id()),
+        peer: SocketAddrV6::new(*wanted.peer.ip(), port, 0, wanted.peer.scope_id()),
         laptop,
         desktop: address,
+        mac: mac(wanted.peer.scope_id()).unwrap_or_default(),
         tunnel: None,
         mtu: USUAL,
     };
     let tunnel = match wanted.encryption {
         Encryption::Wireguard => {
-            let (made, tunnel) = make_tunnel(&known)?;
+            let (made, tunnel) = make_tunnel(&known, wanted.place)?;
             known.tunnel = Some(made);
             Some(tunnel)
         }
@@ -199,8 +219,15 @@ pub(super) fn set_up(wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
     Ok((Up::adopt(known), offer))
 }
 
+/// An interface's hardware address.
+fn mac(index: u32) -> Option<[u8; 6]> {
+    let links = link::list().ok()?;
+    links.into_iter().find(|link| link.index == index).map(|link| link.mac)
+}
+
 /// Makes the tunnel; how it is known here, and the desktop's end.
-fn make_tunnel(known: &Known) -> anyhow::Result<(KnownTunnel, Tunnel)> {
+fn make_tunnel(known: &Known, place: u8) -> anyhow::Result<(KnownTunnel, Tunnel)> {
+    let (name, port) = (format!("{NAME}{place}"), tunnel_port(place));
     let own = PrivateKey::from_bytes(seal::random()?);
     let desktop_bytes: [u8; 32] = seal::random()?;
     let desktop = PrivateKey::from_bytes(desktop_bytes);
@@ -208,14 +235,14 @@ fn make_tunnel(known: &Known) -> anyhow::Result<(KnownTunnel, Tunnel)> {
     let preshared = PresharedKey::from_bytes(preshared_bytes);
 
     // An earlier session may have left one behind.
-    if let Some(index) = link::index_of(NAME)? {
+    if let Some(index) = link::index_of(&name)? {
         link::delete(index)?;
     }
-    let index = wireguard::create(NAME)?;
+    let index = wireguard::create(&name)?;
     wireguard::configure(&Device {
         interface: Interface::Index(index),
         private_key: &own,
-        listen_port: Some(TUNNEL_PORT),
+        listen_port: Some(port),
         peer: Peer {
             public_key: desktop.public(),
             preshared_key: &preshared,
@@ -232,7 +259,7 @@ fn make_tunnel(known: &Known) -> anyhow::Result<(KnownTunnel, Tunnel)> {
         private_key: *desktop.as_bytes(),
         laptop_key: *own.public().as_bytes(),
         preshared_key: preshared_bytes,
-        port: TUNNEL_PORT,
+        port,
         mtu: MTU,
     };
     let made = KnownTunnel {
@@ -260,6 +287,7 @@ impl Up {
             peer,
             laptop: Ipv6Addr::LOCALHOST,
             desktop: *peer.ip(),
+            mac: [0; 6],
             tunnel: None,
             mtu: USUAL,
         };
@@ -270,6 +298,13 @@ impl Up {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_guests_tunnel_has_a_port_of_its_own() {
+        let ports: Vec<u16> = (0..8).map(tunnel_port).collect();
+        assert_eq!(ports, [61572, 61574, 61575, 61576, 61577, 61578, 61579, 61580]);
+        assert!(!ports.contains(&stiefel_shared::bundle::PULSE_PORT));
+    }
 
     #[test]
     fn the_two_addresses_are_one_unique_local_127() {

@@ -1,11 +1,13 @@
 //! What the server's role needs of the machine that it runs on; a seam, so that its rules can be tried without one.
 
 use std::fs::File;
+use std::net::{SocketAddrV6, TcpListener};
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::Context;
+use socket2::{Domain, Protocol, Socket, Type};
 use stiefel_shared::bundle::LinkOffer;
 use stiefel_shared::handover::DiskIdentity;
 use stiefel_sys::SYSFS;
@@ -21,17 +23,48 @@ use crate::guards::hibernation;
 /// How long the kernel may take to let a disk go that it serves.
 const WITHDRAW: Duration = Duration::from_secs(60);
 
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 16;
+
+/// The machine's memory, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Memory {
+    /// All of it.
+    pub(super) total: u64,
+    /// What programs may still have.
+    pub(super) available: u64,
+}
+
+impl Memory {
+    /// Reads /proc/meminfo.
+    fn parse(text: &str) -> Option<Self> {
+        let number = |name: &str| -> Option<u64> {
+            let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+            let kib: u64 = rest.trim().strip_suffix("kB")?.trim().parse().ok()?;
+            kib.checked_mul(1024)
+        };
+        Some(Self {
+            total: number("MemTotal:")?,
+            available: number("MemAvailable:")?,
+        })
+    }
+}
+
 /// The machine.
 pub(super) trait Machine: Send + Sync {
     /// Finds the disk by its identity, each time anew: names such as /dev/sda change their meaning when a disk is
     /// re-plugged.
     fn disk(&self) -> anyhow::Result<Disk>;
     /// What lies on the disk and its partitions.
-    fn contents(&self, disk: &Disk) -> Vec<Content>;
+    fn contents(&self, disk: &Disk) -> std::io::Result<Vec<Content>>;
     /// Whether the firmware remembers a hibernated system that it is to resume.
     fn resumes(&self) -> bool;
-    /// Opens the disk exclusively.
-    fn open(&self, disk: &Disk) -> anyhow::Result<File>;
+    /// Opens the disk exclusively; read-only, unless it is to be written.
+    fn open(&self, disk: &Disk, writable: bool) -> anyhow::Result<File>;
+    /// Listens for a desktop at the laptop's address of its session.
+    fn listen(&self, at: SocketAddrV6) -> anyhow::Result<TcpListener>;
+    /// The machine's memory.
+    fn memory(&self) -> anyhow::Result<Memory>;
     /// Sets the laptop's end of the link up.
     fn link(&self, wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)>;
     /// Publishes a disk by NVMe.
@@ -53,7 +86,7 @@ impl Machine for Laptop {
         Ok(find_disk(self.console, &self.identity)?)
     }
 
-    fn contents(&self, disk: &Disk) -> Vec<Content> {
+    fn contents(&self, disk: &Disk) -> std::io::Result<Vec<Content>> {
         block::contents(Path::new(SYSFS), disk)
     }
 
@@ -70,14 +103,33 @@ impl Machine for Laptop {
         variable.exists()
     }
 
-    fn open(&self, disk: &Disk) -> anyhow::Result<File> {
+    fn open(&self, disk: &Disk, writable: bool) -> anyhow::Result<File> {
         let path = &disk.path;
-        block::open_exclusive(path, true).with_context(|| {
+        block::open_exclusive(path, writable).with_context(|| {
             format!(
                 "cannot open {} for this session alone; something uses it",
                 path.display()
             )
         })
+    }
+
+    fn listen(&self, at: SocketAddrV6) -> anyhow::Result<TcpListener> {
+        let bind = || {
+            let socket = Socket::new(Domain::IPV6, Type::STREAM.cloexec(), Some(Protocol::TCP))?;
+            socket.set_only_v6(true)?;
+            // Connections of an earlier process linger; and its NIC may be unplugged just now, and its address gone with it.
+            socket.set_reuse_address(true)?;
+            socket.set_freebind_v6(true)?;
+            socket.bind(&at.into())?;
+            socket.listen(BACKLOG)?;
+            std::io::Result::Ok(TcpListener::from(socket))
+        };
+        bind().with_context(|| format!("cannot listen on TCP port {} for the disk", at.port()))
+    }
+
+    fn memory(&self) -> anyhow::Result<Memory> {
+        let text = std::fs::read_to_string("/proc/meminfo").context("cannot ask how much memory there is")?;
+        Memory::parse(&text).context("the kernel does not tell how much memory there is")
     }
 
     fn link(&self, wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
@@ -139,4 +191,21 @@ pub(super) fn within<T: Send + 'static>(
     result
         .recv_timeout(limit)
         .with_context(|| format!("not done after {} s; the disk may be hanging", limit.as_secs()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_as_the_kernel_tells_it() {
+        let text = "MemTotal:        2048 kB\nMemFree:          100 kB\nMemAvailable:    1024 kB\n";
+        let (total, available) = (2 << 20, 1 << 20);
+        assert_eq!(Memory::parse(text), Some(Memory { total, available }));
+        assert_eq!(Memory::parse("MemTotal: 2048 kB\n"), None);
+        assert_eq!(
+            Memory::parse("MemTotal: 99999999999999999999 kB\nMemAvailable: 1 kB\n"),
+            None
+        );
+    }
 }

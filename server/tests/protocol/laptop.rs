@@ -108,6 +108,7 @@ impl FakeHost {
                     port: 10809,
                     export: "x".into(),
                 },
+                guest: false,
             },
             link: LinkOffer {
                 mode: LinkMode::Dedicated,
@@ -230,7 +231,7 @@ impl Laptop {
         tasks.spawn(discovery::run(socket, Arc::clone(&responder), links_seen, wakes));
         let shared = Arc::clone(&responder);
         tasks.spawn(async move {
-            run(listener, Arc::new(host), shared, plan.limits, None).await;
+            run(listener, Arc::new(host), shared, plan.limits, Vec::new()).await;
         });
         let http = SocketAddrV6::new(std::net::Ipv6Addr::LOCALHOST, http_port, 0, 0);
         Self {

@@ -58,6 +58,7 @@ fn manifest(sizes: &[(Part, u64)]) -> Manifest {
                 port: 10809,
                 export: "x".into(),
             },
+            guest: false,
         },
         link: LinkOffer {
             mode: LinkMode::Dedicated,
@@ -389,6 +390,16 @@ fn a_laptop_that_says_things_out_of_order_is_not_followed() {
             "{what}: {error}"
         );
     }
+}
+
+#[test]
+fn a_guest_is_told_so_and_others_hear_nothing_of_it() {
+    let text = |manifest: &Manifest| String::from_utf8(manifest.to_json().unwrap().to_vec()).unwrap();
+    assert!(!text(&small()).contains("guest"));
+    let mut guest = small();
+    guest.disk.guest = true;
+    assert!(text(&guest).contains(r#""export":"x"},"guest":true},"#));
+    assert!(Manifest::parse(text(&guest).as_bytes()).unwrap().disk.guest);
 }
 
 #[test]

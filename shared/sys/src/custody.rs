@@ -1,8 +1,9 @@
-//! What a role gives to PID 1 to keep: the descriptor of the disk that it serves, and how the machine's turn will end.
+//! What a role gives to PID 1 to keep: the descriptors of what it serves, and how the machine's turn will end.
 //!
 //! A role that is killed loses its descriptors, and with the last one of a disk the kernel forgets what it could not write to
-//! it. PID 1 holds a copy, and gives it to the role that it starts next. The two speak through a socket of packets, which
-//! is the role's standard input: a tag, perhaps a descriptor; each is answered.
+//! it, with that of a file in memory the file. PID 1 holds copies, each under a number, and gives them to the role that it
+//! starts next. The two speak through a socket of packets, which is the role's standard input: a tag, a number, perhaps a
+//! descriptor; each is answered.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -18,18 +19,20 @@ use rustix::net::{
 
 /// How long the other side may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// So many descriptors can be kept: their numbers are below it.
+pub const PLACES: u8 = 16;
 
 /// What a role asks for.
 #[derive(Debug)]
 pub enum Request {
-    /// Keep this descriptor, instead of an earlier one.
-    Hold(OwnedFd),
-    /// Close what is kept.
-    Release,
+    /// Keep this descriptor under this number, instead of an earlier one.
+    Hold(u8, OwnedFd),
+    /// Close what is kept under this number.
+    Release(u8),
     /// This is how it will end: an exit status of the role. Counts also if the role never exits.
     Verdict(u8),
-    /// Give back a copy of what is kept.
-    Fetch,
+    /// Give back a copy of what is kept under this number.
+    Fetch(u8),
 }
 
 const HOLD: u8 = 1;
@@ -54,20 +57,20 @@ impl Custody {
         is_ours.then(|| Self::from(stdin))
     }
 
-    /// Has a copy of a descriptor kept, instead of an earlier one.
+    /// Has a copy of a descriptor kept under a number below [`PLACES`], instead of an earlier one.
     ///
     /// # Errors
     /// PID 1 does not answer.
-    pub fn hold(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.ask(&[HOLD], Some(fd)).map(drop)
+    pub fn hold(&self, place: u8, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.ask(&[HOLD, place], Some(fd)).map(drop)
     }
 
-    /// Has what is kept closed: it is when this returns.
+    /// Has what is kept under a number closed: it is when this returns.
     ///
     /// # Errors
     /// PID 1 does not answer.
-    pub fn release(&self) -> io::Result<()> {
-        self.ask(&[RELEASE], None).map(drop)
+    pub fn release(&self, place: u8) -> io::Result<()> {
+        self.ask(&[RELEASE, place], None).map(drop)
     }
 
     /// Says how the machine's turn will end, before it does: an exit status of the role.
@@ -78,12 +81,12 @@ impl Custody {
         self.ask(&[VERDICT, status], None).map(drop)
     }
 
-    /// A copy of what an earlier role has had kept.
+    /// A copy of what an earlier role has had kept under a number.
     ///
     /// # Errors
     /// PID 1 does not answer.
-    pub fn fetch(&self) -> io::Result<Option<OwnedFd>> {
-        self.ask(&[FETCH], None)
+    pub fn fetch(&self, place: u8) -> io::Result<Option<OwnedFd>> {
+        self.ask(&[FETCH, place], None)
     }
 
     fn ask(&self, request: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<Option<OwnedFd>> {
@@ -140,10 +143,10 @@ impl Custodian {
                 return Ok(None);
             };
             let request = match (bytes.as_slice(), fd) {
-                ([HOLD], Some(fd)) => Request::Hold(fd),
-                ([RELEASE], None) => Request::Release,
+                ([HOLD, place @ ..PLACES], Some(fd)) => Request::Hold(*place, fd),
+                ([RELEASE, place @ ..PLACES], None) => Request::Release(*place),
                 ([VERDICT, status], None) => Request::Verdict(*status),
-                ([FETCH], None) => Request::Fetch,
+                ([FETCH, place @ ..PLACES], None) => Request::Fetch(*place),
                 _ => continue,
             };
             return Ok(Some(request));
@@ -156,10 +159,10 @@ impl Custodian {
     /// The role has gone.
     pub fn answer(&self, request: &Request, kept: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let (tag, fd) = match request {
-            Request::Hold(_) => (HOLD, None),
-            Request::Release => (RELEASE, None),
+            Request::Hold(..) => (HOLD, None),
+            Request::Release(_) => (RELEASE, None),
             Request::Verdict(_) => (VERDICT, None),
-            Request::Fetch => (FETCH, kept),
+            Request::Fetch(_) => (FETCH, kept),
         };
         send(&self.0, &[tag], fd)
     }
@@ -202,18 +205,23 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<(Vec<u8>, Option<OwnedFd>)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
     use std::io::{Read, Seek, Write};
 
     fn keep(custodian: Custodian) -> std::thread::JoinHandle<Vec<u8>> {
         std::thread::spawn(move || {
-            let (mut kept, mut verdicts) = (None, Vec::new());
+            let (mut kept, mut verdicts) = (BTreeMap::new(), Vec::new());
             while let Some(request) = custodian.next().unwrap() {
-                custodian.answer(&request, kept.as_ref().map(AsFd::as_fd)).unwrap();
+                let wanted = match &request {
+                    Request::Fetch(place) => kept.get(place).map(AsFd::as_fd),
+                    _ => None,
+                };
+                custodian.answer(&request, wanted).unwrap();
                 match request {
-                    Request::Hold(fd) => kept = Some(fd),
-                    Request::Release => kept = None,
+                    Request::Hold(place, fd) => drop(kept.insert(place, fd)),
+                    Request::Release(place) => drop(kept.remove(&place)),
                     Request::Verdict(status) => verdicts.push(status),
-                    Request::Fetch => {}
+                    Request::Fetch(_) => {}
                 }
             }
             verdicts
@@ -224,19 +232,21 @@ mod tests {
     fn what_is_kept_is_the_same_open_file_and_is_released_on_demand() {
         let (custodian, role) = Custodian::pair().unwrap();
         let (keeper, role) = (keep(custodian), Custody::from(role));
-        assert!(role.fetch().unwrap().is_none());
+        assert!(role.fetch(0).unwrap().is_none());
         let mut file = tempfile::tempfile().unwrap();
-        role.hold(file.as_fd()).unwrap();
+        let other = tempfile::tempfile().unwrap();
+        role.hold(0, file.as_fd()).unwrap();
+        role.hold(PLACES - 1, other.as_fd()).unwrap();
         file.write_all(b"abc").unwrap();
-        let mut again = std::fs::File::from(role.fetch().unwrap().unwrap());
+        let mut again = std::fs::File::from(role.fetch(0).unwrap().unwrap());
         // One position for both: it is the same open file description.
         assert_eq!(again.stream_position().unwrap(), 3);
         again.rewind().unwrap();
         let mut text = String::new();
         again.read_to_string(&mut text).unwrap();
         assert_eq!(text, "abc");
-        role.release().unwrap();
-        assert!(role.fetch().unwrap().is_none());
+        role.release(0).unwrap();
+        assert!(role.fetch(0).unwrap().is_none() && role.fetch(PLACES - 1).unwrap().is_some());
         role.verdict(10).unwrap();
         drop(role);
         assert_eq!(keeper.join().unwrap(), [10]);
@@ -246,9 +256,10 @@ mod tests {
     fn what_is_no_request_is_passed_over() {
         let (custodian, role) = Custodian::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
-        send(&role, &[HOLD], None).unwrap();
+        send(&role, &[HOLD, 0], None).unwrap();
+        send(&role, &[HOLD, PLACES], Some(file.as_fd())).unwrap();
         send(&role, &[9, 9, 9], Some(file.as_fd())).unwrap();
-        send(&role, &[FETCH], None).unwrap();
-        assert!(matches!(custodian.next().unwrap(), Some(Request::Fetch)));
+        send(&role, &[FETCH, 1], None).unwrap();
+        assert!(matches!(custodian.next().unwrap(), Some(Request::Fetch(1))));
     }
 }

@@ -38,6 +38,8 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
             Handover::Server(server) => Ok(
                 match stiefel_server::role::run(console, *server, |end| of(end) as u8).await {
                     Ok(end) => of(end),
+                    // Its desktop has the disk: another try may go on with it. PID 1 counts, and knows when it is over for certain.
+                    Err(error) if stiefel_server::role::has_session() => return Err(error),
                     Err(error) => {
                         console.error(&format!("{error:#}"));
                         // A thread that waits for a dead disk may keep this process from ending.

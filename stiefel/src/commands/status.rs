@@ -82,10 +82,16 @@ fn words(report: &Report) -> String {
         Some(percent) => format!("{percent} %, {supply}"),
         None => "none".to_owned(),
     };
+    let kept = if status.guest {
+        "guest: nothing is kept, it is gone when this desktop is switched off or reboots"
+    } else {
+        "on the laptop's disk"
+    };
     [
         ("laptop", status.laptop.clone()),
         ("connection", connection),
         ("disk", format!("/dev/{} by {}", status.device, status.transport)),
+        ("what is written", kept.to_owned()),
         ("encryption", encryption.to_owned()),
         ("packets", format!("up to {} bytes", status.mtu)),
         (
@@ -137,6 +143,8 @@ mod tests {
             assert!(text.contains(word), "{word}: {text}");
         }
         report.status.connected = true;
-        assert!(!words(&report).contains("lost; "));
+        assert!(!words(&report).contains("lost; ") && !words(&report).contains("guest"));
+        report.status.guest = true;
+        assert!(words(&report).contains("guest: nothing is kept"));
     }
 }

@@ -1,7 +1,6 @@
-//! Whether the desktop lives: its signs of life, the countdown when none comes any more, and what the laptop asks of it.
+//! Whether a desktop lives: its signs of life, the countdown when none comes any more, and what the laptop asks of it.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,6 +37,14 @@ pub(super) struct Life {
     counting: bool,
     /// It was silent for too long, and the session is being ended.
     ending: bool,
+    /// It is asked to power off.
+    ask: bool,
+}
+
+impl Life {
+    fn is_silent(&self) -> bool {
+        self.heard.elapsed() >= SILENT
+    }
 }
 
 impl Host {
@@ -46,12 +53,13 @@ impl Host {
         self.0.hear(peer, datagram)
     }
 
-    /// Looks at how long the desktop has been silent: counts down, and in the end goes home.
+    /// Looks at how long the desktops have been silent: counts down, and in the end goes home.
     pub(in crate::role) fn look(&self) {
-        if let Some(session) = self.0.look() {
+        for session in self.0.look() {
             let inner = Arc::clone(&self.0);
             tokio::task::spawn_blocking(move || inner.abandon(session));
         }
+        self.look_after_guests();
     }
 
     /// Notes how the laptop is supplied; a desktop is asked to power off before the battery is empty.
@@ -62,7 +70,8 @@ impl Host {
             supply,
         );
         let percent = supply.percent.unwrap_or_default();
-        if supply.is_low(CRITICAL) && !inner.ask.load(Ordering::Acquire) {
+        let asked = inner.lives().iter().all(|life| life.ask);
+        if supply.is_low(CRITICAL) && !asked {
             if self.ask_power_off() {
                 inner.setup.console.error(&format!(
                     "the battery has {percent} % left: the desktop is asked to power off"
@@ -76,32 +85,36 @@ impl Host {
         }
     }
 
-    /// Asks the desktop to power off, in order; whether there is one.
+    /// Asks all desktops to power off, in order; whether there is one.
     pub(in crate::role) fn ask_power_off(&self) -> bool {
-        let there = self.0.life().is_some();
-        self.0.ask.store(there, Ordering::Release);
-        there
+        let mut lives = self.0.lives();
+        lives.iter_mut().for_each(|life| life.ask = true);
+        !lives.is_empty()
     }
 
-    /// Tells the session's link of an interface that came or went.
+    /// Tells the sessions' links of an interface that came or went.
     pub(in crate::role) fn follow(&self, event: &LinkEvent) -> anyhow::Result<()> {
         let inner = &self.0;
-        if let Some(known) = inner.setup.door.follow(event, inner.is_silent())? {
-            inner.setup.records.update(|record| record.link = known);
+        let silent: Vec<SessionName> = {
+            let lives = inner.lives();
+            let silent = lives.iter().filter(|life| life.is_silent());
+            silent.map(|life| life.session).collect()
+        };
+        let (changed, outcome) = inner.links.follow(event, &silent);
+        for (session, known) in changed {
+            inner.setup.records.update(session, |record| record.link = known);
         }
-        Ok(())
+        outcome
     }
 }
 
 impl Inner {
-    pub(super) fn life(&self) -> MutexGuard<'_, Option<Life>> {
-        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn lives(&self) -> MutexGuard<'_, Vec<Life>> {
+        self.lives.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn begin_life(&self, session: SessionName, control: &ControlKey, peer: IpAddr, heard: Option<u64>) {
-        // Meant for the one before.
-        self.ask.store(false, Ordering::Release);
-        *self.life() = Some(Life {
+        self.lives().push(Life {
             pulse: Pulse::new(control, session, heard.unwrap_or_default()),
             session,
             peer,
@@ -110,46 +123,74 @@ impl Inner {
             alive: heard.is_some(),
             counting: false,
             ending: false,
+            ask: false,
         });
     }
 
+    pub(super) fn end_life(&self, session: SessionName) {
+        self.lives().retain(|life| life.session != session);
+    }
+
     fn hear(&self, peer: SocketAddr, datagram: &[u8]) -> Option<Vec<u8>> {
-        let mut life = self.life();
-        let life = life.as_mut().filter(|life| life.peer == peer.ip())?;
-        let beat = life.pulse.hear(datagram).ok()?;
+        let mut lives = self.lives();
+        let mut own = lives.iter_mut().filter(|life| life.peer == peer.ip());
+        let (life, beat) = own.find_map(|life| {
+            let beat = life.pulse.hear(datagram).ok()?;
+            Some((life, beat))
+        })?;
         (life.heard, life.alive) = (Instant::now(), true);
         if beat.number % NOTED == 1 {
-            self.setup.records.update(|record| record.beat = beat.number);
+            self.setup
+                .records
+                .update(life.session, |record| record.beat = beat.number);
         }
         if std::mem::take(&mut life.counting) {
             self.setup.console.info("the desktop is back");
         }
-        if beat.mtu != 0
-            && let Err(error) = self.setup.door.set_mtu(u32::from(beat.mtu))
-        {
-            self.setup
-                .console
-                .warn(&format!("the link's packet size stays: {error:#}"));
+        if beat.mtu != 0 {
+            match self.links.set_mtu(life.session, u32::from(beat.mtu)) {
+                Ok(Some(known)) => self.setup.records.update(life.session, |record| record.link = known),
+                Ok(None) => {}
+                Err(error) => self
+                    .setup
+                    .console
+                    .warn(&format!("the link's packet size stays: {error:#}")),
+            }
         }
         let supply = *self.supply.lock().unwrap_or_else(PoisonError::into_inner);
         let sign = Sign {
             battery: supply.percent,
             mains: supply.mains,
-            mtu: u16::try_from(self.setup.door.mtu()).unwrap_or(u16::MAX),
-            power_off: self.ask.load(Ordering::Acquire),
+            mtu: u16::try_from(self.links.mtu(life.session)).unwrap_or(u16::MAX),
+            power_off: life.ask,
         };
         life.pulse.sign(&beat, sign).ok()
     }
 
-    /// Whether there is a desktop that is not heard.
-    pub(super) fn is_silent(&self) -> bool {
-        self.life().as_ref().is_some_and(|life| life.heard.elapsed() >= SILENT)
+    /// How long it takes until this session's desktop counts as silent, if nothing is heard of it; nothing for one that was never
+    /// heard.
+    pub(super) fn until_silent(&self, session: SessionName) -> Duration {
+        let lives = self.lives();
+        let mut heard = lives.iter().filter(|life| life.session == session && life.alive);
+        heard
+            .next()
+            .map_or(Duration::ZERO, |life| SILENT.saturating_sub(life.heard.elapsed()))
     }
 
-    /// The session whose desktop has been silent for too long.
-    fn look(&self) -> Option<SessionName> {
-        let mut life = self.life();
-        let life = life.as_mut()?;
+    /// Whether this session's desktop is not heard.
+    pub(super) fn is_silent(&self, session: SessionName) -> bool {
+        let lives = self.lives();
+        lives.iter().any(|life| life.session == session && life.is_silent())
+    }
+
+    /// The sessions whose desktops have been silent for too long.
+    fn look(&self) -> Vec<SessionName> {
+        let mut lives = self.lives();
+        lives.iter_mut().filter_map(|life| self.count_down(life)).collect()
+    }
+
+    /// Says how long a silent desktop is still waited for; its session when that is over.
+    fn count_down(&self, life: &mut Life) -> Option<SessionName> {
         // It cannot be heard before its kernel has started.
         let least = if life.alive { Duration::ZERO } else { START };
         let grace = Duration::from_secs(self.handover.grace).max(least);
@@ -170,6 +211,8 @@ impl Inner {
         if life.alive {
             let (minutes, seconds) = (left.as_secs() / 60, left.as_secs() % 60);
             let then = match self.handover.after {
+                // Others may be there.
+                _ if self.has_guests() => "the guest's session ends",
                 After::Return => "the laptop goes home",
                 After::Stay => "its session ends",
                 After::Poweroff => "the laptop switches off",
@@ -184,21 +227,32 @@ impl Inner {
     /// Ends the session of a desktop that is not heard any more.
     pub(super) fn abandon(&self, session: SessionName) {
         let mut seat = self.seat();
-        if seat.holder.as_ref().is_none_or(|holder| holder.session != session) {
+        if seat.find(session).is_none() {
             return;
         }
-        if !self.is_silent() {
-            if let Some(life) = self.life().as_mut() {
-                life.ending = false;
-            }
+        if !self.is_silent(session) {
+            let mut lives = self.lives();
+            let own = lives.iter_mut().filter(|life| life.session == session);
+            own.for_each(|life| life.ending = false);
             return;
         }
         self.setup
             .console
             .warn("the desktop was not heard for too long; its session is over");
-        if self.close_with(&mut seat, self.end_after(Goodbye::Poweroff)).is_ok() {
+        let mut outcome = (String::new(), None);
+        let closed = self.close_with(&mut seat, session, |seat, holder| {
+            outcome = self.after(seat, holder, Goodbye::Poweroff);
+            outcome.1
+        });
+        if closed.is_err() {
+            return;
+        }
+        if self.has_guests() {
+            self.setup.console.info(&outcome.0);
+        }
+        if let Some(end) = outcome.1 {
             // Without a receiver the laptop's turn is over already.
-            let _ = self.setup.news.send(News::Silent);
+            let _ = self.setup.news.send(News::End(end));
         }
     }
 }

@@ -2,24 +2,22 @@
 
 use std::sync::{MutexGuard, PoisonError, TryLockError};
 
-use super::{Holder, Host, Inner, News, Seat, refuse};
+use super::seat::{Holder, Seat};
+use super::{Host, Inner, News, refuse};
 use crate::http::{Begin, Refusal};
 use crate::role::End;
 use crate::role::keys::{Answer, PATIENCE};
-
-impl Holder {
-    /// Whether a desktop is the one that has the disk already.
-    pub(super) fn is(&self, request: &Begin) -> bool {
-        self.key == request.key && self.machine == request.machine
-    }
-}
 
 impl Host {
     /// The key `p`.
     pub(in crate::role) fn power_off_pressed(&self) {
         let console = self.0.setup.console;
         if self.ask_power_off() {
-            console.info("the desktop is asked to power off");
+            console.info(if self.0.has_guests() {
+                "all guests are asked to power off"
+            } else {
+                "the desktop is asked to power off"
+            });
         } else {
             console.info("no desktop is here; press h to go home");
         }
@@ -39,7 +37,7 @@ impl Inner {
         seat: MutexGuard<'a, Seat>,
         request: &Begin,
     ) -> Result<MutexGuard<'a, Seat>, Refusal> {
-        let Some(present) = seat.holder.clone() else {
+        let Some(present) = seat.holder().cloned() else {
             return Ok(seat);
         };
         if seat.denied.as_ref() == Some(&(request.key.clone(), request.machine)) {
@@ -59,18 +57,17 @@ impl Inner {
         if let Some(closed) = &seat.closed {
             return refuse(closed);
         }
-        match &seat.holder {
+        match seat.holder().cloned() {
             None => Ok(seat),
             // The answer was about the session that was there when it was asked.
             Some(now) if now.session == present.session && answer == Answer::Yes => {
                 self.setup
                     .console
                     .warn("the session of the desktop that had the disk is ended");
-                self.close(&mut seat)?;
+                self.close(&mut seat, now.session)?;
                 Ok(seat)
             }
             Some(now) => {
-                let now = now.clone();
                 if now.session == present.session && answer == Answer::No {
                     seat.denied = Some((request.key.clone(), request.machine));
                 }
@@ -102,25 +99,33 @@ impl Inner {
                 return;
             }
         };
-        let silent = self.is_silent();
-        if let Some(holder) = seat.holder.clone().filter(|_| silent) {
+        if let Some(closed) = &seat.closed {
+            console.warn(closed);
+            return;
+        }
+        let present: Vec<Holder> = seat.sessions.iter().map(|session| session.holder.clone()).collect();
+        if present.iter().any(|holder| !self.is_silent(holder.session)) {
+            console.warn("a desktop is using the disk; press p to ask it to power off");
+            return;
+        }
+        for (number, holder) in (1..).zip(&present) {
             console.warn(&format!(
                 "the desktop (key {}) is not heard; its session is ended",
                 holder.key
             ));
+            let end = (number == present.len()).then_some(End::Restart);
             // What fails was said already.
-            if self.close_with(&mut seat, Some(End::Restart)).is_ok() {
-                let _ = self.setup.news.send(News::Home);
+            if self.close_with(&mut seat, holder.session, |_, _| end).is_err() {
+                return;
             }
-            return;
         }
-        if seat.holder.is_some() {
-            console.warn("a desktop is using the disk; press p to ask it to power off");
+        if !present.is_empty() {
+            let _ = self.setup.news.send(News::End(End::Restart));
             return;
         }
         console.info("going back to the laptop's own system");
-        self.end_turn(&mut seat, End::Restart);
+        self.end_turn(&mut seat, None, End::Restart);
         // Without a receiver the laptop's turn is over already.
-        let _ = self.setup.news.send(News::Home);
+        let _ = self.setup.news.send(News::End(End::Restart));
     }
 }

@@ -1,13 +1,16 @@
 use super::*;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::net::{Ipv6Addr, SocketAddrV6, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use stiefel_shared::bundle::Transport;
-use stiefel_shared::handover::{After, DiskIdentity, DiskTransport, Encryption, LinkMode, Part, PartSize, Payload};
+use stiefel_shared::bundle::{DISK_PORT, Transport};
+use stiefel_shared::handover::{
+    After, DiskIdentity, DiskTransport, Encryption, LinkMode, Part, PartSize, Payload, SessionMode,
+};
 use stiefel_shared::nbd::{
     GoAnswer, INFO_BLOCK_SIZE, InfoRequest, OPT_GO, OptionReplyHeader, encode_client_flags, encode_option,
     parse_greeting,
@@ -16,6 +19,9 @@ use stiefel_shared::superblock::{Claim, ClaimKind};
 use stiefel_sys::custody::{Custodian, Custody, Request};
 
 use crate::role::keys::Answer;
+use crate::role::machine::Memory;
+
+mod guests;
 
 const SIZE: u64 = 1 << 20;
 
@@ -24,20 +30,21 @@ struct Fixture {
     host: Host,
     person: Arc<APerson>,
     news: mpsc::UnboundedReceiver<News>,
-    address: SocketAddr,
     disk: PathBuf,
     _dir: Arc<tempfile::TempDir>,
 }
 
 impl Fixture {
     fn new(after: After) -> Self {
-        let dir = Arc::new(tempfile::tempdir().unwrap());
-        File::create(dir.path().join("disk")).unwrap().set_len(SIZE).unwrap();
-        Self::process(dir, after, None)
+        Self::process(a_laptop(), after, None)
     }
 
     /// A process of the server on the machine `dir`; another may have been there before.
     fn process(dir: Arc<tempfile::TempDir>, after: After, custody: Option<Custody>) -> Self {
+        Self::with(dir, after, SessionMode::Normal, custody)
+    }
+
+    fn with(dir: Arc<tempfile::TempDir>, after: After, session: SessionMode, custody: Option<Custody>) -> Self {
         let disk = dir.path().join("disk");
         std::fs::create_dir_all(dir.path().join("stiefel/payload")).unwrap();
         std::fs::write(dir.path().join(Part::Kernel.path()), b"kernel").unwrap();
@@ -61,12 +68,9 @@ impl Fixture {
             encryption: Encryption::None,
             mode: LinkMode::Dedicated,
             transport: DiskTransport::Nbd,
+            session,
             grace: 900,
         };
-        let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
-        let address = listener.local_addr().unwrap();
-        let door = Arc::new(Door::default());
-        let server = nbd::Server::start(listener, door.clone(), nbd::Limits::default()).unwrap();
         let console = Box::leak(Box::new(Console::open(dir.path(), dir.path())));
         let (tell, news) = mpsc::unbounded_channel();
         let machine = Box::new(AFile { path: disk.clone() });
@@ -78,8 +82,6 @@ impl Fixture {
             person: Arc::<APerson>::clone(&person),
             records,
             root: dir.path().to_owned(),
-            door,
-            server,
             news: tell,
         };
         let host = Host::new(setup, handover);
@@ -87,7 +89,6 @@ impl Fixture {
             host,
             person,
             news,
-            address,
             disk,
             _dir: dir,
         }
@@ -103,10 +104,11 @@ impl Fixture {
 
     /// Whether the disk is granted under this bundle's name; the connection.
     fn connect(&self, bundle: &Bundle) -> Option<TcpStream> {
-        let Transport::Nbd { export, .. } = &bundle.manifest.disk.transport else {
+        let Transport::Nbd { export, port } = &bundle.manifest.disk.transport else {
             return None;
         };
-        let mut stream = TcpStream::connect(self.address).unwrap();
+        // After the session nobody listens there.
+        let mut stream = TcpStream::connect((Ipv6Addr::LOCALHOST, *port)).ok()?;
         let mut greeting = [0; 18];
         // A gate that is closed closes the connection without a byte.
         stream.read_exact(&mut greeting).ok()?;
@@ -132,6 +134,13 @@ impl Fixture {
             }
         }
     }
+}
+
+/// A laptop's disk.
+fn a_laptop() -> Arc<tempfile::TempDir> {
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    File::create(dir.path().join("disk")).unwrap().set_len(SIZE).unwrap();
+    dir
 }
 
 fn request(key: &str, machine: char) -> Begin {
@@ -180,7 +189,7 @@ impl Machine for AFile {
         Ok(a_disk(&self.path))
     }
 
-    fn contents(&self, disk: &Disk) -> Vec<Content> {
+    fn contents(&self, disk: &Disk) -> std::io::Result<Vec<Content>> {
         stiefel_sys::block::contents(Path::new("/nonexistent"), disk)
     }
 
@@ -188,8 +197,22 @@ impl Machine for AFile {
         self.path.with_extension("resume").exists()
     }
 
-    fn open(&self, disk: &Disk) -> anyhow::Result<File> {
-        Ok(File::options().read(true).write(true).open(&disk.path)?)
+    fn open(&self, disk: &Disk, writable: bool) -> anyhow::Result<File> {
+        Ok(File::options().read(true).write(writable).open(&disk.path)?)
+    }
+
+    fn listen(&self, mut at: SocketAddrV6) -> anyhow::Result<TcpListener> {
+        if at.port() == DISK_PORT {
+            at.set_port(0);
+        }
+        Ok(TcpListener::bind(at)?)
+    }
+
+    fn memory(&self) -> anyhow::Result<Memory> {
+        Ok(Memory {
+            total: 8 << 30,
+            available: 8 << 30,
+        })
     }
 
     fn link(&self, wanted: Wanted) -> anyhow::Result<(Up, LinkOffer)> {
@@ -434,13 +457,13 @@ fn the_laptop_goes_home_on_demand_unless_a_desktop_has_the_disk() {
     assert!(fixture.connect(&bundle).is_some());
     fixture.goodbye(&bundle, Goodbye::Reboot).unwrap();
     fixture.host.home_pressed();
-    assert_eq!(fixture.news.try_recv().unwrap(), News::Home);
+    assert_eq!(fixture.news.try_recv().unwrap(), News::End(End::Restart));
     assert!(fixture.begin("blue", 'a').is_err());
 }
 
-/// PID 1, which keeps the disk beyond the end of a process.
+/// PID 1, which keeps the disk, and what guests write, beyond the end of a process.
 #[derive(Clone, Default)]
-struct PidOne(Arc<Mutex<Option<OwnedFd>>>);
+struct PidOne(Arc<Mutex<BTreeMap<u8, OwnedFd>>>);
 
 impl PidOne {
     fn attend(&self) -> Custody {
@@ -450,34 +473,41 @@ impl PidOne {
             while let Ok(Some(request)) = custodian.next() {
                 let mut kept = kept.lock().unwrap();
                 match &request {
-                    Request::Hold(fd) => *kept = Some(fd.try_clone().unwrap()),
-                    Request::Release => *kept = None,
-                    Request::Verdict(_) | Request::Fetch => {}
+                    Request::Hold(place, fd) => drop(kept.insert(*place, fd.try_clone().unwrap())),
+                    Request::Release(place) => drop(kept.remove(place)),
+                    Request::Verdict(_) | Request::Fetch(_) => {}
                 }
-                let _ = custodian.answer(&request, kept.as_ref().map(AsFd::as_fd));
+                let wanted = match &request {
+                    Request::Fetch(place) => kept.get(place).map(AsFd::as_fd),
+                    _ => None,
+                };
+                let _ = custodian.answer(&request, wanted);
             }
         });
         Custody::from(role)
     }
 
     fn keeps(&self) -> bool {
-        self.0.lock().unwrap().is_some()
+        !self.0.lock().unwrap().is_empty()
+    }
+
+    fn places(&self) -> Vec<u8> {
+        self.0.lock().unwrap().keys().copied().collect()
     }
 }
 
 #[test]
 fn a_session_goes_on_in_the_servers_next_process() {
     let pid_one = PidOne::default();
-    let dir = Arc::new(tempfile::tempdir().unwrap());
-    File::create(dir.path().join("disk")).unwrap().set_len(SIZE).unwrap();
+    let dir = a_laptop();
     let first = Fixture::process(Arc::clone(&dir), After::Stay, Some(pid_one.attend()));
-    assert!(first.host.resume().unwrap().is_none());
+    assert!(first.host.resume().unwrap().is_empty());
     let bundle = first.begin("blue", 'a').unwrap();
     assert!(first.connect(&bundle).is_some() && pid_one.keeps());
     drop(first);
 
     let second = Fixture::process(Arc::clone(&dir), After::Stay, Some(pid_one.attend()));
-    let (session, _) = second.host.resume().unwrap().unwrap();
+    let (session, _) = second.host.resume().unwrap().remove(0);
     assert_eq!(session.to_string(), bundle.manifest.session);
     assert!(second.connect(&bundle).is_some(), "the desktop cannot go on");
     assert!(second.begin("red", 'b').is_err(), "another desktop gets the disk");
@@ -486,21 +516,21 @@ fn a_session_goes_on_in_the_servers_next_process() {
     drop(second);
 
     let third = Fixture::process(dir, After::Stay, Some(pid_one.attend()));
-    assert!(third.host.resume().unwrap().is_none(), "what is over goes on");
+    assert!(third.host.resume().unwrap().is_empty(), "what is over goes on");
 }
 
 #[test]
 fn lost_writes_are_not_forgotten_by_the_next_process() {
     let pid_one = PidOne::default();
-    let dir = Arc::new(tempfile::tempdir().unwrap());
-    File::create(dir.path().join("disk")).unwrap().set_len(SIZE).unwrap();
+    let dir = a_laptop();
     let first = Fixture::process(Arc::clone(&dir), After::Stay, Some(pid_one.attend()));
     let bundle = first.begin("blue", 'a').unwrap();
-    first.host.0.setup.records.note_failure("the disk is broken");
+    let session = bundle.manifest.session.parse().unwrap();
+    first.host.0.setup.records.note_failure(session, "the disk is broken");
     drop(first);
 
     let mut second = Fixture::process(dir, After::Stay, Some(pid_one.attend()));
-    assert!(second.host.resume().unwrap().is_some());
+    assert_eq!(second.host.resume().unwrap().len(), 1);
     let refusal = second.goodbye(&bundle, Goodbye::Poweroff).unwrap_err();
     assert!(refusal.reason.contains("data may be lost"), "{}", refusal.reason);
     assert!(matches!(second.news.try_recv(), Ok(News::Broken(_))));

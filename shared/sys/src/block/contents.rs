@@ -1,6 +1,7 @@
 //! What lies on a disk and each of its partitions, as far as it matters to who else may use it.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -21,27 +22,34 @@ pub struct Content {
 }
 
 /// Looks at the disk and, in their order, its partitions as the kernel knows them. All is read through the disk itself, not
-/// exclusively: a partition's device has a cache of its own, which knows nothing of what is written through the disk. What
-/// cannot be read has no content.
-#[must_use]
-pub fn contents(sysfs: &Path, disk: &Disk) -> Vec<Content> {
-    let Ok(file) = File::open(&disk.path) else {
-        return Vec::new();
-    };
+/// exclusively: a partition's device has a cache of its own, which knows nothing of what is written through the disk.
+///
+/// # Errors
+/// The disk cannot be opened, or something on it that says what there is cannot be read: what it holds is not known.
+pub fn contents(sysfs: &Path, disk: &Disk) -> io::Result<Vec<Content>> {
+    let file = File::open(&disk.path)?;
     let mut areas = vec![(0, disk.name.clone(), 0, disk.size)];
     areas.extend(partitions(sysfs, disk));
     areas.sort();
-    areas
-        .into_iter()
-        .map(|(_, name, start, size)| {
-            let mut read = |offset: u64, bytes: &mut [u8]| file.read_exact_at(bytes, start + offset);
-            Content {
-                name,
-                claims: superblock::probe(&mut read, size),
-                hibernated: superblock::holds_memory_image(&mut read, size),
+    let look = |(_, name, start, size)| {
+        let mut failed = Ok(());
+        let mut read = |offset: u64, bytes: &mut [u8]| {
+            let read = file.read_exact_at(bytes, start + offset);
+            if let Err(error) = &read
+                && error.kind() != io::ErrorKind::UnexpectedEof
+            {
+                failed = Err(io::Error::new(error.kind(), error.to_string()));
             }
-        })
-        .collect()
+            read
+        };
+        let content = Content {
+            name,
+            claims: superblock::probe(&mut read, size),
+            hibernated: superblock::holds_memory_image(&mut read, size),
+        };
+        failed.map(|()| content)
+    };
+    areas.into_iter().map(look).collect()
 }
 
 /// Number, name, and place on the disk in bytes.
@@ -115,7 +123,7 @@ mod tests {
             hibernated,
         };
         assert_eq!(
-            contents(root.path(), &disk),
+            contents(root.path(), &disk).unwrap(),
             [
                 content("vda", &[], false),
                 content("vda1", &[(ClaimKind::LuksUuid, "some-uuid")], false),
@@ -123,6 +131,6 @@ mod tests {
             ]
         );
         disk.path = root.path().join("gone");
-        assert_eq!(contents(root.path(), &disk), []);
+        assert!(contents(root.path(), &disk).is_err());
     }
 }

@@ -70,7 +70,7 @@ impl Tamper for DropLarge {
 const LONG: Duration = Duration::from_secs(60);
 
 /// How long a killed server may take to serve again.
-const RESTART: Duration = Duration::from_secs(10);
+pub(crate) const RESTART: Duration = Duration::from_secs(10);
 
 /// Two machines, and the cable between them.
 struct Pair {
@@ -139,19 +139,22 @@ impl Pair {
     /// Waits until all is written, and checks it: on the desktop, in its kernel's log, and on the laptop's disk.
     fn all_is_written(self) -> Result<(), Failure> {
         self.desktop.serial().expect("load: done", Duration::from_secs(60))?;
-        for bad in ["load: ERROR", "I/O error", "Buffer I/O", "blk_update_request"] {
-            if self.desktop.serial().said(bad)? {
-                return Err(format!(
-                    "the desktop says {bad:?}; its console: {}",
-                    self.desktop.serial().log().display()
-                )
-                .into());
-            }
-        }
+        no_errors(&self.desktop)?;
         drop(self.desktop);
         drop(self.laptop);
         check_disk(&self.dir.path().join("disk.img"))
     }
+}
+
+/// Nothing that was written or read has failed.
+pub(crate) fn no_errors(desktop: &Vm) -> Result<(), Failure> {
+    for bad in ["load: ERROR", "I/O error", "Buffer I/O", "blk_update_request"] {
+        if desktop.serial().said(bad)? {
+            let log = desktop.serial().log().display();
+            return Err(format!("the desktop says {bad:?}; its console: {log}").into());
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn check_disk(image: &Path) -> Result<(), Failure> {

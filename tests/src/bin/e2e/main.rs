@@ -7,6 +7,7 @@
 
 mod endure;
 mod faults;
+mod guest;
 mod image;
 mod interlocks;
 mod journey;
@@ -153,6 +154,14 @@ fn tests() -> Vec<Test> {
         "recorded_traffic_shows_nothing_of_the_disk_inside_the_tunnel_and_all_without",
         &[0, 3],
         link::recorded,
+    );
+    tests.add(
+        "guest_writes_into_the_laptops_memory_through_a_killed_server_and_changes_nothing_on_its_disk",
+        guest::one,
+    );
+    tests.long(
+        "two_guests_at_once_write_apart_and_change_nothing_on_the_laptops_disk",
+        guest::two,
     );
     tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
     tests.add(

@@ -5,7 +5,7 @@ use std::path::Path;
 use stiefel_shared::cpio;
 use stiefel_shared::handover::{
     After, ClientHandover, DiskIdentity, DiskTransport, Encryption, Handover, LinkMode, Part, PartSize, Payload,
-    ServerHandover, ramdisk_cmdline,
+    ServerHandover, SessionMode, ramdisk_cmdline,
 };
 use stiefel_shared::key::StickKey;
 use stiefel_tests::kit::CONSOLE;
@@ -47,6 +47,8 @@ pub(crate) struct Server {
     pub(crate) mode: LinkMode,
     /// How it is served.
     pub(crate) transport: DiskTransport,
+    /// What becomes of what a desktop writes.
+    pub(crate) session: SessionMode,
     /// How long it waits for a silent desktop, in seconds.
     pub(crate) grace: u64,
     /// The payload; by default something that does not boot.
@@ -66,6 +68,7 @@ impl Server {
             encryption: Encryption::None,
             mode: LinkMode::Dedicated,
             transport: DiskTransport::Nbd,
+            session: SessionMode::Normal,
             grace: 900,
             parts: Vec::new(),
             words: String::new(),
@@ -108,6 +111,7 @@ impl Server {
             encryption: self.encryption,
             mode: self.mode,
             transport: self.transport,
+            session: self.session,
             grace: self.grace,
         }));
         let mut archive = cpio::Writer::new(handover.to_cpio()?.0.clone());
