@@ -16,6 +16,7 @@ use std::time::Duration;
 use stiefel_shared::handover::{HANDOVER_PATH, Handover, MAX_DOCUMENT, SecretBytes};
 use stiefel_sys::console::Console;
 use stiefel_sys::kmsg;
+use stiefel_sys::link::{self, LinkError};
 use stiefel_sys::mount::{self, MountFlags};
 use stiefel_sys::power::{self, Power};
 use stiefel_sys::{process, wipe};
@@ -179,6 +180,27 @@ fn countdown(console: &Console, seconds: u32, what: &str) {
 /// How long the disks may take to write what is left when the machine's turn ends.
 const SYNC: Duration = Duration::from_secs(20);
 
+/// How long NICs may take to be taken down.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Takes all NICs down. One that is up goes on putting packets into this kernel's memory: e1000e leaves the 82574 receiving when the
+/// machine ends (`FLAG2_NO_DISABLE_RX`), and the next kernel's driver lets it reach memory again before it resets it. What a packet
+/// is written over then belongs to that kernel. A NIC that is closed before was reset by its driver.
+fn quiet_links(console: &Console) {
+    let down = || -> Result<(), LinkError> {
+        let links = link::list()?;
+        links
+            .iter()
+            .filter(|link| link.up)
+            .try_for_each(|link| link::set_down(link.index))
+    };
+    match custody::within(QUIET, down) {
+        Some(Ok(())) => {}
+        Some(Err(error)) => console.warn(&describe(&error)),
+        None => console.warn(&format!("a NIC is not down after {} s", QUIET.as_secs())),
+    }
+}
+
 /// Ends the machine's turn; tried until it works.
 fn end(console: &Console, how: Power) -> ! {
     wipe_secrets(console);
@@ -188,6 +210,7 @@ fn end(console: &Console, how: Power) -> ! {
             SYNC.as_secs()
         ));
     }
+    quiet_links(console);
     loop {
         let Err(error) = power::now(how);
         console.error(&format!("{}; switch the machine off by hand", describe(&error)));

@@ -144,6 +144,7 @@ fn tests() -> Vec<Test> {
         "nic_stays_the_systems_in_a_lan_and_is_hidden_on_a_cable_of_its_own",
         link::lan,
     );
+    tests.add("packets_that_arrive_during_kexec_do_no_harm", link::kexec_under_fire);
     tests.long("packets_are_large_where_the_whole_way_carries_them", link::packets);
     tests.ways(
         "server_killed_five_times_under_load_loses_nothing",
