@@ -90,8 +90,9 @@ fn a_half_open_negotiation_ends_at_its_deadline_wherever_it_stopped() {
         option: 77,
         len: 400_000,
     };
+    let skipped = [&long.encode()[..], &[0; 99]].concat();
     // After the greeting, inside of a header, behind a header, and inside of data that are to be skipped.
-    for said in [&[][..], &go[..5], &go[..16], &[&long.encode()[..], &[0; 99]].concat()] {
+    for said in [&go[..0], &go[..5], &go[..16], &skipped[..]] {
         let mut client = Client::connect(fixture.address);
         client.stream.write_all(said).unwrap();
         assert!(client.is_closed(), "{said:?}");

@@ -43,7 +43,7 @@ pub fn known(program: Option<&str>) -> Vec<Kinds> {
         Kinds {
             name: "stiefel",
             // For the life of the benchmark.
-            program: program.map_or("", |program| String::leak(program.to_owned())),
+            program: program.map_or("", |program| &*String::leak(program.to_owned())),
             arguments: if program.is_some() { NBD } else { SERVE },
             config: "",
         },
