@@ -163,6 +163,16 @@ pub enum CollectError {
         /// The limit in bytes.
         limit: u64,
     },
+    /// The desktop's kernel would not take the command line: said here, as the desktop hears it too late.
+    #[error(
+        "the command line for the desktop has {bytes} bytes, more than the {limit} that its kernel takes\n  next: shorten boot.load.cmdline or boot.load.append in config.yaml"
+    )]
+    LongCmdline {
+        /// Its length with what the desktop adds.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// The handover cannot be written.
     #[error(transparent)]
     Handover(#[from] HandoverError),

@@ -8,7 +8,9 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use stiefel_initrd_builder::overlay::{Overlay, overlay};
 use stiefel_shared::cpio;
-use stiefel_shared::handover::{Handover, Part, PartSize, Payload, SecretBytes, ServerHandover};
+use stiefel_shared::handover::{
+    Handover, MAX_CMDLINE, Part, PartSize, Payload, SecretBytes, ServerHandover, insert_word,
+};
 use stiefel_sys::kexec;
 
 use super::{CollectError, Collected, checked, fits};
@@ -72,7 +74,22 @@ impl Collected {
         };
         let mut cmdline = self.payload.cmdline.clone();
         if !self.session.swap && !cmdline.split(' ').any(|word| word == NO_SWAP) {
-            cmdline = insert(&cmdline, NO_SWAP);
+            cmdline = insert_word(&cmdline, NO_SWAP);
+        }
+        let payload = Payload {
+            version: self.payload.version.clone(),
+            cmdline,
+            parts: vec![
+                part(Part::Kernel, kernel.len)?,
+                part(Part::Initrd, initrd.len)?,
+                part(Part::Overlay, overlay.bytes.len() as u64)?,
+            ],
+            boot: self.boot.clone(),
+        };
+        let bytes = payload.desktop_cmdline().len();
+        if bytes > MAX_CMDLINE {
+            let limit = MAX_CMDLINE;
+            return Err(CollectError::LongCmdline { bytes, limit });
         }
         Ok(ServerHandover {
             encryption: self.link.encryption,
@@ -82,26 +99,9 @@ impl Collected {
             keys: self.keys.clone(),
             hostname: self.hostname.clone(),
             disk: self.identity.clone(),
-            payload: Payload {
-                version: self.payload.version.clone(),
-                cmdline,
-                parts: vec![
-                    part(Part::Kernel, kernel.len)?,
-                    part(Part::Initrd, initrd.len)?,
-                    part(Part::Overlay, overlay.bytes.len() as u64)?,
-                ],
-                boot: self.boot.clone(),
-            },
+            payload,
             after: self.session.after,
         })
-    }
-}
-
-/// Adds a word for the kernel, before what is for init.
-fn insert(cmdline: &str, word: &str) -> String {
-    match cmdline.split_once(" -- ") {
-        Some((kernel, init)) => format!("{kernel} {word} -- {init}"),
-        None => format!("{cmdline} {word}").trim_start().to_owned(),
     }
 }
 
@@ -254,13 +254,6 @@ mod tests {
     }
 
     #[test]
-    fn a_word_for_the_kernel_stands_before_what_is_for_init() {
-        assert_eq!(insert("ro quiet", "x=1"), "ro quiet x=1");
-        assert_eq!(insert("ro -- foo", "x=1"), "ro x=1 -- foo");
-        assert_eq!(insert("", "x=1"), "x=1");
-    }
-
-    #[test]
     fn a_module_that_the_configuration_names_is_in_the_overlay() {
         let dir = tempfile::tempdir().unwrap();
         let put = |path: &str, bytes: &[u8]| {
@@ -309,5 +302,7 @@ mod tests {
         assert_eq!(collected.image().unwrap().modules, 1);
         collected.modules.push("special".to_owned());
         assert_eq!(collected.image().unwrap().modules, 2);
+        collected.payload.cmdline = "x".repeat(MAX_CMDLINE);
+        assert!(matches!(collected.image(), Err(CollectError::LongCmdline { .. })));
     }
 }

@@ -9,9 +9,9 @@ use super::words::{Piece, Word, expand};
 use super::{Chosen, Entry, Files, OWN, Variables};
 
 /// What a whole run may cost: bytes of words that were put in, plus [`STEP`] for each command.
-const BUDGET: usize = 16 << 20;
-/// What a command costs, in bytes.
-const STEP: usize = 64;
+const BUDGET: usize = 4 << 20;
+/// What a command costs, in bytes: so there are 16,000 at most.
+const STEP: usize = 256;
 /// The longest words of one command, in bytes together.
 const MAX_WORDS: usize = 64 << 10;
 /// The deepest nesting of blocks, functions and included files.

@@ -165,8 +165,8 @@ impl Run<'_> {
         if !self.pay(2 * length + arguments.len() * STEP) {
             return false;
         }
-        let mut outside = self.variables.clone();
-        outside.retain(|name, _| is_argument(name));
+        let outside = self.variables.iter().filter(|(name, _)| is_argument(name));
+        let outside: Vec<(String, String)> = outside.map(|(name, value)| (name.clone(), value.clone())).collect();
         self.variables.retain(|name, _| !is_argument(name));
         for (index, argument) in arguments.iter().enumerate() {
             self.variables.insert((index + 1).to_string(), argument.clone());
