@@ -7,8 +7,8 @@
 mod boot;
 mod image;
 mod keys;
+mod root;
 
-use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -24,6 +24,7 @@ use crate::payload::{self, FoundPayload, PayloadError};
 use crate::tree::Tree;
 
 pub use image::Image;
+pub use root::{RootStack, disks_of_root};
 
 /// Where the ramdisk lies.
 pub const STATE_DIR: &str = "/var/lib/stiefel";
@@ -161,6 +162,16 @@ pub enum CollectError {
         size: u64,
         /// The limit in bytes.
         limit: u64,
+    },
+    /// The desktop's kernel would not take the command line: said here, as the desktop hears it too late.
+    #[error(
+        "the command line for the desktop has {bytes} bytes, more than the {limit} that its kernel takes\n  next: shorten boot.load.cmdline or boot.load.append in config.yaml"
+    )]
+    LongCmdline {
+        /// Its length with what the desktop adds.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
     },
     /// The handover cannot be written.
     #[error(transparent)]
@@ -330,9 +341,9 @@ fn disk(tree: &Tree, configured: &Auto<PathBuf>) -> Result<Disk, CollectError> {
     let (path, what) = match configured {
         Auto::Given(path) => (tree.path(path), path.display().to_string()),
         Auto::Auto => {
-            let disks = btrfs_disks(tree);
-            if disks.len() > 1 {
-                return Err(several("/".to_owned(), disks.iter().map(String::as_str)));
+            let stack = root::stack(tree);
+            if stack.disks.len() > 1 {
+                return Err(several(stack.to_string(), stack.disks.iter().map(String::as_str)));
             }
             (tree.path("/"), "/".to_owned())
         }
@@ -360,22 +371,6 @@ fn several<'a>(what: String, disks: impl Iterator<Item = &'a str>) -> CollectErr
         what,
         disks: disks.collect::<Vec<_>>().join(", "),
     }
-}
-
-/// The disks of a btrfs root: it may have several devices, and its mount names only one of them.
-fn btrfs_disks(tree: &Tree) -> BTreeSet<String> {
-    let Some(root) = tree.root_device() else {
-        return BTreeSet::new();
-    };
-    let folder = "/sys/fs/btrfs";
-    tree.names(folder)
-        .into_iter()
-        .map(|uuid| tree.names(format!("{folder}/{uuid}/devices")))
-        .find(|devices| devices.contains(&root))
-        .into_iter()
-        .flatten()
-        .flat_map(|device| tree.disks_below(&device))
-        .collect()
 }
 
 /// What the ramdisk knows the disk by, once it is proved that it finds this one by it and no other.
@@ -499,24 +494,6 @@ mod tests {
         assert!(only(Vec::new(), "/".into()).is_err());
     }
 
-    #[test]
-    fn all_devices_of_a_btrfs_root_are_seen() {
-        let (_dir, tree) = tree(&[
-            ("/proc/self/mountinfo", "22 1 0:25 /@ / rw - btrfs /dev/sda rw\n"),
-            ("/dev/sda", ""),
-            ("/sys/class/block/sda/size", "1"),
-            ("/sys/class/block/sdb/size", "1"),
-            ("/sys/fs/btrfs/1-2/devices/sda/x", ""),
-            ("/sys/fs/btrfs/1-2/devices/sdb/x", ""),
-            ("/sys/fs/btrfs/3-4/devices/sdc/x", ""),
-        ]);
-        assert_eq!(btrfs_disks(&tree).into_iter().collect::<Vec<_>>(), ["sda", "sdb"]);
-        assert!(matches!(
-            disk(&tree, &Auto::Auto),
-            Err(CollectError::SeveralDisks { .. })
-        ));
-    }
-
     fn an_identity(serial: Option<&str>) -> DiskIdentity {
         DiskIdentity {
             gpt_guid: None,
@@ -575,7 +552,7 @@ mod tests {
         let text = stiefel_shared::config::EXAMPLE;
         let (_, after) = text.split_once("Classes:").unwrap();
         let (classes, _) = after.split_once("console.").unwrap();
-        let named: BTreeSet<&str> = classes.split(|c: char| !c.is_ascii_alphanumeric()).collect();
+        let named: std::collections::BTreeSet<&str> = classes.split(|c: char| !c.is_ascii_alphanumeric()).collect();
         for class in stiefel_initrd_builder::modules::CLASSES {
             assert!(named.contains(class.name), "{}", class.name);
         }

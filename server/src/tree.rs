@@ -2,13 +2,21 @@
 //!
 //! All that is read of the installed OS is read through it, and bounded. Paths in it are absolute and start with `/`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// The largest text file of the OS that is read, in bytes.
 const MAX_TEXT: u64 = 4 << 20;
+/// As many symbolic links as the kernel follows in one path.
+const MAX_LINKS: usize = 40;
+
+/// udev's links to block devices.
+pub(crate) const BY_UUID: &str = "/dev/disk/by-uuid";
+pub(crate) const BY_LABEL: &str = "/dev/disk/by-label";
+pub(crate) const BY_PARTUUID: &str = "/dev/disk/by-partuuid";
 
 /// A file tree.
 #[derive(Debug, Clone)]
@@ -32,6 +40,55 @@ impl Tree {
         self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
+    /// Where a path of the tree really lies, with links followed as if the tree were `/`: none leads out of it.
+    ///
+    /// # Errors
+    /// As of opening: something is not there, is no folder, or the links have no end.
+    pub fn resolve(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
+        let parts = |path: &Path| -> Vec<OsString> {
+            let kept = path.components().filter_map(|part| match part {
+                Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
+                _ => None,
+            });
+            kept.collect()
+        };
+        let mut waiting = VecDeque::from(parts(path.as_ref()));
+        let (mut found, mut links) = (PathBuf::new(), 0);
+        while let Some(part) = waiting.pop_front() {
+            if part == ".." {
+                found.pop();
+                continue;
+            }
+            let here = found.join(&part);
+            let real = self.root.join(&here);
+            if !real.symlink_metadata()?.is_symlink() {
+                found = here;
+                continue;
+            }
+            links += 1;
+            if links > MAX_LINKS {
+                return Err(io::Error::other("too many symbolic links"));
+            }
+            let target = std::fs::read_link(&real)?;
+            if target.is_absolute() {
+                found = PathBuf::new();
+            }
+            for part in parts(&target).into_iter().rev() {
+                waiting.push_front(part);
+            }
+        }
+        Ok(self.root.join(found))
+    }
+
+    /// As [`Self::resolve`], but the running system's own links may be the kernel's to follow (/proc, /sys).
+    fn reach(&self, path: impl AsRef<Path>) -> io::Result<PathBuf> {
+        if self.is_live() {
+            Ok(self.path(path))
+        } else {
+            self.resolve(path)
+        }
+    }
+
     /// The tree's path of a file that really lies at `path`, with links followed; `None` if it is not in the tree.
     pub fn inside(&self, path: &Path) -> Option<PathBuf> {
         let (root, path) = (self.root.canonicalize().ok()?, path.canonicalize().ok()?);
@@ -39,20 +96,29 @@ impl Tree {
     }
 
     pub fn is_file(&self, path: impl AsRef<Path>) -> bool {
-        self.path(path).is_file()
+        self.reach(path).is_ok_and(|path| path.is_file())
+    }
+
+    pub fn is_folder(&self, path: impl AsRef<Path>) -> bool {
+        self.reach(path).is_ok_and(|path| path.is_dir())
+    }
+
+    /// A file of at most `max` bytes.
+    pub fn bytes(&self, path: impl AsRef<Path>, max: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(self.reach(path)?)?.take(max + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > max {
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("larger than {max} bytes, which no such file is"),
+            ));
+        }
+        Ok(bytes)
     }
 
     /// A text file; what is not UTF-8 is replaced.
     pub fn text(&self, path: impl AsRef<Path>) -> io::Result<String> {
-        let file = self.path(path);
-        let mut bytes = Vec::new();
-        File::open(file)?.take(MAX_TEXT + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > MAX_TEXT {
-            return Err(io::Error::new(
-                io::ErrorKind::FileTooLarge,
-                "larger than 4 MiB, which no such file is",
-            ));
-        }
+        let bytes = self.bytes(path, MAX_TEXT)?;
         Ok(String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
     }
 
@@ -65,7 +131,9 @@ impl Tree {
 
     /// The names in a folder, sorted; none if it is not there.
     pub fn names(&self, path: impl AsRef<Path>) -> Vec<String> {
-        let mut names: Vec<_> = std::fs::read_dir(self.path(path))
+        let mut names: Vec<_> = self
+            .reach(path)
+            .and_then(std::fs::read_dir)
             .into_iter()
             .flatten()
             .flatten()
@@ -92,21 +160,20 @@ impl Tree {
     /// The UUID of what is on a block device (a file system, or LUKS), as udev knows it.
     pub fn uuid_of(&self, device: &str) -> Option<String> {
         let name = self.block_name(device)?;
-        let folder = "/dev/disk/by-uuid";
+        let folder = BY_UUID;
         self.names(folder).into_iter().find(|uuid| {
             self.block_name(&format!("{folder}/{uuid}"))
                 .is_some_and(|found| found == name)
         })
     }
 
-    /// The block device with a UUID, by the kernel's name.
-    pub fn device_with_uuid(&self, uuid: &str) -> Option<String> {
-        let folder = "/dev/disk/by-uuid";
-        // FAT's are upper case, and boot loaders write them in either.
+    /// The block device that udev knows by this name in a folder such as [`BY_UUID`], by the kernel's name.
+    pub fn device_by(&self, folder: &str, name: &str) -> Option<String> {
+        // FAT's UUIDs are upper case, and boot loaders write them in either.
         let name = self
             .names(folder)
             .into_iter()
-            .find(|name| name.eq_ignore_ascii_case(uuid))?;
+            .find(|known| known.eq_ignore_ascii_case(name))?;
         self.block_name(&format!("{folder}/{name}"))
     }
 
@@ -244,6 +311,41 @@ mod tests {
         assert_eq!(tree.uuid_of("8:2").as_deref(), Some("AB-CD"));
         assert_eq!(tree.uuid_of("/dev/mapper/root").as_deref(), Some("11-22"));
         assert_eq!(tree.uuid_of("/dev/sda3"), None);
-        assert_eq!(tree.device_with_uuid("ab-cd").as_deref(), Some("sda2"));
+        assert_eq!(tree.device_by(BY_UUID, "ab-cd").as_deref(), Some("sda2"));
+    }
+
+    #[test]
+    fn no_link_leads_out_of_the_tree() {
+        let (dir, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let tree = Tree::new(dir.path());
+        std::fs::write(outside.path().join("secret"), "x").unwrap();
+        std::fs::create_dir_all(tree.path("/boot/sub")).unwrap();
+        std::fs::write(tree.path("/boot/kernel"), "k").unwrap();
+        let link = |target: &Path, path: &str| std::os::unix::fs::symlink(target, tree.path(path)).unwrap();
+        link(&outside.path().join("secret"), "/boot/absolute");
+        link(Path::new("../../../../../../../../etc/passwd"), "/boot/relative");
+        link(Path::new("/boot/kernel"), "/vmlinuz");
+        link(Path::new("../kernel"), "/boot/sub/up");
+        link(Path::new("loop"), "/boot/loop");
+        for path in [
+            "/boot/absolute",
+            "/boot/relative",
+            "/boot/loop",
+            "/boot/none",
+            "/boot/kernel/x",
+        ] {
+            assert!(tree.resolve(path).is_err(), "{path}");
+            assert!(!tree.is_file(path) && tree.text(path).is_err(), "{path}");
+        }
+        for path in [
+            "/vmlinuz",
+            "/boot/sub/up",
+            "/boot/sub/../kernel",
+            "/../../boot/./kernel",
+        ] {
+            assert_eq!(tree.resolve(path).unwrap(), tree.path("/boot/kernel"), "{path}");
+            assert!(tree.is_file(path), "{path}");
+        }
+        assert!(tree.is_folder("/boot") && !tree.is_folder("/vmlinuz"));
     }
 }

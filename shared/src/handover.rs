@@ -11,6 +11,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::cpio;
 use crate::key::StickKey;
+use crate::loader::cmdline::split;
 
 /// Where the ramdisk's handover lies: one JSON document, [`Handover`].
 pub const HANDOVER_PATH: &str = "stiefel/handover.json";
@@ -135,7 +136,7 @@ impl Payload {
     #[must_use]
     pub fn desktop_cmdline(&self) -> String {
         // Without IPv6 there is no way to the laptop; the system's own interfaces stay without it.
-        let words = self.cmdline.split(' ').map(|word| match word {
+        let words = split(&self.cmdline).into_iter().map(|word| match word {
             "ipv6.disable=1" => "ipv6.disable_ipv6=1",
             word => word,
         });
@@ -161,7 +162,7 @@ impl Payload {
 /// Adds a word for the kernel at the end of a command line, but before `--`: what follows that is for init.
 #[must_use]
 pub fn insert_word(cmdline: &str, word: &str) -> String {
-    let mut words: Vec<&str> = cmdline.split(' ').filter(|word| !word.is_empty()).collect();
+    let mut words = split(cmdline);
     let end = words.iter().position(|word| *word == "--").unwrap_or(words.len());
     words.insert(end, word);
     words.join(" ")
@@ -429,6 +430,7 @@ mod tests {
         );
         assert_eq!(insert_word("ro --", "noresume"), "ro noresume --");
         assert_eq!(insert_word("", "noresume"), "noresume");
+        assert_eq!(insert_word("x=\"a  -- b\" -- c", "y"), "x=\"a  -- b\" y -- c");
     }
 
     #[test]

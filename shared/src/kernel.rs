@@ -38,6 +38,111 @@ pub fn release_in_header(head: &[u8]) -> Option<String> {
     is_release(release).then(|| release.to_owned())
 }
 
+/// What a kernel's file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// x86: compressed, with the boot protocol's header.
+    BzImage,
+    /// arm64: plain (Documentation/arch/arm64/booting.rst).
+    Arm64,
+    /// Compressed by gzip, as arm64's `Image.gz`.
+    Gzip,
+    /// Compressed inside of an EFI program that unpacks itself (`drivers/firmware/efi/libstub/zboot-header.S`).
+    Zboot,
+    /// `vmlinux`.
+    Elf,
+    /// Something else.
+    Unknown,
+}
+
+impl Format {
+    /// By the beginning of a file.
+    #[must_use]
+    pub fn of(head: &[u8]) -> Self {
+        let has = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
+        if is_bzimage(head) {
+            Self::BzImage
+        } else if has(0x38, b"ARM\x64") {
+            Self::Arm64
+        } else if has(0, b"\x1f\x8b") {
+            Self::Gzip
+        } else if has(0, b"MZ") && has(4, b"zimg") {
+            Self::Zboot
+        } else if has(0, b"\x7fELF") {
+            Self::Elf
+        } else {
+            Self::Unknown
+        }
+    }
+
+    /// For people.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::BzImage => "an x86 kernel (bzImage)",
+            Self::Arm64 => "an arm64 kernel (Image)",
+            Self::Gzip => "compressed as a whole (gzip)",
+            Self::Zboot => "a kernel that unpacks itself as an EFI program (zboot)",
+            Self::Elf => "an ELF file (vmlinux)",
+            Self::Unknown => "no kernel image that is known",
+        }
+    }
+}
+
+/// The kind of machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arch {
+    /// x86 with 64 bits.
+    X86_64,
+    /// ARM with 64 bits.
+    Arm64,
+    /// Another.
+    Other,
+}
+
+impl Arch {
+    /// The one that this program is for.
+    pub const OURS: Self = if cfg!(target_arch = "x86_64") {
+        Self::X86_64
+    } else if cfg!(target_arch = "aarch64") {
+        Self::Arm64
+    } else {
+        Self::Other
+    };
+
+    /// Whether kexec_file_load starts a kernel of this format here.
+    #[must_use]
+    pub const fn starts(self, format: Format) -> bool {
+        match self {
+            Self::X86_64 => matches!(format, Format::BzImage),
+            Self::Arm64 => matches!(format, Format::Arm64),
+            Self::Other => !matches!(format, Format::Gzip | Format::Zboot),
+        }
+    }
+
+    /// What it starts, for people.
+    #[must_use]
+    pub const fn wanted(self) -> &'static str {
+        match self {
+            Self::X86_64 => "a bzImage, such as /boot/vmlinuz-RELEASE",
+            Self::Arm64 => {
+                "an unpacked Image (`gunzip -c vmlinuz-RELEASE > Image-RELEASE`; for zboot, CONFIG_EFI_ZBOOT=n)"
+            }
+            Self::Other => "an unpacked kernel",
+        }
+    }
+
+    /// UEFI's name, e.g. in `BOOTX64.EFI`.
+    #[must_use]
+    pub const fn efi_name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x64",
+            Self::Arm64 => "aa64",
+            Self::Other => "",
+        }
+    }
+}
+
 /// Whether a text can be a release and a folder's name in /lib/modules.
 #[must_use]
 pub fn is_release(text: &str) -> bool {
@@ -71,6 +176,24 @@ mod tests {
         let mut without = head;
         without[0x20e..0x210].fill(0);
         assert_eq!(release_in_header(&without), None);
+    }
+
+    #[test]
+    fn formats_are_known_by_their_beginning() {
+        let at = |at: usize, magic: &[u8]| [vec![0; at], magic.to_vec()].concat();
+        for (head, format) in [
+            (image("6.1 x"), Format::BzImage),
+            (at(0x38, b"ARM\x64"), Format::Arm64),
+            (at(0, b"\x1f\x8b\x08"), Format::Gzip),
+            (at(0, b"MZ\0\0zimg"), Format::Zboot),
+            (at(0, b"\x7fELF\x02"), Format::Elf),
+            (at(0, b"MZ\0\0"), Format::Unknown),
+            (Vec::new(), Format::Unknown),
+        ] {
+            assert_eq!(Format::of(&head), format);
+            assert_eq!(Arch::X86_64.starts(format), format == Format::BzImage);
+            assert_eq!(Arch::Arm64.starts(format), format == Format::Arm64);
+        }
     }
 
     #[test]

@@ -34,8 +34,8 @@ pub(super) fn folders(tree: &Tree, disk: &str, payload: &FoundPayload) -> Option
     if !own.contains("/boot") && tree.path("/boot").exists() {
         in_root.insert(PathBuf::from("/boot"));
     }
-    for file in payload.initrds.iter().chain([&payload.kernel]) {
-        let file = tree.inside(file)?;
+    for piece in payload.initrds.iter().chain([&payload.kernel]) {
+        let file = tree.inside(&piece.path)?;
         let below = mounts.iter().filter(|mount| file.starts_with(&mount.point));
         let point = below
             .map(|mount| mount.point.as_str())
@@ -106,12 +106,13 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let tree = Tree::new(dir.path());
             let payload = FoundPayload {
-                kernel: tree.path("/boot/vmlinuz"),
-                initrds: vec![tree.path("/boot/initrd.img")],
+                kernel: tree.path("/boot/vmlinuz").into(),
+                initrds: vec![tree.path("/boot/initrd.img").into()],
                 cmdline: String::new(),
                 version: String::new(),
                 modules: PathBuf::new(),
                 reason: String::new(),
+                notes: Vec::new(),
             };
             let laptop = Self { dir, tree, payload };
             laptop.put("/proc/self/mountinfo", mounts);
@@ -212,8 +213,8 @@ mod tests {
         let mut laptop = Laptop::new(&format!("{ROOT}23 22 8:2 / /data rw - xfs /dev/sda2 rw\n"));
         laptop.put("/usr/lib/modules/6.1/vmlinuz", "kernel");
         laptop.put("/data/initrd", "initrd");
-        laptop.payload.kernel = laptop.tree.path("/usr/lib/modules/6.1/vmlinuz");
-        laptop.payload.initrds = vec![laptop.tree.path("/data/initrd")];
+        laptop.payload.kernel = laptop.tree.path("/usr/lib/modules/6.1/vmlinuz").into();
+        laptop.payload.initrds = vec![laptop.tree.path("/data/initrd").into()];
         let expected = [
             told("/boot", None, "ext4"),
             told("/usr/lib/modules/6.1/vmlinuz", None, "ext4"),
@@ -226,7 +227,7 @@ mod tests {
     fn a_link_to_the_kernel_is_followed() {
         let mut laptop = Laptop::new(ROOT);
         laptop.link("boot/vmlinuz", "/vmlinuz");
-        laptop.payload.kernel = laptop.tree.path("/vmlinuz");
+        laptop.payload.kernel = laptop.tree.path("/vmlinuz").into();
         assert_eq!(laptop.folders(), Some(vec![told("/boot", None, "ext4")]));
         assert_eq!(
             laptop.tree.inside(&laptop.dir.path().join("vmlinuz")).as_deref(),

@@ -4,14 +4,17 @@
 //! Documentation/driver-api/early-userspace/buffer-format.rst.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use stiefel_initrd_builder::overlay::{Overlay, overlay};
 use stiefel_shared::cpio;
-use stiefel_shared::handover::{Handover, Part, PartSize, Payload, SecretBytes, ServerHandover, SessionMode};
+use stiefel_shared::handover::{
+    Handover, MAX_CMDLINE, Part, PartSize, Payload, SecretBytes, ServerHandover, SessionMode, insert_word,
+};
 use stiefel_sys::kexec;
 
 use super::{CollectError, Collected, checked, fits};
+use crate::payload::Piece;
 
 /// Stops the OS from using the disk's swap space: systemd.swap= in kernel-command-line(7).
 const NO_SWAP: &str = "systemd.swap=0";
@@ -40,7 +43,7 @@ impl Collected {
         let initrd = Source::open(&self.payload.initrds)?;
         let handover = self.handover(&kernel, &initrd, &overlay)?;
         let document = Handover::Server(Box::new(handover.clone())).to_cpio()?;
-        let ramdisk = Source::open(std::slice::from_ref(&self.ramdisk))?;
+        let ramdisk = Source::open(&[self.ramdisk.clone().into()])?;
         let parts: u64 = handover.payload.parts.iter().map(|part| part.size).sum();
         let expected = ramdisk.len + document.0.len() as u64 + parts;
         if let Some(memory) = self.memory {
@@ -73,7 +76,22 @@ impl Collected {
         // A guest would swap into the laptop's memory.
         let swap = self.session.swap && self.session.mode == SessionMode::Normal;
         if !swap && !cmdline.split(' ').any(|word| word == NO_SWAP) {
-            cmdline = insert(&cmdline, NO_SWAP);
+            cmdline = insert_word(&cmdline, NO_SWAP);
+        }
+        let payload = Payload {
+            version: self.payload.version.clone(),
+            cmdline,
+            parts: vec![
+                part(Part::Kernel, kernel.len)?,
+                part(Part::Initrd, initrd.len)?,
+                part(Part::Overlay, overlay.bytes.len() as u64)?,
+            ],
+            boot: self.boot.clone(),
+        };
+        let bytes = payload.desktop_cmdline().len();
+        if bytes > MAX_CMDLINE {
+            let limit = MAX_CMDLINE;
+            return Err(CollectError::LongCmdline { bytes, limit });
         }
         Ok(ServerHandover {
             encryption: self.link.encryption,
@@ -84,54 +102,53 @@ impl Collected {
             keys: self.keys.clone(),
             hostname: self.hostname.clone(),
             disk: self.identity.clone(),
-            payload: Payload {
-                version: self.payload.version.clone(),
-                cmdline,
-                parts: vec![
-                    part(Part::Kernel, kernel.len)?,
-                    part(Part::Initrd, initrd.len)?,
-                    part(Part::Overlay, overlay.bytes.len() as u64)?,
-                ],
-                boot: self.boot.clone(),
-            },
+            payload,
             after: self.session.after,
         })
     }
 }
 
-/// Adds a word for the kernel, before what is for init.
-fn insert(cmdline: &str, word: &str) -> String {
-    match cmdline.split_once(" -- ") {
-        Some((kernel, init)) => format!("{kernel} {word} -- {init}"),
-        None => format!("{cmdline} {word}").trim_start().to_owned(),
-    }
-}
-
-/// Files that are read one after the other, each beginning at a multiple of 4.
+/// Files, or parts of them, that are read one after the other, each beginning at a multiple of 4.
 struct Source {
     reader: Box<dyn Read>,
     len: u64,
 }
 
 impl Source {
-    fn open(paths: &[std::path::PathBuf]) -> Result<Self, CollectError> {
+    fn open(pieces: &[Piece]) -> Result<Self, CollectError> {
         let mut source = Self {
             reader: Box::new(io::empty()),
             len: 0,
         };
-        for path in paths {
-            let unreadable = |source| CollectError::Read {
-                path: path.clone(),
+        for piece in pieces {
+            let opened = open(piece).map_err(|source| CollectError::Read {
+                path: piece.path.clone(),
                 source,
-            };
-            let file = File::open(path).map_err(unreadable)?;
-            let len = file.metadata().map_err(unreadable)?.len();
+            });
+            let (file, len) = opened?;
             let gap = cpio::padding(source.len, 4);
             source.len += gap + len;
-            source.reader = Box::new(source.reader.chain(io::repeat(0).take(gap)).chain(file));
+            source.reader = Box::new(source.reader.chain(io::repeat(0).take(gap)).chain(file.take(len)));
         }
         Ok(source)
     }
+}
+
+/// A file at the beginning of what is read of it, and how much that is, in bytes.
+fn open(piece: &Piece) -> io::Result<(File, u64)> {
+    let mut file = File::open(&piece.path)?;
+    let len = file.metadata()?.len();
+    let Some(section) = &piece.section else {
+        return Ok((file, len));
+    };
+    if section.offset.checked_add(section.len).is_none_or(|end| end > len) {
+        return Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "it is shorter than a moment ago",
+        ));
+    }
+    file.seek(SeekFrom::Start(section.offset))?;
+    Ok((file, section.len))
 }
 
 /// Writes the image; returns its length.
@@ -182,17 +199,36 @@ mod tests {
     #[test]
     fn several_initrds_are_joined_at_multiples_of_four() {
         let (_dir, paths) = files(&[b"12345", b"abc", b"x"]);
-        let mut source = Source::open(&paths).unwrap();
+        let mut pieces: Vec<Piece> = paths.into_iter().map(Piece::from).collect();
+        let mut source = Source::open(&pieces).unwrap();
         let mut bytes = Vec::new();
         source.reader.read_to_end(&mut bytes).unwrap();
         assert_eq!(bytes, b"12345\0\0\0abc\0x");
         assert_eq!(source.len, bytes.len() as u64);
+        // Sections of an image, as of a file each.
+        let section = |offset, len| stiefel_shared::loader::uki::Section {
+            name: ".initrd".to_owned(),
+            offset,
+            len,
+        };
+        pieces.truncate(2);
+        pieces[0].section = Some(section(1, 3));
+        let mut source = Source::open(&pieces).unwrap();
+        let mut bytes = Vec::new();
+        source.reader.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, b"234\0abc");
+        assert_eq!(source.len, 7);
+        for (offset, len) in [(3, 3), (u64::MAX, 2)] {
+            pieces[0].section = Some(section(offset, len));
+            assert!(matches!(Source::open(&pieces), Err(CollectError::Read { .. })));
+        }
     }
 
     #[test]
     fn the_image_is_the_ramdisk_then_the_handover_then_the_parts() {
         let (_dir, paths) = files(&[b"\x28\xb5\x2f\xfdzstd!", b"kernel", b"in", b"itrd"]);
-        let open = |range: std::ops::Range<usize>| Source::open(&paths[range]).unwrap();
+        let pieces: Vec<Piece> = paths.into_iter().map(Piece::from).collect();
+        let open = |range: std::ops::Range<usize>| Source::open(&pieces[range]).unwrap();
         let document = stiefel_shared::handover::secret_document("stiefel/handover.json", b"{}").unwrap();
         let mut out = Vec::new();
         let size = write(&mut out, open(0..1), &document, [open(1..2), open(2..4)], b"overlay").unwrap();
@@ -221,13 +257,6 @@ mod tests {
     }
 
     #[test]
-    fn a_word_for_the_kernel_stands_before_what_is_for_init() {
-        assert_eq!(insert("ro quiet", "x=1"), "ro quiet x=1");
-        assert_eq!(insert("ro -- foo", "x=1"), "ro x=1 -- foo");
-        assert_eq!(insert("", "x=1"), "x=1");
-    }
-
-    #[test]
     fn a_module_that_the_configuration_names_is_in_the_overlay() {
         let dir = tempfile::tempdir().unwrap();
         let put = |path: &str, bytes: &[u8]| {
@@ -253,12 +282,13 @@ mod tests {
             disk: "/dev/sda".into(),
             identity: DiskIdentity::default(),
             payload: crate::payload::FoundPayload {
-                kernel: put("kernel", b"kernel"),
-                initrds: vec![put("initrd", b"initrd")],
+                kernel: put("kernel", b"kernel").into(),
+                initrds: vec![put("initrd", b"initrd").into()],
                 cmdline: String::new(),
                 version: "6.1.0-test".to_owned(),
                 modules: dir.path().join("modules/6.1.0-test"),
                 reason: String::new(),
+                notes: Vec::new(),
             },
             boot: None,
             session: stiefel_shared::config::Session::default(),
@@ -282,5 +312,7 @@ mod tests {
         }
         collected.modules.push("special".to_owned());
         assert_eq!(collected.image().unwrap().modules, 2);
+        collected.payload.cmdline = "x".repeat(MAX_CMDLINE);
+        assert!(matches!(collected.image(), Err(CollectError::LongCmdline { .. })));
     }
 }

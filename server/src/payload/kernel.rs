@@ -3,11 +3,26 @@
 //! The header is read by `stiefel_shared::kernel`.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
 pub use stiefel_shared::kernel::is_release;
 use stiefel_shared::kernel::{HEAD, release_in_header};
+
+use super::Piece;
+
+/// The beginning of a kernel.
+pub(super) fn head(kernel: &Piece) -> io::Result<Vec<u8>> {
+    let mut file = File::open(&kernel.path)?;
+    let mut len = HEAD;
+    if let Some(section) = &kernel.section {
+        file.seek(SeekFrom::Start(section.offset))?;
+        len = len.min(section.len);
+    }
+    let mut head = Vec::new();
+    file.take(len).read_to_end(&mut head)?;
+    Ok(head)
+}
 
 /// What `uname -r` will say under the kernel in `file`.
 ///
@@ -15,13 +30,18 @@ use stiefel_shared::kernel::{HEAD, release_in_header};
 ///
 /// # Errors
 /// Those of reading.
-pub fn release(file: &Path) -> std::io::Result<Option<String>> {
-    let mut head = Vec::new();
-    File::open(file)?.take(HEAD).read_to_end(&mut head)?;
-    let named = || file.file_name()?.to_str().and_then(release_in_name);
-    Ok(release_in_header(&head).or_else(named))
+pub fn release(file: &Path) -> io::Result<Option<String>> {
+    let kernel = Piece::from(file.to_owned());
+    Ok(release_of(&head(&kernel)?, &kernel))
 }
 
+/// As [`release`], with the image's beginning.
+pub(super) fn release_of(head: &[u8], kernel: &Piece) -> Option<String> {
+    // The name of a unified kernel image is not the kernel's.
+    let whole = || kernel.section.is_none().then_some(&kernel.path);
+    let named = || whole()?.file_name()?.to_str().and_then(release_in_name);
+    release_in_header(head).or_else(named)
+}
 /// The release in a kernel file's name.
 #[must_use]
 pub fn release_in_name(name: &str) -> Option<String> {

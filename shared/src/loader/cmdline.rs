@@ -1,12 +1,66 @@
-//! The payload's kernel command line, made ready for another machine.
+//! A kernel's command line, made ready for another machine.
 //!
-//! Split as the kernel splits it (lib/cmdline.c `next_arg`: only `"` quotes). What only meant this laptop's boot is dropped,
-//! names of disks that another machine gives to another disk are translated. Rules: facts.md, "Finding the payload".
+//! Used by the laptop's server. Split as the kernel splits it (lib/cmdline.c `next_arg`: only `"` quotes). What only meant
+//! this laptop's boot is dropped, names of disks that another machine gives to another disk are translated. Refused: shells
+//! instead of the system, disks that cannot be named so that it holds anywhere, roots that are on no disk.
+//! Words: kernel-parameters.rst, bootparam(7), kernel-command-line(7), dracut.cmdline(7), initramfs-tools(7), mkinitcpio(8).
 
-use super::PayloadError;
+/// Why a command line is of no use on another machine.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CmdlineError {
+    /// It asks for a maintenance shell.
+    #[error(
+        "the command line asks for a maintenance shell ({word:?}), which is no system to use on the desktop\n  \
+         next: boot the system normally once, or set boot.load.cmdline in config.yaml"
+    )]
+    Rescue {
+        /// The word that asks.
+        word: String,
+    },
+    /// A device is named by its place in this machine.
+    #[error(
+        "{word} names a disk by its place in this machine, which is another disk on the desktop, and its UUID is not known\n  \
+         next: find the UUID with `blkid` and set boot.load.cmdline in config.yaml with root=UUID=..."
+    )]
+    DeviceName {
+        /// The whole word of the command line.
+        word: String,
+    },
+    /// The root file system would be looked for on the boot loader's disk.
+    #[error(
+        "{word} looks for the root file system on the disk that was booted from, which is the stick on the desktop\n  \
+         next: find its UUID with `findmnt -no UUID /` and set boot.load.cmdline in config.yaml with root=UUID=..."
+    )]
+    RootByLoader {
+        /// The whole word of the command line.
+        word: String,
+    },
+    /// The root file system is on no disk of the laptop.
+    #[error(
+        "{word} says that the system is a live system or comes from the network: there is no disk to lend\n  \
+         next: install the system to the laptop's disk, or boot the one that is there"
+    )]
+    NoDisk {
+        /// The whole word of the command line.
+        word: String,
+    },
+}
 
 /// Parameters that belong to the boot loader or to this machine's last boot; compared with `-` as `_`, as the kernel does.
-const DROPPED: [&str; 5] = ["BOOT_IMAGE", "initrd", "resume", "resume_offset", "rdinit"];
+const DROPPED: [&str; 6] = [
+    "BOOT_IMAGE",
+    "initrd",
+    "resume",
+    "resume_offset",
+    "resumeflags",
+    "rdinit",
+];
+/// Words without a value that say the same: the attaching program adds it again.
+const DROPPED_WORDS: [&str; 1] = ["noresume"];
+/// Roots that are on no disk.
+const NO_DISK: [&str; 8] = ["live:", "nfs:", "nfs4:", "iscsi:", "nbd:", "fcoe:", "cifs:", "/dev/nfs"];
+/// Systems that run from a medium (`boot=live`).
+const LIVE: [&str; 3] = ["live", "casper", "nfs"];
 /// Parameters whose value starts with a block device, and may start with its UUID.
 const DEVICES: [&str; 6] = [
     "root",
@@ -19,7 +73,7 @@ const DEVICES: [&str; 6] = [
 /// Parameters that say where the root file system is.
 const ROOTS: [&str; 3] = ["root", "real_root", "zfs"];
 /// systemd then takes the disk that the boot loader came from: on the desktop that is the stick.
-const BY_LOADER: &str = "gpt-auto";
+const BY_LOADER: [&str; 4] = ["gpt-auto", "gpt-auto-force", "dissect", "dissect-force"];
 /// Programs that, as the first process, are no system.
 const SHELLS: [&str; 8] = ["sh", "bash", "dash", "ash", "zsh", "ksh", "busybox", "sulogin"];
 /// Parameters that stop an initrd half-way (initramfs-tools, mkinitcpio, dracut, systemd).
@@ -55,20 +109,48 @@ fn parameter(word: &str) -> (String, Option<&str>) {
     (name.replace('-', "_"), value)
 }
 
+/// The values of a parameter for the kernel, without quotes, in their order.
+pub fn values<'a>(text: &'a str, wanted: &str) -> impl Iterator<Item = &'a str> {
+    split(text)
+        .into_iter()
+        .take_while(|word| *word != "--")
+        .map(parameter)
+        .filter(move |(name, _)| name == wanted)
+        .filter_map(|(_, value)| value)
+}
+
+/// The value of a parameter for the kernel that counts: the last.
+#[must_use]
+pub fn value<'a>(text: &'a str, wanted: &str) -> Option<&'a str> {
+    values(text, wanted).last()
+}
+
+/// The command line without a `root=` that the boot loader's disk decides, and whether there was one.
+#[must_use]
+pub fn without_loader_root(text: &str) -> (String, bool) {
+    let words = split(text);
+    let kept: Vec<&str> = words
+        .iter()
+        .filter(|word| !matches!(parameter(word), (name, Some(value)) if name == "root" && BY_LOADER.contains(&value)))
+        .copied()
+        .collect();
+    (kept.join(" "), kept.len() < words.len())
+}
+
 /// Makes a command line ready for the desktop and adds the words of `append`.
 ///
 /// `uuid_of` gives the file system UUID of a block device's path, such as `/dev/sda2`.
 ///
 /// # Errors
-/// [`PayloadError::Rescue`] if it asks for a maintenance shell, [`PayloadError::DeviceName`] for a disk that is named by a
-/// place in this machine and whose UUID is not known or does not help there, [`PayloadError::RootByLoader`].
-pub fn clean(text: &str, append: &[String], uuid_of: &dyn Fn(&str) -> Option<String>) -> Result<String, PayloadError> {
+/// [`CmdlineError::Rescue`] if it asks for a maintenance shell, [`CmdlineError::DeviceName`] for a disk that is named by a
+/// place in this machine and whose UUID is not known or does not help there, [`CmdlineError::RootByLoader`].
+pub fn clean(text: &str, append: &[String], uuid_of: &dyn Fn(&str) -> Option<String>) -> Result<String, CmdlineError> {
     let words = split(text);
     // What follows `--` is for init and not for the kernel.
     let kernel_end = words.iter().position(|word| *word == "--").unwrap_or(words.len());
     let (kernel, init) = words.split_at(kernel_end);
     if let Some(word) = words.iter().find(|word| is_rescue(word)) {
-        return Err(PayloadError::Rescue {
+        return Err(CmdlineError::Rescue {
             word: (*word).to_owned(),
         });
     }
@@ -77,17 +159,28 @@ pub fn clean(text: &str, append: &[String], uuid_of: &dyn Fn(&str) -> Option<Str
         let (name, value) = parameter(word);
         match value {
             Some(_) if DROPPED.contains(&name.as_str()) => {}
+            None if DROPPED_WORDS.contains(&name.as_str()) => {}
+            Some(value) if is_elsewhere(&name, value) => {
+                return Err(CmdlineError::NoDisk {
+                    word: (*word).to_owned(),
+                });
+            }
             Some(value) if DEVICES.contains(&name.as_str()) => {
-                if value == BY_LOADER {
-                    return Err(PayloadError::RootByLoader {
+                if BY_LOADER.contains(&value) {
+                    return Err(CmdlineError::RootByLoader {
                         word: (*word).to_owned(),
                     });
                 }
                 // dracut also writes `root=block:/dev/…`.
                 let device = value.strip_prefix("block:").unwrap_or(value);
-                cleaned.push(match is_place(device) {
-                    true => translate(word, device, uuid_of)?,
-                    false => (*word).to_owned(),
+                cleaned.push(if is_place(device) {
+                    translate(word, device, uuid_of).ok_or_else(|| CmdlineError::DeviceName {
+                        word: (*word).to_owned(),
+                    })?
+                } else if may_change(device) {
+                    translate(word, device, uuid_of).unwrap_or_else(|| (*word).to_owned())
+                } else {
+                    (*word).to_owned()
                 });
             }
             _ => cleaned.push((*word).to_owned()),
@@ -95,7 +188,7 @@ pub fn clean(text: &str, append: &[String], uuid_of: &dyn Fn(&str) -> Option<Str
     }
     cleaned.extend(append.iter().cloned());
     if let Some(word) = cleaned.iter().find(|word| holds_place(word)) {
-        return Err(PayloadError::DeviceName { word: word.clone() });
+        return Err(CmdlineError::DeviceName { word: word.clone() });
     }
     cleaned.extend(init.iter().map(|word| (*word).to_owned()));
     Ok(cleaned.join(" "))
@@ -108,6 +201,15 @@ pub fn names_root(text: &str) -> bool {
         .take_while(|word| *word != "--")
         .map(parameter)
         .any(|(name, value)| ROOTS.contains(&name.as_str()) && value.is_some_and(|value| !value.is_empty()))
+}
+
+/// Whether the root file system comes from a live medium or the network.
+fn is_elsewhere(name: &str, value: &str) -> bool {
+    match name {
+        "root" => NO_DISK.iter().any(|kind| value.starts_with(kind)),
+        "boot" => LIVE.contains(&value),
+        _ => false,
+    }
 }
 
 fn is_rescue(word: &str) -> bool {
@@ -140,6 +242,17 @@ fn is_place(value: &str) -> bool {
     !name.contains('/') && numbered.iter().any(|prefix| name.starts_with(prefix))
 }
 
+/// Whether a device's name holds on another machine only with luck: a disk's bus is in its name in by-id, and the desktop
+/// reaches it by another; arrays are numbered as they are found.
+fn may_change(value: &str) -> bool {
+    value.strip_prefix("/dev/").is_some_and(|name| {
+        let array = name
+            .strip_prefix("md")
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+        array || name.starts_with("disk/by-id/")
+    })
+}
+
 /// Whether the value of a word names a disk by its place, at its beginning or further in (`rootflags=device=/dev/sdb2`).
 fn holds_place(word: &str) -> bool {
     let (_, value) = parameter(word);
@@ -152,15 +265,14 @@ fn holds_place(word: &str) -> bool {
 }
 
 /// The same word with the device's UUID instead of its place; what follows the device (`:name`) stays.
-fn translate(word: &str, value: &str, uuid_of: &dyn Fn(&str) -> Option<String>) -> Result<String, PayloadError> {
+fn translate(word: &str, value: &str, uuid_of: &dyn Fn(&str) -> Option<String>) -> Option<String> {
     // by-path names hold colons themselves, so the whole value is tried first.
     let (device, uuid) = match (uuid_of(value), value.split_once(':')) {
         (Some(uuid), _) => (value, Some(uuid)),
         (None, Some((device, _))) => (device, uuid_of(device)),
         (None, None) => (value, None),
     };
-    let uuid = uuid.ok_or_else(|| PayloadError::DeviceName { word: word.to_owned() })?;
-    Ok(word.replacen(device, &format!("UUID={uuid}"), 1))
+    Some(word.replacen(device, &format!("UUID={}", uuid?), 1))
 }
 
 #[cfg(test)]
@@ -230,6 +342,37 @@ mod tests {
     }
 
     #[test]
+    fn names_that_may_change_become_uuids_where_they_are_known() {
+        let known =
+            |device: &str| (device == "/dev/disk/by-id/ata-X-part2" || device == "/dev/md127").then(|| "5".to_owned());
+        let cleaned = |text: &str| clean(text, &[], &known).unwrap();
+        assert_eq!(cleaned("root=/dev/disk/by-id/ata-X-part2"), "root=UUID=5");
+        assert_eq!(cleaned("cryptdevice=/dev/md127:root"), "cryptdevice=UUID=5:root");
+        assert_eq!(cleaned("root=/dev/md/home"), "root=/dev/md/home");
+    }
+
+    #[test]
+    fn systems_that_are_on_no_disk_are_refused() {
+        for text in [
+            "root=live:CDLABEL=Fedora",
+            "boot=live components",
+            "boot=casper",
+            "root=/dev/nfs",
+            "root=nfs:1.2.3.4:/x",
+        ] {
+            let error = clean(text, &[], &uuids).unwrap_err();
+            assert!(matches!(&error, CmdlineError::NoDisk { .. }), "{error}");
+        }
+        assert_eq!(cleaned("boot=zfs root=ZFS=rpool/a"), "boot=zfs root=ZFS=rpool/a");
+    }
+
+    #[test]
+    fn nothing_of_hibernation_stays() {
+        let text = "a resume=UUID=1 resume_offset=2 noresume resumeflags=x resume=\"/dev/a b\" b";
+        assert_eq!(cleaned(text), "a b");
+    }
+
+    #[test]
     fn a_root_by_place_without_uuid_is_refused_with_its_word() {
         for root in [
             "/dev/sdb1",
@@ -262,7 +405,7 @@ mod tests {
                     uuids(device).filter(|_| word.starts_with("rootflags"))
                 });
                 assert!(
-                    matches!(&error, Err(PayloadError::DeviceName { word: named }) if named == word),
+                    matches!(&error, Err(CmdlineError::DeviceName { word: named }) if named == word),
                     "{word}: {error:?}"
                 );
             }
@@ -280,7 +423,7 @@ mod tests {
     #[test]
     fn a_root_found_by_the_boot_loader_s_disk_is_refused() {
         let error = clean("quiet root=gpt-auto", &[], &uuids).unwrap_err();
-        assert!(matches!(&error, PayloadError::RootByLoader { .. }), "{error}");
+        assert!(matches!(&error, CmdlineError::RootByLoader { .. }), "{error}");
         assert!(error.to_string().contains("boot.load.cmdline"));
     }
 
@@ -312,7 +455,7 @@ mod tests {
             "a -- -b",
         ] {
             assert!(
-                matches!(clean(text, &[], &uuids), Err(PayloadError::Rescue { .. })),
+                matches!(clean(text, &[], &uuids), Err(CmdlineError::Rescue { .. })),
                 "{text}"
             );
         }
