@@ -17,7 +17,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 
 /// The index that Linux gives the loopback interface; its addresses carry no scope id.
-const LOOPBACK: u32 = 1;
+pub(crate) const LOOPBACK: u32 = 1;
 
 /// Why the laptop cannot be found.
 #[derive(Debug, thiserror::Error)]

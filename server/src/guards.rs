@@ -6,7 +6,7 @@
 mod battery;
 pub(crate) mod hibernation;
 mod inhibitors;
-mod kexec;
+pub(crate) mod kexec;
 mod link;
 mod packages;
 

@@ -4,7 +4,7 @@
 //! All is decided and shown first; then every file is written beside its place, and only when all are there, put in it. A record
 //! says what was done, so that `uninstall` undoes exactly that. Doing it twice changes nothing.
 
-mod files;
+pub(crate) mod files;
 mod record;
 mod uninstall;
 mod wanted;

@@ -11,5 +11,6 @@ pub mod install;
 pub mod nbd;
 pub mod payload;
 pub mod role;
+pub mod setup;
 mod supply;
 mod tree;

@@ -11,6 +11,7 @@ pub mod kernel;
 pub mod key;
 pub mod kmod;
 pub mod loader;
+pub mod luks;
 pub mod nbd;
 pub mod seal;
 pub mod session;

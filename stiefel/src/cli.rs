@@ -30,6 +30,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Look at this laptop, and write its configuration and a first key. The first command to type.
+    Init(InitArgs),
+    /// Say what is missing for a session, and the command that mends it. Exit status 1 if something is.
+    Doctor(DoctorArgs),
     /// Build the ramdisk: kernel, ramdisk.cpio.zst and manifest. Needs no root.
     Build(BuildArgs),
     /// Put stiefel into this laptop's system: program, service, guards, configuration, key, ramdisk. Again after changes.
@@ -57,6 +61,32 @@ enum Command {
     /// Print the man page, or shell completions.
     #[command(hide = true)]
     Generate(GenerateArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct InitArgs {
+    /// Look at the system below this folder, and write there.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// Do not ask: take what would be proposed, keep what is there.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+    /// Replace a configuration that is there; the old one is kept beside it.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Only show what was found and what would be written.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    /// Look at the system below this folder; the service is only asked where it is the running one.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// Print as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]
@@ -238,7 +268,10 @@ pub(crate) fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error);
-            if error.chain().any(|cause| cause.is::<ConfigError>()) {
+            if error
+                .chain()
+                .any(|cause| cause.is::<ConfigError>() || cause.is::<commands::Usage>())
+            {
                 ExitCode::from(USAGE)
             } else {
                 ExitCode::FAILURE
@@ -258,6 +291,8 @@ fn report(error: &anyhow::Error) {
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
     let config = cli.config.as_deref();
     match cli.command {
+        Command::Init(args) => commands::init::init(config, &args),
+        Command::Doctor(args) => commands::doctor::doctor(config, &args),
         Command::Build(args) => commands::build::build(config, &args),
         Command::Install(args) => commands::install::install(config, &args),
         Command::Uninstall(args) => commands::install::uninstall(&args),

@@ -34,7 +34,7 @@ fn no_configuration_is_said_with_what_makes_one() {
     fails(
         1,
         &["serve", "--yes", "--config", "/nonexistent/c.yaml"],
-        &["/nonexistent/c.yaml", "stiefel install"],
+        &["/nonexistent/c.yaml", "stiefel init"],
     );
     fails(
         1,
@@ -234,7 +234,17 @@ fn every_command_of_the_readme_exists() {
         .skip(1)
         .filter_map(|rest| rest.split(|c: char| !c.is_ascii_lowercase() && c != '-').next())
     {
-        let known = ["install", "uninstall", "payload", "stick", "serve", "help", "key"];
+        let known = [
+            "init",
+            "doctor",
+            "install",
+            "uninstall",
+            "payload",
+            "stick",
+            "serve",
+            "help",
+            "key",
+        ];
         if known.contains(&command) {
             assert!(
                 help.contains(&format!("\n  {command} ")),
@@ -254,4 +264,143 @@ fn man_page_and_completions_are_generated() {
     assert!(String::from_utf8_lossy(&stiefel(&["generate", "man"]).stdout).contains("test\\-qemu"));
     assert!(!stiefel(&["generate", "bash"]).stdout.is_empty());
     fails(1, &["generate", "klingon"], &["klingon", "bash"]);
+}
+
+/// A folder with as much of a laptop as `init` needs: a USB adapter.
+fn laptop() -> tempfile::TempDir {
+    let root = tempfile::tempdir().unwrap();
+    let device = root.path().join("sys/devices/usb1");
+    let net = device.join("1:1.0/net/usb0");
+    std::fs::create_dir_all(&net).unwrap();
+    for (file, text) in [("idVendor", "0bda\n"), ("idProduct", "8153\n"), ("serial", "000001\n")] {
+        std::fs::write(device.join(file), text).unwrap();
+    }
+    for (file, text) in [("type", "1\n"), ("address", "02:00:00:00:00:01\n")] {
+        std::fs::write(net.join(file), text).unwrap();
+    }
+    std::os::unix::fs::symlink("../../../1:1.0", net.join("device")).unwrap();
+    std::fs::create_dir_all(root.path().join("sys/class/net")).unwrap();
+    std::os::unix::fs::symlink(
+        "../../devices/usb1/1:1.0/net/usb0",
+        root.path().join("sys/class/net/usb0"),
+    )
+    .unwrap();
+    root
+}
+
+fn mode(path: &Path) -> u32 {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+#[test]
+fn init_without_a_terminal_says_what_to_type_and_writes_nothing() {
+    let root = laptop();
+    let path = root.path().to_str().unwrap();
+    fails(2, &["init", "--root", path], &["no terminal", "--yes", "--dry-run"]);
+    let output = stiefel(&["init", "--root", path, "--dry-run"]);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("usb: [\"0bda:8153:000001\"]"));
+    assert!(!root.path().join("etc").exists(), "something was written");
+    fails(
+        1,
+        &["init", "--yes", "--root", "/nonexistent/root"],
+        &["/nonexistent/root", "--root"],
+    );
+}
+
+#[test]
+fn init_writes_once_and_replaces_only_by_force_keeping_the_old_one() {
+    let root = laptop();
+    let path = root.path().to_str().unwrap();
+    let config = root.path().join("etc/stiefel/config.yaml");
+    let key = root.path().join("etc/stiefel/keys/stick.key");
+    let init = |more: &[&str]| {
+        let output = stiefel(&[&["init", "--yes", "--root", path], more].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let said = init(&[]);
+    for word in [
+        "write ",
+        "config.yaml",
+        "stick.key",
+        " doctor",
+        " install",
+        " stick /dev/sdX",
+    ] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    assert_eq!(
+        (mode(&config), mode(&key), mode(key.parent().unwrap())),
+        (0o644, 0o600, 0o700)
+    );
+    let secret = std::fs::read(&key).unwrap();
+    std::fs::write(&config, "# mine\n").unwrap();
+    let said = init(&[]);
+    assert!(
+        said.contains("keep ") && said.contains("usb: [\"0bda:8153:000001\"]"),
+        "{said}"
+    );
+    assert_eq!(std::fs::read(&config).unwrap(), b"# mine\n");
+    let said = init(&["--force"]);
+    assert!(said.contains("config.yaml.old"), "{said}");
+    assert_eq!(
+        std::fs::read(config.with_file_name("config.yaml.old")).unwrap(),
+        b"# mine\n"
+    );
+    assert!(std::fs::read_to_string(&config).unwrap().contains("0bda:8153:000001"));
+    assert_eq!(std::fs::read(&key).unwrap(), secret, "a key is never replaced");
+}
+
+#[test]
+fn init_does_not_build_on_a_configuration_that_is_broken() {
+    let root = laptop();
+    let config = root.path().join("etc/stiefel/config.yaml");
+    std::fs::create_dir_all(config.parent().unwrap()).unwrap();
+    write(&config, "boot:\n  dsik: auto\n");
+    let output = stiefel(&["init", "--yes", "--root", root.path().to_str().unwrap()]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("line 2") && said.contains("--force"), "{said}");
+    assert!(!root.path().join("etc/stiefel/keys").exists(), "something was written");
+}
+
+#[test]
+fn init_says_that_etc_is_in_the_way_before_it_asks_anything() {
+    let root = laptop();
+    write(&root.path().join("etc"), "");
+    let output = stiefel(&["init", "--yes", "--root", root.path().to_str().unwrap()]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("nothing was changed"), "{said}");
+}
+
+#[test]
+fn doctor_exits_1_with_a_remedy_for_each_failure_also_as_json() {
+    let root = laptop();
+    let path = root.path().to_str().unwrap();
+    let output = stiefel(&["doctor", "--root", path]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("FAILURE  config") && said.contains("next: stiefel init"),
+        "{said}"
+    );
+    assert!(String::from_utf8_lossy(&output.stderr).contains("checks failed"));
+    let output = stiefel(&["doctor", "--root", path, "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["ok"], false);
+    let findings = report["findings"].as_array().unwrap();
+    assert!(
+        findings
+            .iter()
+            .all(|finding| (finding["level"] == "ok") == finding["next"].is_null())
+    );
+    fails(
+        1,
+        &["doctor", "--root", "/nonexistent/root"],
+        &["/nonexistent/root", "--root"],
+    );
 }

@@ -165,10 +165,12 @@ fn follow_links(
     }
 }
 
-/// Number and name of the wired interfaces that are up.
+/// Number and name of the wired interfaces that are up; and loopback, where `stiefel doctor` asks whether the service answers.
 fn usable(links: Vec<Link>, dedicated: &[Known]) -> Vec<(u32, String)> {
-    let wired = links.into_iter().filter(Link::is_wired_physical);
-    wired
+    let heard = links
+        .into_iter()
+        .filter(|link| link.is_wired_physical() || link.index == discovery::LOOPBACK);
+    heard
         .filter(|link| link.up || (is_dedicated(dedicated, &Interface::of(link)) && bring_up(link)))
         .map(|link| (link.index, link.name))
         .collect()
@@ -267,6 +269,25 @@ mod tests {
         keys.make("blue");
         keys.wake.reload();
         assert_eq!(keys.wake.responder().state(), State::Waking);
+    }
+
+    #[test]
+    fn wired_interfaces_that_are_up_are_heard_and_loopback() {
+        let link = |index, name: &str, up, arphrd, physical| Link {
+            index,
+            name: name.into(),
+            up,
+            arphrd,
+            physical,
+            ..Link::default()
+        };
+        let links = vec![
+            link(1, "lo", true, 772, false),
+            link(2, "eth0", true, 1, true),
+            link(3, "eth1", false, 1, true),
+            link(4, "br0", true, 1, false),
+        ];
+        assert_eq!(usable(links, &[]), [(1, "lo".to_owned()), (2, "eth0".to_owned())]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub(crate) const VARIABLE: &str = "/sys/firmware/efi/efivars/HibernateLocation-8
 /// Devices that hold no swap space of their own.
 const PASSED_OVER: [&str; 5] = ["loop", "ram", "zram", "sr", "fd"];
 
-pub(super) fn check(tree: &Tree) -> Vec<Refusal> {
+pub(crate) fn check(tree: &Tree) -> Vec<Refusal> {
     let devices = tree
         .names("/sys/class/block")
         .into_iter()

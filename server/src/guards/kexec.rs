@@ -13,7 +13,7 @@ use crate::tree::Tree;
 /// PE headers lie in the first page or two.
 const PE_HEADERS: u64 = 64 * 1024;
 
-pub(super) fn check(tree: &Tree, kernel: &Path) -> Option<Refusal> {
+pub(crate) fn check(tree: &Tree, kernel: &Path) -> Option<Refusal> {
     let sysctl = |name: &str| tree.line(format!("/proc/sys/kernel/{name}"));
     if sysctl("kexec_load_disabled").as_deref() == Some("1") {
         return Some(Refusal::NoKexec {

@@ -1,16 +1,19 @@
 //! One module per command: what the user typed is resolved against the machine here, and done by the other crates.
 
 pub(crate) mod build;
+pub(crate) mod doctor;
+pub(crate) mod init;
 pub(crate) mod install;
 pub(crate) mod key;
 pub(crate) mod nbd;
+mod probe;
 pub(crate) mod role;
 pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod stick;
 pub(crate) mod test_qemu;
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -21,7 +24,7 @@ fn config(named: Option<&Path>) -> anyhow::Result<Config> {
     let path = named.unwrap_or(Path::new(CONFIG_PATH));
     let file = std::fs::File::open(path).with_context(|| {
         format!(
-            "cannot read the configuration {}; `stiefel install` makes one, or name another with --config",
+            "cannot read the configuration {}; `stiefel init` makes one, or name another with --config",
             path.display()
         )
     })?;
@@ -59,10 +62,33 @@ fn ask(question: &str) -> anyhow::Result<bool> {
     }
     eprint!("{question} [y/N] ");
     std::io::stderr().flush()?;
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer)?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+    Ok(matches!(line()?.trim(), "y" | "Y" | "yes"))
 }
+
+/// A line from standard input; its end (Ctrl-D) is an error, for no question is answered by it.
+fn line() -> anyhow::Result<String> {
+    // Longer than any answer.
+    const LONGEST: u64 = 4096;
+    let mut answer = String::new();
+    std::io::stdin().lock().take(LONGEST).read_line(&mut answer)?;
+    if answer.is_empty() {
+        eprintln!();
+        bail!("the question was not answered; nothing was done");
+    }
+    Ok(answer)
+}
+
+/// The command was called in a way that cannot work; exit status 2, as for what clap refuses.
+#[derive(Debug)]
+pub(crate) struct Usage(pub(crate) String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
 
 /// Bytes for people.
 fn mebibytes(bytes: u64) -> String {

@@ -1,0 +1,723 @@
+//! Each finding, ok and not, on small laptops.
+
+use std::os::unix::fs::PermissionsExt;
+
+use stiefel_shared::config::{Config, EXAMPLE};
+
+use super::super::fixture::Fixture;
+use super::*;
+
+/// A laptop that lacks nothing of what its files say: configuration, key, guards.
+fn set_up(laptop: Fixture) -> Fixture {
+    configure(&laptop, "trigger: {usb: ['0bda:8153:000001']}\n");
+    super::super::first_key(laptop.root()).unwrap();
+    laptop
+}
+
+fn configure(laptop: &Fixture, yaml: &str) {
+    laptop.write(CONFIG_PATH, yaml);
+}
+
+fn all(laptop: &Fixture) -> Vec<Finding> {
+    examine(&DoctorOptions {
+        root: laptop.root().to_owned(),
+        config: None,
+    })
+    .findings
+}
+
+/// The worst finding of a check.
+fn worst(laptop: &Fixture, check: &str) -> Finding {
+    let findings = all(laptop).into_iter().filter(|finding| finding.check == check);
+    findings
+        .max_by_key(|finding| finding.level)
+        .unwrap_or_else(|| panic!("nothing about {check}"))
+}
+
+/// Demands the worst finding of a check, with words of its text and of what is to be done.
+fn is(laptop: &Fixture, check: &str, level: Level, words: &[&str]) {
+    let found = worst(laptop, check);
+    let said = format!("{found}");
+    assert_eq!(found.level, level, "{said}");
+    assert_eq!(
+        found.next.is_none(),
+        level == Level::Ok,
+        "what is wrong has a remedy: {said}"
+    );
+    for word in words {
+        assert!(said.contains(word), "{word:?} is not in: {said}");
+    }
+}
+
+#[test]
+fn a_debian_that_is_set_up_lacks_only_what_install_brings() {
+    let laptop = set_up(Fixture::debian_luks_lvm());
+    laptop.write_bytes("/dev/nvme0n1p3", &luks2(""));
+    let failures: Vec<_> = all(&laptop)
+        .into_iter()
+        .filter(|finding| finding.level == Level::Failure)
+        .collect();
+    let checks: Vec<_> = failures.iter().map(|finding| finding.check).collect();
+    assert_eq!(checks, ["ramdisk", "service"], "{failures:?}");
+}
+
+#[test]
+fn the_configuration_that_is_missing_broken_or_open_is_told() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(
+        &laptop,
+        "config",
+        Level::Failure,
+        &["no /etc/stiefel/config.yaml", "stiefel init"],
+    );
+    configure(&laptop, "boot:\n  dsik: auto\n");
+    is(&laptop, "config", Level::Failure, &["dsik", "line 2", "--force"]);
+    configure(&laptop, EXAMPLE);
+    is(&laptop, "config", Level::Ok, &["/etc/stiefel/config.yaml"]);
+    let path = laptop.tree().path(CONFIG_PATH);
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+    is(&laptop, "config", Level::Warning, &["chmod 0644"]);
+    laptop.remove(CONFIG_PATH);
+    laptop.write_bytes(CONFIG_PATH, b"\xff\xfe");
+    is(&laptop, "config", Level::Failure, &["cannot be read"]);
+}
+
+#[test]
+fn kexec_that_is_forbidden_is_told_with_the_file_that_forbids_it() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "kexec", Level::Ok, &["no Secure Boot"]);
+    laptop.write("/proc/sys/kernel/kexec_load_disabled", "1\n");
+    is(
+        &laptop,
+        "kexec",
+        Level::Failure,
+        &["kexec_load_disabled is 1", "reboot"],
+    );
+    laptop.write(
+        "/etc/sysctl.d/60-x.conf",
+        "# kexec_load_disabled\nkernel.kexec_load_disabled = 1\n",
+    );
+    is(
+        &laptop,
+        "kexec",
+        Level::Failure,
+        &["sed -i '/kexec_load_disabled/d' /etc/sysctl.d/60-x.conf && reboot"],
+    );
+    is(&Fixture::new(), "kexec", Level::Warning, &["no system runs"]);
+}
+
+#[test]
+fn lockdown_wants_a_signed_kernel() {
+    let laptop = Fixture::fedora();
+    configure(&laptop, "boot: {load: {kernel: /boot/vmlinuz-6.11.4-301.fc41.x86_64}}");
+    is(
+        &laptop,
+        "kexec",
+        Level::Failure,
+        &["locked down", "not signed", "Secure Boot"],
+    );
+    is(&Fixture::arch(), "kexec", Level::Ok, &["Secure Boot is off"]);
+}
+
+#[test]
+fn modules_that_are_missing_are_told_with_the_distributions_command() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "modules", Level::Ok, &["6.1.0-13-amd64"]);
+    let without = |module: &str| {
+        let modules: Vec<_> = Fixture::MODULES
+            .into_iter()
+            .filter(|path| !path.ends_with(module))
+            .collect();
+        laptop.kernel("6.1.0-13-amd64", &modules);
+    };
+    without("/nvmet-tcp");
+    is(
+        &laptop,
+        "modules",
+        Level::Warning,
+        &["no nvmet-tcp", "NBD is used instead", "apt install linux-image-"],
+    );
+    without("/wireguard");
+    is(&laptop, "modules", Level::Failure, &["no wireguard", "link.encryption"]);
+    configure(&laptop, "link: {encryption: none}\n");
+    is(&laptop, "modules", Level::Ok, &["6.1.0"]);
+    configure(&laptop, "disk: {transport: nvme-tcp}\n");
+    without("/nvme-tcp");
+    is(&laptop, "modules", Level::Failure, &["no nvme-tcp", "disk.transport"]);
+    without("/nbd");
+    is(&laptop, "modules", Level::Failure, &["no nbd"]);
+    let laptop = Fixture::fedora();
+    laptop.kernel("6.11.4-301.fc41.x86_64", &["kernel/drivers/block/nbd"]);
+    is(
+        &laptop,
+        "modules",
+        Level::Failure,
+        &["dnf install kernel-modules-6.11.4-301.fc41.x86_64"],
+    );
+}
+
+#[test]
+fn modules_of_a_kernel_that_is_gone_ask_for_a_reboot() {
+    let laptop = Fixture::arch();
+    laptop.remove("/lib/modules/6.11.6-arch1-1");
+    is(
+        &laptop,
+        "modules",
+        Level::Failure,
+        &["are not there", "reboot", "pacman"],
+    );
+}
+
+#[test]
+fn an_adapter_that_the_ramdisk_would_not_drive_is_named() {
+    let laptop = Fixture::debian_luks_lvm();
+    laptop.nic("usb2", "r8127", Some(("0bda", "8127", None)));
+    let modules = [&Fixture::MODULES[..], &["updates/dkms/r8127"]].concat();
+    laptop.kernel("6.1.0-13-amd64", &modules);
+    is(
+        &laptop,
+        "modules",
+        Level::Failure,
+        &["usb2", "r8127", "modules` in config.yaml"],
+    );
+    configure(&laptop, "modules: [default, r8127]\n");
+    is(&laptop, "modules", Level::Ok, &[]);
+    configure(&laptop, "modules: [defautl]\n");
+    is(&laptop, "modules", Level::Failure, &["defautl"]);
+}
+
+#[test]
+fn names_by_place_in_fstab_are_failures_with_a_command_that_mends_them() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "fstab", Level::Ok, &[]);
+    let fstab = |line: &str| laptop.write("/etc/fstab", &format!("UUID=AB-CD / ext4 defaults 0 1\n{line}\n"));
+    fstab("/dev/nvme0n1p2 /boot ext2 defaults 0 2");
+    is(
+        &laptop,
+        "fstab",
+        Level::Failure,
+        &["/boot", "/dev/nvme0n1p2", "UUID=0b-0b"],
+    );
+    let command = worst(&laptop, "fstab").next.unwrap();
+    // As the user types it, on a copy.
+    let file = laptop.tree().path("/etc/fstab");
+    let command = command.replace("/etc/fstab", file.to_str().unwrap());
+    assert!(
+        std::process::Command::new("sh")
+            .args(["-c", &command])
+            .status()
+            .unwrap()
+            .success()
+    );
+    is(&laptop, "fstab", Level::Ok, &[]);
+    assert!(
+        laptop
+            .tree()
+            .text("/etc/fstab")
+            .unwrap()
+            .contains("\nUUID=0b-0b /boot ext2")
+    );
+    fstab("/dev/sdz1 /data ext4 defaults,nofail 0 2");
+    is(&laptop, "fstab", Level::Warning, &["blkid '/dev/sdz1'"]);
+    for fine in [
+        "/dev/sda1 none swap sw 0 0",
+        "/dev/sda1 /mnt ext4 noauto 0 0",
+        "#/dev/sda1 /mnt ext4 defaults 0 0",
+        "tmpfs /tmp tmpfs defaults 0 0",
+        "",
+    ] {
+        fstab(fine);
+        is(&laptop, "fstab", Level::Ok, &[]);
+    }
+    configure(&laptop, "session: {swap: true}\n");
+    fstab("/dev/sda1 none swap sw 0 0");
+    is(&laptop, "fstab", Level::Failure, &["/dev/sda1"]);
+}
+
+#[test]
+fn a_file_system_on_a_disk_that_stays_behind_stops_the_desktop() {
+    let laptop = Fixture::two_disks();
+    is(&laptop, "fstab", Level::Failure, &["/data is on sda", "nofail"]);
+    let file = laptop.tree().path("/etc/fstab");
+    let command = worst(&laptop, "fstab")
+        .next
+        .unwrap()
+        .replace("/etc/fstab", file.to_str().unwrap());
+    assert!(
+        std::process::Command::new("sh")
+            .args(["-c", &command])
+            .status()
+            .unwrap()
+            .success()
+    );
+    is(&laptop, "fstab", Level::Ok, &[]);
+    assert!(
+        laptop
+            .tree()
+            .text("/etc/fstab")
+            .unwrap()
+            .contains("UUID=5a-5a /data ext4 defaults,nofail 0 2")
+    );
+}
+
+#[test]
+fn names_by_place_in_crypttab_are_failures() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "crypttab", Level::Ok, &[]);
+    laptop.write("/etc/crypttab", "c /dev/nvme0n1p3 none luks\n");
+    is(&laptop, "crypttab", Level::Failure, &["/dev/nvme0n1p3", "UUID=1c-1c"]);
+    let file = laptop.tree().path("/etc/crypttab");
+    let command = worst(&laptop, "crypttab")
+        .next
+        .unwrap()
+        .replace("/etc/crypttab", file.to_str().unwrap());
+    assert!(
+        std::process::Command::new("sh")
+            .args(["-c", &command])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!(laptop.tree().text("/etc/crypttab").unwrap(), "c UUID=1c-1c none luks\n");
+    is(&laptop, "crypttab", Level::Ok, &[]);
+    let laptop = Fixture::two_disks();
+    laptop.write("/etc/crypttab", "data UUID=5a-5a /etc/data.key luks\n");
+    is(&laptop, "crypttab", Level::Failure, &["data", "sda", "nofail"]);
+}
+
+/// A LUKS2 header with two key slots.
+fn luks2(tokens: &str) -> Vec<u8> {
+    let mut header = b"LUKS\xba\xbe\0\x02".to_vec();
+    header.extend(16384_u64.to_be_bytes());
+    header.resize(4096, 0);
+    let json = format!(r#"{{"keyslots":{{"0":{{"type":"luks2"}},"1":{{"type":"luks2"}}}},"tokens":{{{tokens}}}}}"#);
+    header.extend(json.as_bytes());
+    header.resize(16384, 0);
+    header
+}
+
+#[test]
+fn a_volume_that_only_this_machines_tpm_opens_is_a_failure() {
+    let laptop = Fixture::debian_luks_lvm();
+    let device = "/dev/nvme0n1p3";
+    laptop.write_bytes(device, &luks2(""));
+    is(&laptop, "tpm", Level::Ok, &["not bound"]);
+    laptop.write_bytes(device, &luks2(r#""0":{"type":"systemd-tpm2","keyslots":["1"]}"#));
+    is(&laptop, "tpm", Level::Ok, &["systemd-tpm2", "passphrase"]);
+    laptop.write_bytes(device, &luks2(r#""0":{"type":"clevis","keyslots":["0","1"]}"#));
+    is(
+        &laptop,
+        "tpm",
+        Level::Failure,
+        &["clevis", "cryptsetup luksAddKey /dev/nvme0n1p3"],
+    );
+    laptop.write_bytes(device, b"LUKS\xba\xbe\0\x01 and the rest of it");
+    is(&laptop, "tpm", Level::Ok, &["LUKS 1"]);
+    laptop.write_bytes(device, &[0; 64]);
+    is(&laptop, "tpm", Level::Warning, &["luksDump"]);
+    laptop.write_bytes(device, b"");
+    is(&laptop, "tpm", Level::Warning, &["cannot be read"]);
+    is(&Fixture::arch(), "tpm", Level::Ok, &["not encrypted"]);
+}
+
+#[test]
+fn swap_space_on_the_disk_counts_only_if_it_would_be_used() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "swap", Level::Ok, &["no swap space"]);
+    laptop.write(
+        "/proc/swaps",
+        "Filename Type Size Used Priority\n/dev/dm-0 partition 9 0 -2\n/dev/zram0 partition 9 0 100\n",
+    );
+    laptop.write("/dev/dm-0", "");
+    is(&laptop, "swap", Level::Ok, &["/dev/dm-0 is not used"]);
+    configure(&laptop, "session: {swap: true}\n");
+    is(&laptop, "swap", Level::Warning, &["deadlock", "session.swap"]);
+}
+
+#[test]
+fn hibernation_that_is_set_up_is_a_warning_and_an_image_a_failure() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "hibernation", Level::Ok, &["not set up"]);
+    laptop.write("/etc/initramfs-tools/conf.d/resume", "RESUME=none\n");
+    is(&laptop, "hibernation", Level::Ok, &[]);
+    laptop.write("/etc/initramfs-tools/conf.d/resume", "RESUME=UUID=1\n");
+    is(
+        &laptop,
+        "hibernation",
+        Level::Warning,
+        &["RESUME in", "systemctl mask hibernate.target"],
+    );
+    for target in [
+        "hibernate.target",
+        "suspend-then-hibernate.target",
+        "hybrid-sleep.target",
+    ] {
+        laptop.link("/dev/null", &format!("/etc/systemd/system/{target}"));
+    }
+    is(&laptop, "hibernation", Level::Ok, &["switched off"]);
+    laptop.efi("HibernateLocation-8cf2644b-4b0b-428f-9387-6d876050dc67", b"x");
+    is(
+        &laptop,
+        "hibernation",
+        Level::Failure,
+        &["HibernateLocation", "shut it down"],
+    );
+    let laptop = Fixture::arch();
+    laptop.write("/proc/cmdline", "root=UUID=3e-3e resume=UUID=9\n");
+    is(&laptop, "hibernation", Level::Warning, &["resume=UUID=9"]);
+    laptop.write("/proc/cmdline", "");
+    laptop.write("/etc/mkinitcpio.conf", "HOOKS=(base udev resume)\n");
+    is(&laptop, "hibernation", Level::Warning, &["hook resume"]);
+}
+
+#[test]
+fn initrds_for_this_machine_only_are_told_with_what_would_be_missing() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "initrd", Level::Ok, &[]);
+    laptop.write("/etc/initramfs-tools/conf.d/driver-policy", "MODULES=dep\n");
+    laptop.link("../../nvme", "/sys/devices/pci/nvme0n1/driver/module");
+    is(
+        &laptop,
+        "initrd",
+        Level::Warning,
+        &[
+            "MODULES=dep in /etc/initramfs-tools/conf.d/driver-policy",
+            "microcode",
+            "(nvme)",
+            "update-initramfs -u",
+        ],
+    );
+    is(
+        &Fixture::arch(),
+        "initrd",
+        Level::Warning,
+        &["autodetect", "mkinitcpio -P"],
+    );
+    let laptop = Fixture::fedora();
+    is(
+        &laptop,
+        "initrd",
+        Level::Warning,
+        &[
+            "hostonly in /usr/lib/dracut/dracut.conf.d/01-dist.conf",
+            "dracut --regenerate-all",
+        ],
+    );
+    laptop.write("/etc/dracut.conf.d/99-stiefel.conf", "hostonly=\"no\"\n");
+    is(&laptop, "initrd", Level::Ok, &[]);
+    let laptop = Fixture::new();
+    laptop.write("/etc/booster.yaml", "compression: zstd\n");
+    is(&laptop, "initrd", Level::Warning, &["booster"]);
+}
+
+#[test]
+fn little_space_and_memory_are_told() {
+    let laptop = Fixture::debian_luks_lvm();
+    laptop.write("/var/x", "");
+    let patient = |space: fn(&Path) -> Option<Space>| Patient {
+        payload: payload::find(laptop.root(), &Config::default().boot.load),
+        machine: Machine::of(&laptop.tree()),
+        config: Config::default(),
+        privileged: true,
+        space,
+        tree: laptop.tree(),
+    };
+    let levels = |space: fn(&Path) -> Option<Space>| -> Vec<Level> {
+        space::check(&patient(space))
+            .iter()
+            .map(|finding| finding.level)
+            .collect()
+    };
+    assert_eq!(levels(|_| Some(Space(1 << 40))), [Level::Ok, Level::Ok, Level::Ok]);
+    assert_eq!(
+        levels(|_| Some(Space(5 << 20))),
+        [Level::Warning, Level::Warning, Level::Ok]
+    );
+    assert_eq!(levels(|_| None), [Level::Warning, Level::Warning, Level::Ok]);
+    laptop.write("/proc/meminfo", "MemTotal:       400000 kB\n");
+    is(&laptop, "memory", Level::Failure, &["390 MiB", "modules"]);
+}
+
+#[test]
+fn the_trigger_is_told_with_its_adapter() {
+    let laptop = set_up(Fixture::debian_luks_lvm());
+    is(&laptop, "trigger", Level::Ok, &["usb1", "0bda:8153:000001"]);
+    configure(&laptop, "trigger: {usb: ['0bda:8156']}\n");
+    is(
+        &laptop,
+        "trigger",
+        Level::Warning,
+        &["0bda:8156 is not plugged in", "another adapter", "0bda:8153:000001"],
+    );
+    configure(&laptop, "");
+    is(
+        &laptop,
+        "trigger",
+        Level::Warning,
+        &["no adapter is dedicated", "0bda:8153:000001"],
+    );
+    laptop.remove("/sys/class/net/usb1");
+    is(
+        &laptop,
+        "trigger",
+        Level::Warning,
+        &["only a stick's wake", "stiefel init"],
+    );
+    configure(&laptop, "trigger: {usb: ['0bda:8156']}\n");
+    is(&laptop, "trigger", Level::Ok, &["not plugged in now"]);
+    configure(&laptop, "trigger: {wake: off}\n");
+    is(&laptop, "trigger", Level::Failure, &["nothing triggers"]);
+    laptop.remove("/sys/class/net/enp0");
+    configure(&laptop, "");
+    is(&laptop, "trigger", Level::Warning, &["no wired network adapter"]);
+}
+
+#[test]
+fn the_way_to_the_internet_through_the_dedicated_adapter_is_told() {
+    let laptop = set_up(Fixture::debian_luks_lvm());
+    laptop.write(
+        "/proc/net/route",
+        "Iface Destination x\nusb1 00000000 0 0 0 0 0 00000000 0 0 0\n",
+    );
+    is(&laptop, "trigger", Level::Warning, &["usb1", "will be lost"]);
+}
+
+#[test]
+fn network_managers_without_a_guard_are_told() {
+    let laptop = set_up(Fixture::debian_luks_lvm());
+    is(
+        &laptop,
+        "guards",
+        Level::Warning,
+        &["84-stiefel.rules", "stiefel install"],
+    );
+    // As install writes them.
+    let options = crate::install::InstallOptions {
+        program: "/bin/true".into(),
+        yes: true,
+        ..crate::install::InstallOptions::new(laptop.root())
+    };
+    crate::install::install(&options).unwrap();
+    is(&laptop, "guards", Level::Ok, &[]);
+    laptop.write("/etc/network/interfaces", "auto lo\nallow-hotplug enp0 usb1\n");
+    is(&laptop, "guards", Level::Warning, &["ifupdown", "usb1"]);
+    laptop.remove("/etc/network/interfaces");
+    laptop.link("/x", "/etc/systemd/system/multi-user.target.wants/connman.service");
+    is(
+        &laptop,
+        "guards",
+        Level::Warning,
+        &["connman", "NetworkInterfaceBlacklist"],
+    );
+}
+
+#[test]
+fn firewalls_that_would_drop_a_wake_are_warnings_with_a_command() {
+    let laptop = Fixture::fedora();
+    is(&laptop, "firewall", Level::Ok, &[]);
+    laptop.link("/x", "/etc/systemd/system/multi-user.target.wants/firewalld.service");
+    laptop.write("/etc/firewalld/firewalld.conf", "DefaultZone=public\n");
+    laptop.write(
+        "/usr/lib/firewalld/zones/public.xml",
+        "<zone><service name=\"ssh\"/></zone>",
+    );
+    is(
+        &laptop,
+        "firewall",
+        Level::Warning,
+        &["firewalld (zone public)", "--add-port=61570/udp"],
+    );
+    laptop.write(
+        "/etc/firewalld/zones/public.xml",
+        "<zone><port protocol=\"udp\" port=\"1025-65535\"/></zone>",
+    );
+    is(&laptop, "firewall", Level::Ok, &["public"]);
+    let laptop = Fixture::debian_luks_lvm();
+    laptop.write("/etc/ufw/ufw.conf", "ENABLED=yes\n");
+    laptop.write("/etc/default/ufw", "DEFAULT_INPUT_POLICY=\"DROP\"\n");
+    is(&laptop, "firewall", Level::Warning, &["ufw allow 61570/udp"]);
+    laptop.write(
+        "/etc/ufw/user6.rules",
+        "-A ufw6-user-input -p udp --dport 61570 -j ACCEPT\n",
+    );
+    is(&laptop, "firewall", Level::Ok, &["ufw"]);
+    laptop.remove("/etc/ufw");
+    laptop.link("/x", "/etc/systemd/system/sysinit.target.wants/nftables.service");
+    laptop.write(
+        "/etc/nftables.conf",
+        "table inet f {\n chain in {\n type filter hook input priority 0; policy drop;\n }\n}\n",
+    );
+    is(
+        &laptop,
+        "firewall",
+        Level::Warning,
+        &["nft insert rule inet f in udp dport 61570 accept"],
+    );
+    configure(&laptop, "trigger: {wake: off}\n");
+    is(&laptop, "firewall", Level::Ok, &["wake"]);
+    let laptop = Fixture::debian_luks_lvm();
+    laptop.write("/etc/iptables/rules.v6", "*filter\n:INPUT DROP [0:0]\nCOMMIT\n");
+    is(&laptop, "firewall", Level::Warning, &["ip6tables -I INPUT"]);
+}
+
+#[test]
+fn keys_that_are_missing_or_open_are_told() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "keys", Level::Failure, &["stiefel key new stick"]);
+    let key = super::super::first_key(laptop.root()).unwrap().unwrap();
+    is(&laptop, "keys", Level::Ok, &["stick"]);
+    let folder = key.parent().unwrap();
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+    is(&laptop, "keys", Level::Warning, &["chmod 0700"]);
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    is(&laptop, "keys", Level::Failure, &["chmod 0600"]);
+    std::fs::write(&key, "garbage").unwrap();
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let said = worst(&laptop, "keys").to_string();
+    assert!(said.contains("FAILURE") && !said.contains("garbage"), "{said}");
+}
+
+#[test]
+fn a_ramdisk_that_is_missing_old_or_not_whole_is_built_again() {
+    use sha2::{Digest, Sha256};
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "ramdisk", Level::Failure, &["stiefel install"]);
+    let built = |kernel: &str, classes: &str, wireguard: bool| {
+        let part = |text: &str| {
+            let digest: String = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("{{\"bytes\": {}, \"sha256\": \"{digest}\"}}", text.len())
+        };
+        let manifest = format!(
+            "{{\"stiefel_version\": \"{}\", \"kernel_version\": \"{kernel}\", \"kernel\": {}, \"ramdisk\": {}, \"unpacked_bytes\": 1,
+             \"modules\": 1, \"wireguard\": {wireguard}, \"firmware\": 0, \"missing_firmware\": 0, \"classes\": [{classes}]}}",
+            env!("CARGO_PKG_VERSION"),
+            part("k"),
+            part("r")
+        );
+        laptop.write("/var/lib/stiefel/kernel", "k");
+        laptop.write("/var/lib/stiefel/ramdisk.cpio.zst", "r");
+        laptop.write("/var/lib/stiefel/manifest", &manifest);
+    };
+    built("6.1.0-13-amd64", "\"default\"", true);
+    is(&laptop, "ramdisk", Level::Ok, &["6.1.0-13-amd64"]);
+    built("6.1.0-12-amd64", "\"default\"", true);
+    is(
+        &laptop,
+        "ramdisk",
+        Level::Warning,
+        &["6.1.0-12-amd64", "6.1.0-13-amd64 runs"],
+    );
+    built("6.1.0-13-amd64", "\"nic\"", true);
+    is(&laptop, "ramdisk", Level::Warning, &["[nic]"]);
+    built("6.1.0-13-amd64", "\"default\"", false);
+    is(&laptop, "ramdisk", Level::Failure, &["WireGuard"]);
+    laptop.write("/var/lib/stiefel/kernel", "another");
+    is(&laptop, "ramdisk", Level::Failure, &["not the file", "stiefel install"]);
+}
+
+#[test]
+fn the_service_is_installed_enabled_and_runs_or_not() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(
+        &laptop,
+        "service",
+        Level::Failure,
+        &["not installed", "stiefel install"],
+    );
+    let unit = "stiefel-autokexec.service";
+    laptop.write(&format!("/etc/systemd/system/{unit}"), "");
+    laptop.write("/run/systemd/system/x", "");
+    is(&laptop, "service", Level::Failure, &["systemctl"]);
+    laptop.link("/x", &format!("/etc/systemd/system/multi-user.target.wants/{unit}"));
+    is(&laptop, "service", Level::Failure, &["does not run", "journalctl"]);
+    laptop.write(&format!("/sys/fs/cgroup/system.slice/{unit}/cgroup.procs"), "812\n");
+    is(&laptop, "service", Level::Ok, &["runs"]);
+    laptop.remove("/run/systemd");
+    is(&laptop, "service", Level::Warning, &["cannot be told"]);
+}
+
+#[test]
+fn selinux_and_battery_are_looked_at() {
+    let laptop = Fixture::fedora();
+    is(&laptop, "selinux", Level::Warning, &["enforcing", "restorecon"]);
+    laptop.write("/sys/fs/selinux/enforce", "0\n");
+    is(&laptop, "selinux", Level::Ok, &["permissive"]);
+    is(&Fixture::arch(), "selinux", Level::Ok, &[]);
+    is(&laptop, "battery", Level::Ok, &["none"]);
+    for (file, text) in [("type", "Battery\n"), ("capacity", "8\n"), ("status", "Discharging\n")] {
+        laptop.write(&format!("/sys/class/power_supply/BAT0/{file}"), text);
+    }
+    is(&laptop, "battery", Level::Warning, &["8 %", "plug in"]);
+    laptop.write("/sys/class/power_supply/BAT0/capacity", "80\n");
+    is(&laptop, "battery", Level::Ok, &["80 %"]);
+    laptop.write("/sys/class/power_supply/BAT0/charge_control_end_threshold", "60\n");
+    configure(&laptop, "trigger: {battery: 70%}\n");
+    is(&laptop, "battery", Level::Warning, &["60 %", "trigger.battery"]);
+}
+
+#[test]
+fn what_is_served_is_told_or_why_nothing_is() {
+    let laptop = Fixture::debian_luks_lvm();
+    is(&laptop, "payload", Level::Ok, &["6.1.0-13-amd64"]);
+    is(&laptop, "disk", Level::Ok, &["nvme0n1"]);
+    laptop.remove("/boot/initrd.img-6.1.0-13-amd64");
+    is(&laptop, "payload", Level::Failure, &["initrd"]);
+    configure(&laptop, "boot: {disk: /dev/disk/by-id/none}\n");
+    is(&laptop, "disk", Level::Failure, &["/dev/disk/by-id/none"]);
+    let laptop = Fixture::arch();
+    laptop.disk("sdb", "Other", 1000);
+    for device in ["sda2", "sdb"] {
+        laptop.write(&format!("/sys/fs/btrfs/1-2/devices/{device}/size"), "1\n");
+    }
+    is(
+        &laptop,
+        "disk",
+        Level::Failure,
+        &["2 disks", "sda (Crucial", "sdb (Other"],
+    );
+    let laptop = Fixture::new();
+    laptop.mount("0:30", "/", "zfs", "rpool/ROOT/debian");
+    is(&laptop, "disk", Level::Failure, &["zpool status -P rpool"]);
+    let laptop = Fixture::debian_luks_lvm();
+    laptop.write("/proc/cmdline", "root=UUID=1 rdinit=/stiefel/stiefel\n");
+    is(&laptop, "disk", Level::Failure, &["runs from a link"]);
+}
+
+#[test]
+fn firmware_that_cannot_be_looked_at_is_a_warning() {
+    // The modules' files are missing, as in a cut-off install.
+    is(
+        &Fixture::debian_luks_lvm(),
+        "firmware",
+        Level::Warning,
+        &["cannot be read", "apt install"],
+    );
+}
+
+#[test]
+fn a_folder_without_a_system_makes_no_check_panic() {
+    let laptop = Fixture::new();
+    let findings = all(&laptop);
+    assert!(findings.iter().any(|finding| finding.level == Level::Failure));
+    for finding in findings {
+        assert_eq!(finding.next.is_some(), finding.level != Level::Ok, "{finding}");
+        assert!(!finding.text.is_empty());
+    }
+}
+
+#[test]
+fn a_finding_is_one_line_and_its_remedy() {
+    let finding = Finding::warning("x", "a\n  b", "do");
+    assert_eq!(
+        finding.to_string(),
+        "warning  x            a; b\n                      next: do"
+    );
+    let json = serde_json::to_string(&Finding::ok("x", "y")).unwrap();
+    assert_eq!(json, r#"{"check":"x","level":"ok","text":"y"}"#);
+}
+
+#[test]
+fn what_is_put_into_a_command_stays_one_word() {
+    assert_eq!(shell("a'b"), r"'a'\''b'");
+    assert_eq!(pattern("/dev/x.y#"), r"\/dev\/x\.y\#");
+}
