@@ -12,6 +12,7 @@ mod interlocks;
 mod journey;
 mod link;
 mod runner;
+mod systems;
 mod tiny;
 
 use std::path::PathBuf;
@@ -48,14 +49,19 @@ impl Tests {
     /// A test for each way that the disk may travel; those of the `short` numbers in every run.
     fn ways(&mut self, name: &str, short: &[usize], run: fn(&Bench, Way) -> Result<(), Failure>) {
         for (number, way) in WAYS.into_iter().enumerate() {
-            let (transport, encryption) = (format!("{:?}", way.0), format!("{:?}", way.1));
             self.0.push(Test {
-                name: format!("{name} ({}, {})", transport.to_lowercase(), encryption.to_lowercase()),
+                name: named(name, way),
                 long: !short.contains(&number),
                 run: Box::new(move |bench| run(bench, way)),
             });
         }
     }
+}
+
+/// A test's name, for this way of the disk.
+fn named(name: &str, (transport, encryption): Way) -> String {
+    let ways = format!("({transport:?}, {encryption:?})").to_lowercase();
+    format!("{name} {ways}")
 }
 
 fn tests() -> Vec<Test> {
@@ -131,6 +137,16 @@ fn tests() -> Vec<Test> {
         &[0, 3],
         link::recorded,
     );
+    for way in [WAYS[0], WAYS[2]] {
+        let name = named("networkmanager_switching_all_off_leaves_the_root", way);
+        tests.long(&name, move |bench| systems::network_manager(bench, way));
+    }
+    tests.long(
+        "luks_and_lvm_root_boots_and_is_taken_down_in_order",
+        systems::luks_and_lvm,
+    );
+    tests.long("btrfs_subvolumes_boot_by_dracut_and_come_home_clean", systems::btrfs);
+    tests.long("xfs_root_boots_by_dracut_and_comes_home_clean", systems::xfs);
     tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
     tests.add(
         "desktop_with_a_disk_of_the_same_uuid_is_not_booted",

@@ -1,0 +1,117 @@
+//! Which laptop: Debian's release, what is installed, which initrd it has, and how its disk is laid out.
+
+use super::BaseOptions;
+
+/// What makes the initrd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Initrd {
+    /// Debian's own.
+    InitramfsTools,
+    /// dracut, for any machine (`hostonly=no`), with systemd.
+    Dracut,
+}
+
+/// How the disk is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// One ext4.
+    Ext4,
+    /// LVM in LUKS2 (opened by [`super::PASSWORD`]): root (ext4) and swap space; /boot is an ext4 outside of it.
+    LuksLvm,
+    /// One btrfs with the subvolumes `@` and `@home`.
+    Btrfs,
+    /// Root is an xfs, /boot an ext4.
+    Xfs,
+}
+
+impl Layout {
+    /// Its name in file names, and for the workshop.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::LuksLvm => "luks-lvm",
+            Self::Btrfs => "btrfs",
+            Self::Xfs => "xfs",
+        }
+    }
+
+    /// What must be installed to have a root file system on it.
+    const fn packages(self) -> &'static [&'static str] {
+        match self {
+            Self::Ext4 => &[],
+            Self::LuksLvm => &["cryptsetup-initramfs", "lvm2", "grub2-common"],
+            Self::Btrfs => &["btrfs-progs", "grub2-common"],
+            Self::Xfs => &["xfsprogs", "grub2-common"],
+        }
+    }
+}
+
+/// A laptop to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct System {
+    /// Debian's release.
+    pub suite: String,
+    /// What makes its initrd.
+    pub initrd: Initrd,
+    /// How its disk is laid out.
+    pub layout: Layout,
+    /// What is installed besides what it needs.
+    pub packages: Vec<String>,
+}
+
+impl Default for System {
+    fn default() -> Self {
+        Self::new(Layout::Ext4, Initrd::InitramfsTools)
+    }
+}
+
+impl System {
+    /// Debian 12 with little installed.
+    pub fn new(layout: Layout, initrd: Initrd) -> Self {
+        Self {
+            suite: BaseOptions::default().suite,
+            initrd,
+            layout,
+            packages: Vec::new(),
+        }
+    }
+
+    /// One more package.
+    pub fn package(mut self, name: &str) -> Self {
+        self.packages.push(name.to_owned());
+        self
+    }
+
+    /// What is to be installed.
+    pub(super) fn base(&self) -> BaseOptions {
+        let mut base = BaseOptions::default();
+        base.suite.clone_from(&self.suite);
+        if self.initrd == Initrd::Dracut {
+            base.packages.retain(|package| package != "initramfs-tools");
+            base = base.package("dracut").package("dracut-config-generic");
+        }
+        let more = self.layout.packages().iter().copied();
+        more.chain(self.packages.iter().map(String::as_str))
+            .fold(base, BaseOptions::package)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_the_plain_debian_of_all_other_tests() {
+        assert_eq!(System::default().base(), BaseOptions::default());
+    }
+
+    #[test]
+    fn only_one_program_makes_the_initrd() {
+        let base = System::new(Layout::Xfs, Initrd::Dracut)
+            .package("network-manager")
+            .base();
+        let has = |name: &str| base.packages.iter().any(|package| package == name);
+        assert!(has("dracut") && has("xfsprogs") && has("network-manager") && has("linux-image-amd64"));
+        assert!(!has("initramfs-tools"));
+    }
+}
