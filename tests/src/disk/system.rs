@@ -2,6 +2,17 @@
 
 use super::BaseOptions;
 
+/// dracut, and what lets it boot from any of our file systems.
+const DRACUT: [&str; 5] = [
+    "dracut",
+    "dracut-config-generic",
+    "btrfs-progs",
+    "xfsprogs",
+    "grub2-common",
+];
+/// What an encrypted root needs, and (zstd) what packs its initrd in seconds.
+const LUKS_LVM: [&str; 4] = ["cryptsetup-initramfs", "lvm2", "zstd", "grub2-common"];
+
 /// What makes the initrd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Initrd {
@@ -32,16 +43,6 @@ impl Layout {
             Self::LuksLvm => "luks-lvm",
             Self::Btrfs => "btrfs",
             Self::Xfs => "xfs",
-        }
-    }
-
-    /// What must be installed to have a root file system on it.
-    const fn packages(self) -> &'static [&'static str] {
-        match self {
-            Self::Ext4 => &[],
-            Self::LuksLvm => &["cryptsetup-initramfs", "lvm2", "grub2-common"],
-            Self::Btrfs => &["btrfs-progs", "grub2-common"],
-            Self::Xfs => &["xfsprogs", "grub2-common"],
         }
     }
 }
@@ -86,11 +87,18 @@ impl System {
     pub(super) fn base(&self) -> BaseOptions {
         let mut base = BaseOptions::default();
         base.suite.clone_from(&self.suite);
+        let more: &[&str] = match (self.initrd, self.layout) {
+            // One for all its layouts: an initrd for any machine has the programs of all file systems.
+            (Initrd::Dracut, _) => &DRACUT,
+            (Initrd::InitramfsTools, Layout::Ext4) => &[],
+            (Initrd::InitramfsTools, Layout::LuksLvm) => &LUKS_LVM,
+            (Initrd::InitramfsTools, Layout::Btrfs) => &["btrfs-progs", "grub2-common"],
+            (Initrd::InitramfsTools, Layout::Xfs) => &["xfsprogs", "grub2-common"],
+        };
         if self.initrd == Initrd::Dracut {
             base.packages.retain(|package| package != "initramfs-tools");
-            base = base.package("dracut").package("dracut-config-generic");
         }
-        let more = self.layout.packages().iter().copied();
+        let more = more.iter().copied();
         more.chain(self.packages.iter().map(String::as_str))
             .fold(base, BaseOptions::package)
     }

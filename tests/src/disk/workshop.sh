@@ -108,7 +108,8 @@ make() {
     printf '%s\n' GRUB_DEFAULT=0 GRUB_TIMEOUT=5 GRUB_DISTRIBUTOR=Debian "GRUB_CMDLINE_LINUX=\"$arguments\"" \
         >/target/etc/default/grub
     if [ "$layout" = luks-lvm ]; then
-        # Only now there is a crypttab for it.
+        # Only now there is a crypttab for it. The best compression takes minutes in an emulated machine.
+        printf '%s\n' COMPRESS=zstd COMPRESSLEVEL=1 >/target/etc/initramfs-tools/conf.d/compress
         chroot /target update-initramfs -u
     fi
     chroot /target update-grub

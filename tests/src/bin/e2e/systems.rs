@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use stiefel_tests::Vm;
 use stiefel_tests::disk::{Initrd, Layout, System};
 use stiefel_tests::scenario::Failure;
-use stiefel_tests::{Vm, re};
 
 use crate::endure::{Session, machines_of};
 use crate::link::{WAYS, Way};
@@ -13,10 +13,15 @@ use crate::runner::Bench;
 /// What the load leaves on the disk.
 const SUMS: &str = "cd /root/load && sha256sum file-*";
 
+/// One installed system for all layouts: dracut's initrd, and NetworkManager.
+fn dracut(layout: Layout) -> System {
+    System::new(layout, Initrd::Dracut).package("network-manager")
+}
+
 /// NetworkManager runs, and is told to let go of everything, in all ways that a user has: the root stays. dracut has made the
 /// initrd, and would bring a shutdown program of its own.
 pub(crate) fn network_manager(bench: &Bench, way: Way) -> Result<(), Failure> {
-    let system = System::new(Layout::Ext4, Initrd::Dracut).package("network-manager");
+    let system = dracut(Layout::Ext4);
     let session = Session::begin(machines_of(bench, &system, way, "", Vec::new())?)?;
     let desktop = &session.desktop;
     desktop.run_ok("systemctl is-active --wait NetworkManager && nm-online --startup --timeout 60")?;
@@ -95,7 +100,7 @@ pub(crate) fn luks_and_lvm(bench: &Bench) -> Result<(), Failure> {
 
 /// Subvolumes of a btrfs, with an initrd by dracut.
 pub(crate) fn btrfs(bench: &Bench) -> Result<(), Failure> {
-    let system = System::new(Layout::Btrfs, Initrd::Dracut);
+    let system = dracut(Layout::Btrfs);
     journey(bench, &system, "nvme0n1p1[/@] btrfs", |desktop| {
         desktop.run_ok("findmnt --noheadings --output SOURCE /home | grep '@home' && touch /home/written")?;
         dracut_made_it(desktop)
@@ -104,7 +109,7 @@ pub(crate) fn btrfs(bench: &Bench) -> Result<(), Failure> {
 
 /// An xfs with a /boot of its own, with an initrd by dracut.
 pub(crate) fn xfs(bench: &Bench) -> Result<(), Failure> {
-    let system = System::new(Layout::Xfs, Initrd::Dracut);
+    let system = dracut(Layout::Xfs);
     journey(bench, &system, "nvme0n1p2 xfs", |desktop| {
         desktop.run_ok("findmnt --source /dev/nvme0n1p1 /boot")?;
         dracut_made_it(desktop)
