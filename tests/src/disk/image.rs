@@ -11,7 +11,7 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use super::overlay::Overlay;
-use super::workshop::{self, LAID_OUT_FS_UUID, LaidOut};
+use super::workshop::{self, LAID_OUT_FS_UUID};
 use super::{BaseSystem, DiskError, ExtraFile, Installed, Layout, System, command_error, grub, inspect, io_error};
 use crate::accel::kernel_cmdline;
 use crate::vm::{Boot, Content, Drive};
@@ -223,7 +223,8 @@ impl LaptopDiskBuilder {
 
     /// A copy of what the workshop has made.
     fn build_laid_out(self, path: &Path) -> Result<LaptopDisk, DiskError> {
-        let LaidOut { image, installed } = workshop::lay_out(&self.base, self.layout)?;
+        let installed = self.base.extract_kernel()?;
+        let image = workshop::lay_out(&self.base, self.layout)?;
         workshop::copy(&image, path)?;
         let files = path.with_extension("files.tar");
         let mut overlay = create_overlay(&files)?;

@@ -1,6 +1,7 @@
 //! Which laptop: Debian's release, what is installed, which initrd it has, and how its disk is laid out.
 
 use super::BaseOptions;
+use super::workshop::LUKS_UUID;
 
 /// dracut, and what lets it boot from any of our file systems.
 const DRACUT: [&str; 5] = [
@@ -10,7 +11,7 @@ const DRACUT: [&str; 5] = [
     "xfsprogs",
     "grub2-common",
 ];
-/// What an encrypted root needs, and (zstd) what packs its initrd in seconds.
+/// What an encrypted root needs, and (zstd) what packs its initrd.
 const LUKS_LVM: [&str; 4] = ["cryptsetup-initramfs", "lvm2", "zstd", "grub2-common"];
 
 /// What makes the initrd.
@@ -97,6 +98,10 @@ impl System {
         };
         if self.initrd == Initrd::Dracut {
             base.packages.retain(|package| package != "initramfs-tools");
+        }
+        if self.layout == Layout::LuksLvm {
+            // `initramfs`: where the initrd is made, nothing is encrypted that it could see.
+            base.crypttab = Some(format!("vda2_crypt UUID={LUKS_UUID} none luks,discard,initramfs"));
         }
         let more = more.iter().copied();
         more.chain(self.packages.iter().map(String::as_str))

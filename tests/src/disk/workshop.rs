@@ -10,11 +10,13 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use stiefel_shared::cpio;
+
 use super::image::{self, LaptopDisk, LaptopDiskBuilder, PASSWORD};
-use super::{BaseSystem, DiskError, ExtraFile, Installed, Layout, command_error, inspect, io_error};
+use super::{BaseSystem, DiskError, ExtraFile, Layout, command_error, io_error};
 use crate::process;
 use crate::serial::{Pattern, re};
-use crate::vm::{Drive, VmBuilder};
+use crate::vm::{Boot, Content, Drive, VmBuilder};
 
 const SCRIPT: &str = include_str!("workshop.sh");
 /// The laid out disks' partitions, in MiB: /boot of its own, and the rest.
@@ -22,48 +24,38 @@ const BOOT_MIB: u32 = 256;
 const REST_MIB: u32 = 1900;
 /// The UUID of the laid out root file system: the workshop's own has the usual one.
 pub(super) const LAID_OUT_FS_UUID: &str = "57aefe1d-0000-4000-8000-000000000006";
-/// A gigabyte is copied, and an initrd made.
+/// The UUID of the encrypted partition.
+pub(super) const LUKS_UUID: &str = "57aefe1d-0000-4000-8000-000000000005";
+/// A gigabyte is copied.
 const MAKE: Duration = Duration::from_secs(600);
 const CHECK: Duration = Duration::from_secs(120);
 
-/// A laid out disk: the image, and the files that boot from it.
-#[derive(Clone, Debug)]
-pub(super) struct LaidOut {
-    pub(super) image: PathBuf,
-    pub(super) installed: Installed,
-}
-
 /// Takes the disk with the installed system `base` from the cache, or makes it: some minutes.
-pub(super) fn lay_out(base: &BaseSystem, layout: Layout) -> Result<LaidOut, DiskError> {
+pub(super) fn lay_out(base: &BaseSystem, layout: Layout) -> Result<PathBuf, DiskError> {
     let mut hasher = DefaultHasher::new();
-    (SCRIPT, BOOT_MIB, REST_MIB, LAID_OUT_FS_UUID).hash(&mut hasher);
+    (SCRIPT, BOOT_MIB, REST_MIB, LAID_OUT_FS_UUID, LUKS_UUID).hash(&mut hasher);
     let name = |end: &str| {
         base.archive()
             .with_extension(format!("{}-{:016x}.{end}", layout.name(), hasher.finish()))
     };
-    let (image, initrd) = (name("img"), name("initrd"));
+    let image = name("img");
     let lock = name("lock");
     let lock_file = File::create(&lock).map_err(io_error("create", &lock))?;
     // Another test may be making the same one: wait for it.
     lock_file.lock().map_err(io_error("lock", &lock))?;
-    let mut installed = base.extract_kernel()?;
     if !image.exists() {
         eprintln!(
             "Laying out a laptop's disk ({}); some minutes, once a week.",
             layout.name()
         );
         let part = name("part");
-        let made = make(base, layout, &part).and_then(|()| take_initrd(&part, layout, &installed, &initrd));
-        if let Err(error) = made {
+        if let Err(error) = make(base, layout, &part) {
             let _ = fs::remove_file(&part);
             return Err(error);
         }
         fs::rename(&part, &image).map_err(io_error("rename", &part))?;
     }
-    if initrd.exists() {
-        installed.initrd = initrd;
-    }
-    Ok(LaidOut { image, installed })
+    Ok(image)
 }
 
 fn make(base: &BaseSystem, layout: Layout, target: &Path) -> Result<(), DiskError> {
@@ -77,15 +69,6 @@ fn make(base: &BaseSystem, layout: Layout, target: &Path) -> Result<(), DiskErro
     };
     image::make_table(target, sizes)?;
     run(base, layout, "make", target, false, MAKE)
-}
-
-/// An initrd that asks for a passphrase is made for its disk only: what the laptop boots is taken from there.
-fn take_initrd(image: &Path, layout: Layout, installed: &Installed, to: &Path) -> Result<(), DiskError> {
-    if layout != Layout::LuksLvm {
-        return Ok(());
-    }
-    let initrd = inspect::read_file(image, &format!("/initrd.img-{}", installed.version))?;
-    fs::write(to, initrd).map_err(io_error("write", to))
 }
 
 /// Copies a disk, without its holes.
@@ -122,10 +105,16 @@ fn run(
         format!("workshop.job={job}"),
         format!("workshop.layout={}", layout.name()),
         format!("workshop.uuid={LAID_OUT_FS_UUID}"),
+        format!("workshop.luks_uuid={LUKS_UUID}"),
         format!("workshop.passphrase={PASSWORD}"),
     ];
+    let mut boot = disk.boot(&words.each_ref().map(String::as_str));
+    if let Boot::Kernel { initrd, .. } = &mut boot {
+        let nothing = nothing_encrypted().map_err(io_error("write", "the workshop's initrd"))?;
+        initrd.push(Content::Bytes(nothing));
+    }
     let machine = VmBuilder::new("workshop")
-        .boot(disk.boot(&words.each_ref().map(String::as_str)))
+        .boot(boot)
         .disk(disk.drive())
         .disk(Drive {
             path: target.to_owned(),
@@ -151,6 +140,14 @@ fn run(
     machine
         .wait_shutdown(Duration::from_secs(30))
         .map_err(|error| failed(error.into()))
+}
+
+/// What is laid over the initrd: the workshop's own root is not encrypted, so it shall not ask for a passphrase.
+fn nothing_encrypted() -> std::io::Result<Vec<u8>> {
+    let mut archive = cpio::Writer::new(Vec::new());
+    archive.dir("cryptroot", 0o755)?;
+    archive.file("cryptroot/crypttab", 0o644, b"")?;
+    archive.finish()
 }
 
 /// The installed system on an ordinary disk, with the script.

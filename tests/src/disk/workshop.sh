@@ -2,7 +2,7 @@
 # The first process of the workshop, a machine that lays out and checks laptops' disks (see workshop.rs). It has the installed
 # system as its own root file system, and the disk with the serial number "target", partitioned. What to do is on the
 # kernel's command line: workshop.job=make|check, workshop.layout=, workshop.uuid= (of the root file system to be made),
-# workshop.passphrase=. Says "workshop: done" at the end.
+# workshop.luks_uuid= (as in the installed system's crypttab), workshop.passphrase=. Says "workshop: done" at the end.
 set -eu
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C HOME=/root
 
@@ -21,7 +21,7 @@ word() {
 
 # dm-crypt's and LVM's volumes of the disk.
 open_volumes() {
-    printf %s "$passphrase" | cryptsetup open --key-file - "$second" vda2_crypt
+    printf %s "$passphrase" | cryptsetup open --key-file - "$second" $crypt
     vgchange -q --activate y
     udevadm settle
 }
@@ -39,9 +39,9 @@ make_file_systems() {
         luks-lvm)
             printf %s "$passphrase" | cryptsetup luksFormat --batch-mode --type luks2 --pbkdf pbkdf2 \
                 --pbkdf-force-iterations 1000 --uuid "$luks_uuid" "$second" -
-            printf %s "$passphrase" | cryptsetup open --key-file - "$second" vda2_crypt
-            pvcreate -q /dev/mapper/vda2_crypt
-            vgcreate -q laptop-vg /dev/mapper/vda2_crypt
+            printf %s "$passphrase" | cryptsetup open --key-file - "$second" $crypt
+            pvcreate -q /dev/mapper/$crypt
+            vgcreate -q laptop-vg /dev/mapper/$crypt
             lvcreate -q --yes -L 64M -n swap_1 laptop-vg
             lvcreate -q --yes -l 100%FREE -n root laptop-vg
             udevadm settle
@@ -81,7 +81,6 @@ write_tables() {
             echo "/dev/mapper/laptop--vg-root / ext4 errors=remount-ro 0 1"
             echo "UUID=$boot_uuid /boot ext4 defaults 0 2"
             echo "/dev/mapper/laptop--vg-swap_1 none swap sw 0 0"
-            echo "vda2_crypt UUID=$luks_uuid none luks,discard" >/target/etc/crypttab
             ;;
         btrfs)
             echo "UUID=$root_uuid / btrfs defaults,subvol=@ 0 0"
@@ -107,11 +106,6 @@ make() {
     # As the boot loader's packages would leave it, which are not installed.
     printf '%s\n' GRUB_DEFAULT=0 GRUB_TIMEOUT=5 GRUB_DISTRIBUTOR=Debian "GRUB_CMDLINE_LINUX=\"$arguments\"" \
         >/target/etc/default/grub
-    if [ "$layout" = luks-lvm ]; then
-        # Only now there is a crypttab for it. The best compression takes minutes in an emulated machine.
-        printf '%s\n' COMPRESS=zstd COMPRESSLEVEL=1 >/target/etc/initramfs-tools/conf.d/compress
-        chroot /target update-initramfs -u
-    fi
     chroot /target update-grub
     grep -E 'linux|initrd' /target/boot/grub/grub.cfg
     for folder in dev proc sys run; do
@@ -120,7 +114,7 @@ make() {
     umount -R /target
     if [ "$layout" = luks-lvm ]; then
         vgchange -q --activate n
-        cryptsetup close vda2_crypt
+        cryptsetup close $crypt
     fi
 }
 
@@ -152,10 +146,10 @@ check() {
 }
 
 boot_uuid=57aefe1d-0000-4000-8000-000000000004
-luks_uuid=57aefe1d-0000-4000-8000-000000000005
 mountpoint -q /proc || mount -t proc proc /proc
 mountpoint -q /sys || mount -t sysfs sysfs /sys
-layout=$(word layout) job=$(word job) root_uuid=$(word uuid) passphrase=$(word passphrase)
+crypt=vda2_crypt
+layout=$(word layout) job=$(word job) root_uuid=$(word uuid) luks_uuid=$(word luks_uuid) passphrase=$(word passphrase)
 arguments='console=tty0 console=ttyS0,115200 no_timer_check modprobe.blacklist=cdc_subset'
 # Other file systems in memory would be copied.
 mountpoint -q /run || mount -t tmpfs tmpfs /run
