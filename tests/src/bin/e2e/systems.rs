@@ -25,8 +25,13 @@ pub(crate) fn network_manager(bench: &Bench, way: Way) -> Result<(), Failure> {
     let session = Session::begin(machines_of(bench, &system, way, "", Vec::new())?)?;
     let desktop = &session.desktop;
     desktop.run_ok("systemctl is-active --wait NetworkManager && nm-online --startup --timeout 60")?;
-    let devices = desktop.run_ok("nmcli --terse --fields DEVICE,STATE device")?;
-    bench.note(&format!("NetworkManager's devices: {}\n", devices.replace('\n', " ")));
+    let devices = desktop.run_ok("nmcli --colors no --terse --fields DEVICE,STATE device")?;
+    if let Some(managed) = devices
+        .lines()
+        .find(|line| line.starts_with("stiefel") && !line.ends_with(":unmanaged"))
+    {
+        return Err(format!("NetworkManager does not leave the link alone: {managed}").into());
+    }
     for (command, when) in [
         ("nmcli networking off", "after `nmcli networking off`"),
         (
