@@ -156,3 +156,26 @@ fn plain(base: &BaseSystem) -> Result<LaptopDiskBuilder, DiskError> {
         .autologin(true)
         .file(ExtraFile::new(SCRIPT, "/workshop", 0o755)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_workshop_itself_asks_for_no_passphrase() {
+        let archive = nothing_encrypted().unwrap();
+        let table = cpio::Reader::new(&archive)
+            .map(Result::unwrap)
+            .find(|entry| entry.path == b"cryptroot/crypttab")
+            .unwrap();
+        assert!(table.data.is_empty());
+    }
+
+    #[test]
+    fn the_script_knows_every_layout_that_it_is_asked_for() {
+        for layout in [Layout::LuksLvm, Layout::Btrfs, Layout::Xfs] {
+            let cases = SCRIPT.matches(&format!("        {}", layout.name())).count();
+            assert!(cases >= 2, "{}", layout.name());
+        }
+    }
+}

@@ -75,12 +75,13 @@ mount_target() {
     fi
 }
 
+# An emulated machine with many neighbours may take longer than systemd waits for a device.
 write_tables() {
     case $layout in
         luks-lvm)
             echo "/dev/mapper/laptop--vg-root / ext4 errors=remount-ro 0 1"
-            echo "UUID=$boot_uuid /boot ext4 defaults 0 2"
-            echo "/dev/mapper/laptop--vg-swap_1 none swap sw 0 0"
+            echo "UUID=$boot_uuid /boot ext4 defaults,x-systemd.device-timeout=10min 0 2"
+            echo "/dev/mapper/laptop--vg-swap_1 none swap sw,x-systemd.device-timeout=10min 0 0"
             ;;
         btrfs)
             echo "UUID=$root_uuid / btrfs defaults,subvol=@ 0 0"
@@ -88,7 +89,7 @@ write_tables() {
             ;;
         xfs)
             echo "UUID=$root_uuid / xfs defaults 0 0"
-            echo "UUID=$boot_uuid /boot ext4 defaults 0 2"
+            echo "UUID=$boot_uuid /boot ext4 defaults,x-systemd.device-timeout=10min 0 2"
             ;;
     esac >/target/etc/fstab
 }
