@@ -13,6 +13,9 @@ use crate::runner::Bench;
 /// What the load leaves on the disk.
 const SUMS: &str = "cd /root/load && sha256sum file-*";
 
+/// Succeeds if /boot is the disk's first partition.
+const BOOT: &str = "findmnt --noheadings --output SOURCE /boot | grep -x /dev/nvme0n1p1";
+
 /// What the kernel says of a file system that was not unmounted: ext4, xfs, btrfs.
 const REPAIRS: &str = "recovery (required|complete)|orphan cleanup|(starting|ending) recovery|log replay";
 
@@ -96,7 +99,7 @@ pub(crate) fn luks_and_lvm(bench: &Bench) -> Result<(), Failure> {
                 "test $(wc -l </proc/swaps) = 1",
                 "swap space on the laptop's disk is in use",
             ),
-            ("findmnt --source /dev/nvme0n1p1 /boot", "/boot is not there"),
+            (BOOT, "/boot is not there"),
         ] {
             if desktop.run(command)?.status != 0 {
                 return Err(why.into());
@@ -119,7 +122,7 @@ pub(crate) fn btrfs(bench: &Bench) -> Result<(), Failure> {
 pub(crate) fn xfs(bench: &Bench) -> Result<(), Failure> {
     let system = dracut(Layout::Xfs);
     journey(bench, &system, "nvme0n1p2 xfs", |desktop| {
-        desktop.run_ok("findmnt --source /dev/nvme0n1p1 /boot")?;
+        desktop.run_ok(BOOT)?;
         dracut_made_it(desktop)
     })
 }
