@@ -30,7 +30,7 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
     let mac = Mac(session.link_mac);
     let disk = &session.disk.identity;
     let mut files = vec![
-        ("NetworkManager/conf.d/90-stiefel.conf", {
+        (NETWORK_MANAGER, {
             // In a LAN the NIC is the system's, and only the tunnel ours.
             let nic = match session.link.mode {
                 LinkMode::Dedicated => vec![format!("interface-name:{NIC}"), format!("mac:{mac}")],
@@ -40,7 +40,7 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
             format!(
                 "# Written by stiefel: the root file system comes over this NIC.\n\
                      [keyfile]\nunmanaged-devices+={}\n\
-                     [device-stiefel]\nmatch-device={}\nmanaged=0\n",
+                     [device-stiefel-session]\nmatch-device={}\nmanaged=0\n",
                 devices.join(";"),
                 devices.join(",")
             )
@@ -89,6 +89,9 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
     failed
 }
 
+/// Not the name of what `stiefel install` has put into the laptop's /etc: of two files with one name NetworkManager reads
+/// only the one in /etc (NetworkManager.conf(5)).
+const NETWORK_MANAGER: &str = "NetworkManager/conf.d/95-stiefel-session.conf";
 /// A unit that runs as long as the system does. (Units lie in `system.control`: where there is a folder `systemd/system`,
 /// programs believe that systemd runs, sd_booted(3).)
 const RUNNING_UNIT: &str = "systemd/system.control/stiefel-running.service";
@@ -247,7 +250,7 @@ mod tests {
     fn guards_name_the_link_by_address_and_hold_no_secret() {
         let run = tempfile::tempdir().unwrap();
         assert!(write(run.path(), &session(), "nbd0").is_empty());
-        let nm = std::fs::read_to_string(run.path().join("NetworkManager/conf.d/90-stiefel.conf")).unwrap();
+        let nm = std::fs::read_to_string(run.path().join(NETWORK_MANAGER)).unwrap();
         assert!(nm.contains("mac:02:00:00:00:00:1f"), "{nm}");
         let rules = std::fs::read_to_string(run.path().join("udev/rules.d/61-stiefel.rules")).unwrap();
         assert!(rules.contains("disk/by-id/nvme-Fast__SSD__1_S_1\""), "{rules}");
@@ -257,12 +260,24 @@ mod tests {
     }
 
     #[test]
+    fn the_guard_of_the_installed_system_does_not_hide_the_sessions() {
+        let name = Path::new(NETWORK_MANAGER).file_name().unwrap();
+        let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hooks/networkmanager");
+        assert!(installed.is_dir() && !installed.join(name).exists());
+        let run = tempfile::tempdir().unwrap();
+        write(run.path(), &session(), "nbd0");
+        let nm = std::fs::read_to_string(run.path().join(NETWORK_MANAGER)).unwrap();
+        // A section of the same name in both files would be one section.
+        assert!(!nm.contains("[device-stiefel]"), "{nm}");
+    }
+
+    #[test]
     fn in_a_lan_the_nic_stays_the_systems() {
         let run = tempfile::tempdir().unwrap();
         let mut session = session();
         session.link.mode = LinkMode::Lan;
         assert!(write(run.path(), &session, "nbd0").is_empty());
-        let nm = std::fs::read_to_string(run.path().join("NetworkManager/conf.d/90-stiefel.conf")).unwrap();
+        let nm = std::fs::read_to_string(run.path().join(NETWORK_MANAGER)).unwrap();
         assert!(nm.contains("interface-name:stiefel0") && !nm.contains("mac:"), "{nm}");
         assert!(!run.path().join("systemd/network/00-stiefel.link").exists());
     }

@@ -1,13 +1,15 @@
 //! The laptop's disk for tests: a real Debian with systemd on a GPT, made without a loop device and without root.
 //!
-//! [`BaseSystem`] is the installed system as a tar archive (cached), [`LaptopDisk`] an image made from it with the files a
-//! test adds.
+//! [`System`] says which Debian and which layout, [`BaseSystem`] is the installed system as a tar archive (cached),
+//! [`LaptopDisk`] an image made from it with the files a test adds.
 
 mod base;
 mod grub;
 mod image;
 mod inspect;
 mod overlay;
+mod system;
+mod workshop;
 
 use std::path::PathBuf;
 
@@ -19,6 +21,7 @@ pub use image::{
 };
 pub use inspect::{fsck_clean, read_file};
 pub use overlay::ExtraFile;
+pub use system::{Initrd, Layout, System};
 
 /// A disk could not be made or read.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +53,15 @@ pub enum DiskError {
         base: PathBuf,
         /// What is missing.
         what: &'static str,
+    },
+    /// The machine that lays out and checks disks has failed.
+    #[error("the workshop cannot {job}")]
+    Workshop {
+        /// What it had to do.
+        job: String,
+        /// What it said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A path in the guest that cannot be used.
     #[error("{path:?} is no path for a file in the guest: it must begin with / and go straight there")]

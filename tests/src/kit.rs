@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::cache;
-use crate::disk::{BaseOptions, BaseSystem, DiskError, ExtraFile, Installed, LaptopDisk};
+use crate::disk::{BaseOptions, BaseSystem, DiskError, ExtraFile, Installed, LaptopDisk, LaptopDiskBuilder, System};
 use crate::process::{CommandError, run};
 
 /// Hardware address of the laptop's dedicated NIC.
@@ -121,6 +121,30 @@ impl Kit {
     /// # Errors
     /// [`KitError`].
     pub fn laptop_disk(&self, path: &Path, config: &str, extra: Vec<ExtraFile>) -> Result<LaptopDisk, KitError> {
+        self.install_on(LaptopDisk::builder(&self.base), path, config, extra)
+    }
+
+    /// As [`Kit::laptop_disk`], with another installed system than the usual one.
+    ///
+    /// # Errors
+    /// [`KitError`].
+    pub fn disk_of(
+        &self,
+        system: &System,
+        path: &Path,
+        config: &str,
+        extra: Vec<ExtraFile>,
+    ) -> Result<LaptopDisk, KitError> {
+        self.install_on(LaptopDisk::of(system)?, path, config, extra)
+    }
+
+    fn install_on(
+        &self,
+        builder: LaptopDiskBuilder,
+        path: &Path,
+        config: &str,
+        extra: Vec<ExtraFile>,
+    ) -> Result<LaptopDisk, KitError> {
         let root = tempfile::tempdir_in(&self.dir).map_err(io_error("make a folder in", self.dir.path()))?;
         let root = root.path();
         let etc = root.join("etc/stiefel");
@@ -136,7 +160,7 @@ impl Kit {
                 .arg("--ramdisk")
                 .arg(self.ramdisk())
         })?;
-        let mut builder = LaptopDisk::builder(&self.base).autologin(true);
+        let mut builder = builder.autologin(true);
         for file in files_below(root)?.into_iter().chain(extra) {
             builder = builder.file(file);
         }

@@ -1,11 +1,11 @@
 //! The main job as a scenario: a laptop with a real Debian, triggered by its dedicated NIC or woken by the stick, and a
 //! desktop that boots from it. Shared by `stiefel test-qemu demo` and the end-to-end tests.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::disk::{ExtraFile, LaptopDisk};
-use crate::kit::{CONSOLE, DEDICATED_MAC, DESKTOP_MAC, Kit};
+use crate::disk::{ExtraFile, LaptopDisk, PASSWORD, System};
+use crate::kit::{CONSOLE, DEDICATED_MAC, DESKTOP_MAC, Kit, KitError};
 use crate::net::{Netdev, Wire};
 use crate::serial::{Pattern, re};
 use crate::stop;
@@ -82,10 +82,33 @@ pub fn laptop_at_home(disk: &LaptopDisk, nic: Option<&Netdev>, live: bool) -> Re
     if let Some(nic) = nic {
         builder = builder.nic("wired", NicModel::Usb, nic, DEDICATED_MAC);
     }
+    let files = disk.files();
+    let unpack = files.is_some();
+    if let Some(files) = files {
+        builder = builder.disk(files);
+    }
     let laptop = builder.start()?;
-    laptop.login("root", crate::disk::PASSWORD, patience::LOGIN)?;
+    login(&laptop, disk)?;
+    if unpack {
+        laptop.run_ok(LaptopDisk::UNPACK)?;
+        laptop.run_ok("systemctl start stiefel-autokexec.service")?;
+    }
     laptop.run_ok("systemctl is-active --wait stiefel-autokexec.service")?;
     Ok(laptop)
+}
+
+/// Waits until the machine that boots from `disk` is at its login, typing the passphrase if one is asked for, and logs in.
+///
+/// # Errors
+/// When it does not come up.
+pub fn login(machine: &Vm, disk: &LaptopDisk) -> Result<(), Failure> {
+    if disk.is_locked() {
+        machine
+            .serial()
+            .expect(re(r"[Pp]lease (unlock disk|enter passphrase)"), patience::LOGIN)?;
+        machine.serial().send_line(PASSWORD)?;
+    }
+    Ok(machine.login("root", PASSWORD, patience::LOGIN)?)
 }
 
 /// Plugs the dedicated NIC into the running laptop, and waits until its ramdisk serves; how long that took.
@@ -122,7 +145,7 @@ pub fn wait_until_serving(laptop: &Vm) -> Result<(), Failure> {
 ///
 /// # Errors
 /// When QEMU does not start.
-pub fn desktop(stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm, Failure> {
+pub fn desktop(stick: &Path, cable: &Netdev, live: bool) -> Result<Vm, Failure> {
     desktop_with(NicModel::E1000e, stick, cable, live)
 }
 
@@ -130,7 +153,7 @@ pub fn desktop(stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm
 ///
 /// # Errors
 /// As there.
-pub fn desktop_with(nic: NicModel, stick: &std::path::Path, cable: &Netdev, live: bool) -> Result<Vm, Failure> {
+pub fn desktop_with(nic: NicModel, stick: &Path, cable: &Netdev, live: bool) -> Result<Vm, Failure> {
     Ok(VmBuilder::new("desktop")
         .memory_mib(1536)
         .boot(Boot::Uefi)
@@ -145,11 +168,26 @@ pub fn desktop_with(nic: NicModel, stick: &std::path::Path, cable: &Netdev, live
 /// # Errors
 /// When a step does not come.
 pub fn desktop_boots(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
+    desktop_asks(desktop, milestones)?;
+    desktop_boots_after_asking(desktop, milestones)
+}
+
+/// As [`desktop_boots`], from the laptop's `disk`, and logs in.
+///
+/// # Errors
+/// As there.
+pub fn desktop_logs_in(desktop: &Vm, disk: &LaptopDisk, milestones: &mut Milestones) -> Result<(), Failure> {
+    desktop_asks(desktop, milestones)?;
+    desktop_attaches(desktop, milestones)?;
+    login(desktop, disk)
+}
+
+fn desktop_asks(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
     let found = desktop
         .serial()
         .expect_any(&[re(r"stiefel: asking on ")], patience::STICK)?;
     milestones.reached("desktop, since power-on: first discovery sent", found.at);
-    desktop_boots_after_asking(desktop, milestones)
+    Ok(())
 }
 
 /// As [`desktop_boots`], for a desktop that is asking already.
@@ -157,6 +195,15 @@ pub fn desktop_boots(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Fa
 /// # Errors
 /// As there.
 pub fn desktop_boots_after_asking(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
+    desktop_attaches(desktop, milestones)?;
+    // The kernel may write between the host name and the prompt.
+    let found = desktop.serial().expect_any(&[re(r"\blogin: ")], patience::LOGIN)?;
+    milestones.reached("desktop: login prompt", found.at);
+    Ok(())
+}
+
+/// Waits until the desktop, which is asking, has the laptop's disk.
+fn desktop_attaches(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
     for (what, marker, patience) in [
         (
             "desktop: bundle received",
@@ -165,8 +212,6 @@ pub fn desktop_boots_after_asking(desktop: &Vm, milestones: &mut Milestones) -> 
         ),
         ("desktop: kexec", re(r"stiefel: starting "), patience::BUNDLE),
         ("desktop: disk attached", re(r"is attached as /dev/"), patience::ATTACH),
-        // The kernel may write between the host name and the prompt.
-        ("desktop: login prompt", re(r"\blogin: "), patience::LOGIN),
     ] {
         let found = desktop.serial().expect_any(&[marker], patience)?;
         milestones.reached(what, found.at);
@@ -199,8 +244,20 @@ impl Machines {
     /// # Errors
     /// As there.
     pub fn with(kit: &Kit, wire: Wire, config: &str, files: Vec<ExtraFile>) -> Result<Self, Failure> {
+        Self::make(kit, wire, |path| kit.laptop_disk(path, &kit.config(config), files))
+    }
+
+    /// As [`Machines::with`], with another installed system than the usual one.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn of(kit: &Kit, system: &System, wire: Wire, config: &str, files: Vec<ExtraFile>) -> Result<Self, Failure> {
+        Self::make(kit, wire, |path| kit.disk_of(system, path, &kit.config(config), files))
+    }
+
+    fn make(kit: &Kit, wire: Wire, disk: impl FnOnce(&Path) -> Result<LaptopDisk, KitError>) -> Result<Self, Failure> {
         let dir = tempfile::tempdir_in(kit.dir())?;
-        let disk = kit.laptop_disk(&dir.path().join("laptop.img"), &kit.config(config), files)?;
+        let disk = disk(&dir.path().join("laptop.img"))?;
         let stick = dir.path().join("stick.img");
         kit.stick(&stick, "stick")?;
         Ok(Self {

@@ -52,7 +52,7 @@ pub(super) fn inside(tree: &Tree, root: &str, path: &str) -> Option<String> {
 pub(super) fn program(tree: &Tree, root: &str, file: &str, arguments: &str, secure: bool) -> Option<Candidate> {
     if let Some(image) = uki::read(tree, file) {
         let mut candidate = image.candidate;
-        if !arguments.is_empty() && !(secure && !candidate.cmdline.is_empty()) {
+        if !arguments.is_empty() && (!secure || candidate.cmdline.is_empty()) {
             candidate.cmdline = arguments.to_owned();
         }
         return Some(candidate);

@@ -49,6 +49,8 @@ pub struct BaseOptions {
     pub suite: String,
     /// The packages besides the required ones.
     pub packages: Vec<String>,
+    /// What /etc/crypttab says, for an initrd (by initramfs-tools) that asks for passphrases.
+    pub crypttab: Option<String>,
 }
 
 impl Default for BaseOptions {
@@ -57,6 +59,7 @@ impl Default for BaseOptions {
         Self {
             suite: "bookworm".to_owned(),
             packages: PACKAGES.map(str::to_owned).to_vec(),
+            crypttab: None,
         }
     }
 }
@@ -206,6 +209,11 @@ fn mmdebstrap(options: &BaseOptions, archive: &Path) -> Result<(), DiskError> {
     command.arg(
         "--customize-hook=sed -i s/^LOAD_KEXEC=true/LOAD_KEXEC=false/ \"$1\"/etc/default/kexec 2>/dev/null || true",
     );
+    if let Some(crypttab) = &options.crypttab {
+        command.arg(format!(
+            "--customize-hook=printf '%s\\n' '{crypttab}' >\"$1\"/etc/crypttab && chroot \"$1\" update-initramfs -u"
+        ));
+    }
     command.arg(&options.suite).arg(archive);
     process::run(&mut command).map(drop).map_err(command_error(ACTION))
 }

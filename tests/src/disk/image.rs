@@ -2,12 +2,17 @@
 //!
 //! mkfs fills the file system from a directory and comes first: at an offset it wipes the beginning of the image, where
 //! the partition table then goes. Without root, fakeroot lets the files belong to root.
+//!
+//! Other layouts come from the `workshop`; into them no file can be put from outside, so a test's files come as an archive on
+//! a second disk, which the laptop unpacks at its first start.
 
 use std::fs::{self, File};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use super::overlay::Overlay;
-use super::{BaseSystem, DiskError, ExtraFile, Installed, command_error, grub, inspect, io_error};
+use super::workshop::{self, LAID_OUT_FS_UUID};
+use super::{BaseSystem, DiskError, ExtraFile, Installed, Layout, System, command_error, grub, inspect, io_error};
 use crate::accel::kernel_cmdline;
 use crate::vm::{Boot, Content, Drive};
 use crate::{process, tools};
@@ -24,7 +29,9 @@ pub const ROOT_FS_UUID: &str = "57aefe1d-0000-4000-8000-000000000003";
 /// Where the root partition begins, in bytes.
 pub const ROOT_OFFSET: u64 = 1 << 20;
 /// What the partition table takes at the end of the disk, in bytes, rounded up.
-const TABLE_AT_END: u64 = 1 << 20;
+pub(super) const TABLE_AT_END: u64 = 1 << 20;
+/// The serial number of the disk with a test's files.
+const FILES_SERIAL: &str = "stiefel-files";
 
 /// Makes the directory ($1) from the archives ($2, $3), and of it the file system in the image ($4) with the UUID $5, at the
 /// offset $6, $7 KiB long. One program, as fakeroot remembers owners no longer than that. Devices are the kernel's to make.
@@ -43,12 +50,17 @@ pub struct LaptopDisk {
     pub path: PathBuf,
     /// The kernel on it, as files on the host.
     pub installed: Installed,
+    base: BaseSystem,
+    layout: Layout,
+    /// The archive that the laptop has to unpack.
+    files: Option<PathBuf>,
 }
 
 /// A disk to be made.
 #[derive(Clone, Debug)]
 pub struct LaptopDiskBuilder {
     base: BaseSystem,
+    layout: Layout,
     size_mib: u32,
     hostname: String,
     autologin: bool,
@@ -61,6 +73,7 @@ impl LaptopDisk {
     pub fn builder(base: &BaseSystem) -> LaptopDiskBuilder {
         LaptopDiskBuilder {
             base: base.clone(),
+            layout: Layout::Ext4,
             size_mib: 1400,
             hostname: "laptop".to_owned(),
             autologin: false,
@@ -69,11 +82,26 @@ impl LaptopDisk {
         }
     }
 
+    /// A disk with this system; what it is made of comes from the cache, or is made.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn of(system: &System) -> Result<LaptopDiskBuilder, DiskError> {
+        let mut builder = Self::builder(&BaseSystem::ensure(&system.base())?);
+        builder.layout = system.layout;
+        Ok(builder)
+    }
+
     /// Boots the disk's own kernel and initrd directly (there is no bootloader on it), with `args` on the command line.
     ///
     /// A reboot of the machine boots the same again.
     pub fn boot(&self, args: &[&str]) -> Boot {
-        let root = format!("root=UUID={ROOT_FS_UUID}");
+        let root = match self.layout {
+            Layout::Ext4 => format!("root=UUID={ROOT_FS_UUID}"),
+            Layout::Xfs => format!("root=UUID={LAID_OUT_FS_UUID}"),
+            Layout::Btrfs => format!("root=UUID={LAID_OUT_FS_UUID} rootflags=subvol=@"),
+            Layout::LuksLvm => "root=/dev/mapper/laptop--vg-root".to_owned(),
+        };
         Boot::Kernel {
             kernel: self.installed.kernel.clone(),
             initrd: vec![Content::File(self.installed.initrd.clone())],
@@ -90,15 +118,36 @@ impl LaptopDisk {
         }
     }
 
-    /// Demands that the file system is clean and its journal empty.
-    ///
-    /// # Errors
-    /// When it is not.
-    pub fn fsck_clean(&self) -> Result<(), DiskError> {
-        inspect::fsck_clean(&self.path)
+    /// The disk with the test's files, where the laptop has to unpack them with [`Self::UNPACK`] at its first start.
+    pub fn files(&self) -> Option<Drive> {
+        let path = self.files.clone()?;
+        Some(Drive {
+            path,
+            serial: FILES_SERIAL.to_owned(),
+            snapshot: true,
+        })
     }
 
-    /// Reads a file on the disk, while no machine runs from it.
+    /// See [`Self::files`].
+    pub const UNPACK: &str = "tar -xpf /dev/disk/by-id/virtio-stiefel-files -C / && systemctl daemon-reload";
+
+    /// Whether whoever boots from it is asked for a passphrase, which is [`PASSWORD`].
+    pub fn is_locked(&self) -> bool {
+        self.layout == Layout::LuksLvm
+    }
+
+    /// Demands that the file systems are clean and their journals empty.
+    ///
+    /// # Errors
+    /// When one is not.
+    pub fn fsck_clean(&self) -> Result<(), DiskError> {
+        match self.layout {
+            Layout::Ext4 => inspect::fsck_clean(&self.path),
+            _ => workshop::fsck_clean(&self.base, self.layout, &self.path),
+        }
+    }
+
+    /// Reads a file on a disk with [`Layout::Ext4`], while no machine runs from it.
     ///
     /// # Errors
     /// When there is no such file.
@@ -143,6 +192,9 @@ impl LaptopDiskBuilder {
     /// # Errors
     /// When a tool fails, a file cannot be read, or the file system is too small.
     pub fn build(self, path: &Path) -> Result<LaptopDisk, DiskError> {
+        if self.layout != Layout::Ext4 {
+            return self.build_laid_out(path);
+        }
         let installed = self.base.extract_kernel()?;
         let directory = path.parent().unwrap_or(Path::new("."));
         let work = tempfile::Builder::new()
@@ -158,17 +210,37 @@ impl LaptopDiskBuilder {
             .and_then(|file| file.set_len(length))
             .map_err(io_error("create", &image))?;
         self.make_file_system(work.path(), &overlay, &image)?;
-        make_table(&image, self.size_mib)?;
+        make_table(&image, &[self.size_mib])?;
         fs::rename(&image, path).map_err(io_error("create", path))?;
         Ok(LaptopDisk {
             path: path.to_owned(),
             installed,
+            base: self.base,
+            layout: self.layout,
+            files: None,
+        })
+    }
+
+    /// A copy of what the workshop has made.
+    fn build_laid_out(self, path: &Path) -> Result<LaptopDisk, DiskError> {
+        let installed = self.base.extract_kernel()?;
+        let image = workshop::lay_out(&self.base, self.layout)?;
+        workshop::copy(&image, path)?;
+        let files = path.with_extension("files.tar");
+        let mut overlay = create_overlay(&files)?;
+        self.add_files(&mut overlay)?;
+        overlay.finish().map_err(io_error("write", &files))?;
+        Ok(LaptopDisk {
+            path: path.to_owned(),
+            installed,
+            base: self.base,
+            layout: self.layout,
+            files: Some(files),
         })
     }
 
     fn write_overlay(&self, path: &Path, version: &str) -> Result<(), DiskError> {
-        let file = File::create(path).map_err(io_error("create", path))?;
-        let mut overlay = Overlay::new(std::io::BufWriter::new(file));
+        let mut overlay = create_overlay(path)?;
         overlay.text("/etc/hostname", &format!("{}\n", self.hostname))?;
         overlay.text(
             "/etc/hosts",
@@ -187,6 +259,11 @@ impl LaptopDiskBuilder {
                 "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --keep-baud 115200 - $TERM\n",
             )?;
         }
+        self.add_files(&mut overlay)?;
+        overlay.finish().map_err(io_error("write", path))
+    }
+
+    fn add_files(&self, overlay: &mut Overlay<BufWriter<File>>) -> Result<(), DiskError> {
         for file in &self.files {
             overlay.file(file)?;
         }
@@ -194,7 +271,7 @@ impl LaptopDiskBuilder {
             let link = format!("/etc/systemd/system/{wanted_by}.wants/{unit}");
             overlay.link(&link, &self.unit_path(unit))?;
         }
-        overlay.finish().map_err(io_error("write", path))
+        Ok(())
     }
 
     /// Where a unit's file is: among the files added, else where packages put them.
@@ -235,16 +312,24 @@ impl LaptopDiskBuilder {
     }
 }
 
-fn make_table(image: &Path, size_mib: u32) -> Result<(), DiskError> {
+fn create_overlay(path: &Path) -> Result<Overlay<BufWriter<File>>, DiskError> {
+    let file = File::create(path).map_err(io_error("create", path))?;
+    Ok(Overlay::new(BufWriter::new(file)))
+}
+
+/// One partition after the other, so many MiB each; the first one at [`ROOT_OFFSET`] and with [`ROOT_PARTUUID`].
+pub(super) fn make_table(image: &Path, sizes: &[u32]) -> Result<(), DiskError> {
     const ACTION: &str = "make the partition table";
     let mut command = process::command("sgdisk").map_err(command_error(ACTION))?;
     command.args(["--clear", &format!("--disk-guid={DISK_GUID}")]);
-    command.args([
-        &format!("--new=1:{}:+{size_mib}M", ROOT_OFFSET / 512),
-        "--typecode=1:8300",
-    ]);
+    let mut start = ROOT_OFFSET / 512;
+    for (number, size_mib) in (1..).zip(sizes) {
+        command.arg(format!("--new={number}:{start}:+{size_mib}M"));
+        start += u64::from(*size_mib) << 11;
+    }
     command
         .args([
+            "--typecode=1:8300",
             &format!("--partition-guid=1:{ROOT_PARTUUID}"),
             "--change-name=1:laptop-root",
         ])

@@ -199,7 +199,7 @@ fn named_by_place(check: &'static str, entry: &Entry, text: String, next: String
 fn elsewhere(patient: &Patient, device: &str) -> Option<String> {
     let (tree, served) = (&patient.tree, &patient.machine.root.disks);
     let name = match device.split_once('=') {
-        Some(("UUID", uuid)) => tree.device_with_uuid(uuid.trim_matches('"'))?,
+        Some(("UUID", uuid)) => tree.device_by("/dev/disk/by-uuid", uuid.trim_matches('"'))?,
         Some(("LABEL", label)) => tree.block_name(&format!("/dev/disk/by-label/{}", label.trim_matches('"')))?,
         Some(("PARTUUID", uuid)) => tree.block_name(&format!("/dev/disk/by-partuuid/{}", uuid.trim_matches('"')))?,
         Some(("PARTLABEL", label)) => {

@@ -5,7 +5,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use stiefel_shared::handover::{DiskTransport, Encryption};
-use stiefel_tests::disk::{ExtraFile, PASSWORD};
+use stiefel_tests::disk::{ExtraFile, PASSWORD, System};
 use stiefel_tests::kit::{DEDICATED_MAC, DESKTOP_MAC};
 use stiefel_tests::scenario::{self, Failure, Machines, Milestones, patience};
 use stiefel_tests::{NicModel, Vm, Wire};
@@ -22,14 +22,20 @@ const STOP: &str = "/run/load.stop";
 const LOG: &str = "/run/load.log";
 
 /// Laptop and desktop, the desktop at its login with the load running.
-struct Session {
-    laptop: Vm,
-    desktop: Vm,
-    machines: Machines,
+pub(crate) struct Session {
+    pub(crate) laptop: Vm,
+    pub(crate) desktop: Vm,
+    pub(crate) machines: Machines,
 }
 
-fn machines(
+fn machines(bench: &Bench, way: Way, config: &str, files: Vec<ExtraFile>) -> Result<Machines, Failure> {
+    machines_of(bench, &System::default(), way, config, files)
+}
+
+/// A laptop with this system, whose disk goes this way, and with the load on it.
+pub(crate) fn machines_of(
     bench: &Bench,
+    system: &System,
     (transport, encryption): Way,
     config: &str,
     files: Vec<ExtraFile>,
@@ -45,12 +51,12 @@ fn machines(
     let program = std::env::current_exe()?.with_file_name("load");
     let config = format!("disk: {{transport: {transport}}}\nlink: {{encryption: {encryption}}}\n{config}");
     let files = [vec![ExtraFile::new(program.as_path(), LOAD, 0o755)], files].concat();
-    Machines::with(bench.kit, Wire::relayed(0)?, &config, files)
+    Machines::of(bench.kit, system, Wire::relayed(0)?, &config, files)
 }
 
 impl Session {
     /// Plugs, boots the desktop up to its login, and starts the load there.
-    fn begin(machines: Machines) -> Result<Self, Failure> {
+    pub(crate) fn begin(machines: Machines) -> Result<Self, Failure> {
         let laptop = scenario::laptop_at_home(&machines.disk, None, false)?;
         scenario::plug_and_serve(&laptop, &machines.wire.a())?;
         let desktop = scenario::desktop_with(NicModel::Usb, &machines.stick, &machines.wire.b(), false)?;
@@ -66,8 +72,7 @@ impl Session {
 
     /// The desktop boots, up to a shell.
     fn boots(&self) -> Result<(), Failure> {
-        scenario::desktop_boots(&self.desktop, &mut Milestones::new(false))?;
-        Ok(self.desktop.login("root", PASSWORD, Duration::from_secs(30))?)
+        scenario::desktop_logs_in(&self.desktop, &self.machines.disk, &mut Milestones::new(false))
     }
 
     /// As [`Session::boots`], for a desktop that is asking already.
@@ -83,7 +88,7 @@ impl Session {
     }
 
     /// Waits until the load has written more than it had.
-    fn load_goes_on(&self, when: &str) -> Result<(), Failure> {
+    pub(crate) fn load_goes_on(&self, when: &str) -> Result<(), Failure> {
         let writes = || -> Result<u64, Failure> {
             let said = self.desktop.run_ok(&format!("tail -n 1 {LOG}"))?;
             Ok(said
@@ -103,7 +108,7 @@ impl Session {
     }
 
     /// Stops the load, and checks what it wrote and what the kernel said.
-    fn load_is_right(&self) -> Result<(), Failure> {
+    pub(crate) fn load_is_right(&self) -> Result<(), Failure> {
         self.desktop.run_ok(&format!("touch {STOP}"))?;
         let said = self.desktop.run_ok_within(
             &format!("until grep -qE 'load: (ok|ERROR)' {LOG}; do sleep 1; done; tail -n 1 {LOG}"),
@@ -114,7 +119,7 @@ impl Session {
         }
         let said = self
             .desktop
-            .run("dmesg | grep -iE 'I/O error|EXT4-fs (error|warning)|Remounting|blk_update'")?
+            .run("dmesg | grep -iE 'I/O error|EXT4-fs (error|warning)|XFS.*(error|corrupt)|BTRFS (error|critical)|Remounting|blk_update'")?
             .output;
         let errors: Vec<&str> = said.lines().filter(|line| !is_read_ahead(line)).collect();
         if !errors.is_empty() {
@@ -124,12 +129,18 @@ impl Session {
     }
 
     /// The desktop powers off; the laptop comes home by itself, and its file system is clean.
-    fn end(self) -> Result<(), Failure> {
+    pub(crate) fn end(self) -> Result<(), Failure> {
+        self.end_with(|_| Ok(()))
+    }
+
+    /// As [`Session::end`]; the laptop is looked at when it is home.
+    pub(crate) fn end_with(self, look: impl FnOnce(&Vm) -> Result<(), Failure>) -> Result<(), Failure> {
         self.desktop.power_off(patience::SHUTDOWN)?;
         journey::ended_cleanly(&self.desktop)?;
         self.laptop.wait_reboot(patience::SHUTDOWN)?;
         self.laptop.unplug_usb_nic("cable")?;
-        self.laptop.login("root", PASSWORD, patience::LOGIN)?;
+        scenario::login(&self.laptop, &self.machines.disk)?;
+        look(&self.laptop)?;
         self.laptop.power_off(patience::SHUTDOWN)?;
         Ok(self.machines.disk.fsck_clean()?)
     }

@@ -74,7 +74,7 @@ fn use_desktop(desktop: &Vm) -> Result<String, Failure> {
             "the shutdown program is not in place",
         ),
         (
-            "test -f /run/NetworkManager/conf.d/90-stiefel.conf",
+            "test -f /run/NetworkManager/conf.d/95-stiefel-session.conf",
             "the guards are not in place",
         ),
         (

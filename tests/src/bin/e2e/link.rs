@@ -2,11 +2,8 @@
 //!
 //! The payload is `payload-init`: a program that writes block by block and flushes each.
 
-use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{JoinHandle, sleep};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use stiefel_initrd_builder::overlay;
@@ -14,7 +11,7 @@ use stiefel_shared::cpio;
 use stiefel_shared::handover::{DiskTransport, Encryption, LinkMode, Part};
 use stiefel_tests::net::{Side, Tamper, Verdict};
 use stiefel_tests::scenario::{CLOCK_WORD, Failure, LOAD_BLOCK, LOAD_BLOCKS, LOAD_TIMES, patience, pattern};
-use stiefel_tests::{Netdev, NicModel, Vm, Wire, re};
+use stiefel_tests::{NicModel, Vm, Wire, re};
 
 use crate::runner::Bench;
 use crate::tiny::{DESKTOP_MAC, LAPTOP_MAC, Server, client_without_nic, key};
@@ -40,12 +37,8 @@ struct Plan {
     nic: NicModel,
     /// More words on the desktop's command line.
     words: String,
-    /// The desktop's NIC, if it is of another kind.
-    desktop: Option<NicModel>,
     /// The cable loses frames that are larger than usual.
     small_frames: bool,
-    /// The desktop gets many frames from the moment it leaves its ramdisk until the payload attaches.
-    flood: bool,
 }
 
 impl Plan {
@@ -55,9 +48,7 @@ impl Plan {
             mode: LinkMode::Dedicated,
             nic: NicModel::Usb,
             words: String::new(),
-            desktop: None,
             small_frames: false,
-            flood: false,
         }
     }
 }
@@ -77,47 +68,6 @@ impl Tamper for DropLarge {
 
 /// From so long an outage on, other tests may run meanwhile.
 const LONG: Duration = Duration::from_secs(60);
-
-/// Sends frames to a machine until it goes.
-struct Flood {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Flood {
-    fn begin(to: &Netdev) -> Result<Self, Failure> {
-        let Netdev::Dgram { local, .. } = to else {
-            return Err("this cable takes no frames".into());
-        };
-        let (socket, local, stop) = (
-            UnixDatagram::unbound()?,
-            local.clone(),
-            Arc::new(AtomicBool::new(false)),
-        );
-        socket.set_nonblocking(true)?;
-        // To all, of an unassigned type, full of what no pointer is.
-        let frame = [vec![0xff; 6], vec![0x02, 0, 0, 0, 0, 9, 0x88, 0xb5], vec![0x5a; 1400]].concat();
-        let told = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || {
-            while !told.load(Ordering::Relaxed) {
-                // A machine that takes nothing just now is not to be waited for.
-                let _ = socket.send_to(&frame, &local);
-                sleep(Duration::from_micros(500));
-            }
-        });
-        let thread = Some(thread);
-        Ok(Self { stop, thread })
-    }
-}
-
-impl Drop for Flood {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
 
 /// How long a killed server may take to serve again.
 pub(crate) const RESTART: Duration = Duration::from_secs(10);
@@ -155,21 +105,11 @@ impl Pair {
         .machine(bench, &wire.a(), dir.path())?
         .start()?;
         let desktop = client_without_nic(bench, &key)?
-            .nic("cable", plan.desktop.unwrap_or(plan.nic), &wire.b(), DESKTOP_MAC)
+            .nic("cable", plan.nic, &wire.b(), DESKTOP_MAC)
             .start()?;
         laptop
             .serial()
             .expect("stiefel: ready; waiting for the desktop", patience::SERVING)?;
-        if plan.flood {
-            desktop
-                .serial()
-                .expect("stiefel: starting ", patience::STICK + patience::BUNDLE)?;
-            let flood = Flood::begin(&wire.b())?;
-            desktop.serial().expect("attaching the disk", patience::ATTACH)?;
-            // Drivers are loaded now.
-            sleep(Duration::from_secs(10));
-            drop(flood);
-        }
         if plan.small_frames {
             // The NICs of this test have large packets from the start; what comes before the attach is none of its business.
             desktop
@@ -303,16 +243,6 @@ pub(crate) fn without_ipv6(bench: &Bench, way: Way) -> Result<(), Failure> {
     let plan = Plan {
         words: "ipv6.disable=1".to_owned(),
         ..Plan::of(way)
-    };
-    Pair::with(bench, &plan)?.all_is_written()
-}
-
-/// Packets that arrive while one kernel gives way to the next are not written into its memory: an e1000e (82574) goes on receiving.
-pub(crate) fn kexec_under_fire(bench: &Bench) -> Result<(), Failure> {
-    let plan = Plan {
-        desktop: Some(NicModel::E1000e),
-        flood: true,
-        ..Plan::of(WAYS[0])
     };
     Pair::with(bench, &plan)?.all_is_written()
 }

@@ -13,6 +13,7 @@ mod interlocks;
 mod journey;
 mod link;
 mod runner;
+mod systems;
 mod tiny;
 
 use std::path::PathBuf;
@@ -144,7 +145,6 @@ fn tests() -> Vec<Test> {
         "nic_stays_the_systems_in_a_lan_and_is_hidden_on_a_cable_of_its_own",
         link::lan,
     );
-    tests.add("packets_that_arrive_during_kexec_do_no_harm", link::kexec_under_fire);
     tests.long("packets_are_large_where_the_whole_way_carries_them", link::packets);
     tests.ways(
         "server_killed_five_times_under_load_loses_nothing",
@@ -164,6 +164,16 @@ fn tests() -> Vec<Test> {
         "two_guests_at_once_write_apart_and_change_nothing_on_the_laptops_disk",
         guest::two,
     );
+    for way in [WAYS[0], WAYS[2]] {
+        let name = format!("networkmanager_switching_all_off_leaves_the_root ({})", called(way));
+        tests.long(&name, move |bench| systems::network_manager(bench, way));
+    }
+    tests.long(
+        "luks_and_lvm_root_boots_and_is_taken_down_in_order",
+        systems::luks_and_lvm,
+    );
+    tests.long("btrfs_subvolumes_boot_by_dracut_and_come_home_clean", systems::btrfs);
+    tests.long("xfs_root_boots_by_dracut_and_comes_home_clean", systems::xfs);
     tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
     tests.add(
         "desktop_with_a_disk_of_the_same_uuid_is_not_booted",
