@@ -25,7 +25,8 @@ use crate::{anew, attach, control, disk, link};
 
 /// Where systemd puts what was the root.
 const OLD_ROOT: &str = "/oldroot";
-/// The namespace through which the laptop is reached, in the folder that systemd pivots to.
+/// The namespace through which the laptop is reached, in the folder that systemd pivots to, whose mounts it leaves alone. What is
+/// mounted in there is not taken along: it is found below the old root.
 pub(crate) const NAMESPACE: &str = "netns";
 /// Unmounting flushes what is still dirty, which may be gigabytes over a slow cable: it is given up when nothing was written
 /// for so long.
@@ -49,7 +50,8 @@ pub fn run() -> ! {
     let session = attach::session_at(Path::new("/session.json")).map(Arc::new);
     let known = session.as_ref().ok();
     // Before anything is unmounted: it goes with its last holder.
-    let place = Namespace::open(&Path::new("/").join(NAMESPACE)).ok().map(Arc::new);
+    let place = Namespace::open(&Path::new(OLD_ROOT).join("run/initramfs").join(NAMESPACE));
+    let place = place.ok().map(Arc::new);
     if known.is_some_and(|session| session.disk.guest) {
         console.info("guest: what this desktop has written is discarded by the laptop");
     }
