@@ -129,13 +129,13 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
     keys.follow(host);
     tokio::pin!(web, answers, pulse);
     tokio::select! {
-            never = &mut web => match never {},
-            never = &mut pulse => match never {},
-            () = &mut answers => anyhow::bail!("discovery ended"),
-            Some(news) = news.recv() => match news {
-                News::Broken(why) => anyhow::bail!("the disk could not be closed in order, check it: {why}"),
-                News::End(end) => Ok(end),
-            },
+        never = &mut web => match never {},
+        never = &mut pulse => match never {},
+        () = &mut answers => anyhow::bail!("discovery ended"),
+        Some(news) = news.recv() => match news {
+            News::Broken(why) => anyhow::bail!("the disk could not be closed in order, check it: {why}"),
+            News::End(end) => Ok(end),
+        },
     }
 }
 

@@ -210,7 +210,7 @@ mod tests {
 
     fn keep(custodian: Custodian) -> std::thread::JoinHandle<Vec<u8>> {
         std::thread::spawn(move || {
-            let (mut kept, mut verdicts) = (BTreeMap::new(), Vec::new());
+            let (mut kept, mut verdicts) = (BTreeMap::<u8, OwnedFd>::new(), Vec::new());
             while let Some(request) = custodian.next().unwrap() {
                 let wanted = match &request {
                     Request::Fetch(place) => kept.get(place).map(AsFd::as_fd),

@@ -150,8 +150,11 @@ impl Pair {
 pub(crate) fn no_errors(desktop: &Vm) -> Result<(), Failure> {
     for bad in ["load: ERROR", "I/O error", "Buffer I/O", "blk_update_request"] {
         if desktop.serial().said(bad)? {
-            let log = desktop.serial().log().display();
-            return Err(format!("the desktop says {bad:?}; its console: {log}").into());
+            return Err(format!(
+                "the desktop says {bad:?}; its console: {}",
+                desktop.serial().log().display()
+            )
+            .into());
         }
     }
     Ok(())
