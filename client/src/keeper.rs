@@ -7,7 +7,7 @@
 //! - When the distribution mounts its own /run (which hides what was there before), it writes the guards that keep
 //!   network managers off the link, and puts the [shutdown program](crate::goodbye) into /run/initramfs.
 //! - When the NIC is plugged in again, it brings it back to its place and points the tunnel at it; when somebody takes the
-//!   link's address or state away, it restores them ([`mend`](crate::mend)). It has the NIC's firmware for that.
+//!   link's address or state away, it restores them (`mend`). It has the NIC's firmware for that.
 //! - When the kernel says that NBD's connection died, it makes a new one and hands it over: I/O that waited goes on. (NVMe
 //!   connects anew by itself.)
 //! - It exchanges signs of life with the laptop, says when that one is gone and when it is back, and ends

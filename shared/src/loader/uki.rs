@@ -2,7 +2,7 @@
 //!
 //! Read by the laptop's server; `initrd-builder::uki` writes such images. Specification: UAPI group, "Unified Kernel Image";
 //! systemd-stub(7); Microsoft, "PE Format". Only headers are read, so an image of any size costs nothing. Refused: sections
-//! outside of the file, more than [`MAX_SECTIONS`].
+//! outside of the file, or too many.
 
 /// Bytes at the beginning of a file in which its headers are.
 pub const HEAD: u64 = 64 << 10;
