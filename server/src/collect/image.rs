@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 
-use stiefel_initrd_builder::overlay::{Overlay, overlay};
+use stiefel_initrd_builder::overlay::{self, Overlay};
 use stiefel_shared::cpio;
 use stiefel_shared::handover::{Handover, Part, PartSize, Payload, SecretBytes, ServerHandover};
 use stiefel_sys::kexec;
@@ -35,7 +35,10 @@ impl Collected {
     /// # Errors
     /// [`CollectError`].
     pub fn image(&self) -> Result<Image, CollectError> {
-        let overlay = overlay(&self.payload.modules, &self.modules, &self.firmware, self.zstd)?;
+        let overlay = match self.baked {
+            true => overlay::empty(&self.payload.version)?,
+            false => overlay::overlay(&self.payload.modules, &self.modules, &self.firmware, self.zstd)?,
+        };
         let kernel = Source::open(std::slice::from_ref(&self.payload.kernel))?;
         let initrd = Source::open(&self.payload.initrds)?;
         let handover = self.handover(&kernel, &initrd, &overlay)?;
@@ -272,5 +275,9 @@ mod tests {
         assert_eq!(collected.image().unwrap().modules, 1);
         collected.modules.push("special".to_owned());
         assert_eq!(collected.image().unwrap().modules, 2);
+        collected.baked = true;
+        let image = collected.image().unwrap();
+        // A trailer.
+        assert_eq!((image.modules, image.handover.payload.parts[2].size), (0, 124));
     }
 }

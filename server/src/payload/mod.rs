@@ -247,10 +247,16 @@ fn complete(tree: &Tree, candidate: Candidate, append: &[String]) -> Result<Foun
 
 /// The modules' folder of a release, if it holds any.
 fn modules(tree: &Tree, version: &str) -> Option<PathBuf> {
-    ["/lib/modules", "/usr/lib/modules"]
-        .iter()
-        .map(|folder| tree.path(format!("{folder}/{version}")))
-        .find(|folder| folder.join("modules.dep").is_file())
+    [
+        "/lib/modules",
+        "/usr/lib/modules",
+        // NixOS, whose kernels have no folder in common.
+        "/run/booted-system/kernel-modules/lib/modules",
+        "/run/current-system/kernel-modules/lib/modules",
+    ]
+    .iter()
+    .map(|folder| tree.path(format!("{folder}/{version}")))
+    .find(|folder| folder.join("modules.dep").is_file())
 }
 
 fn configured(tree: &Tree, kernel: &Path) -> Candidate {
