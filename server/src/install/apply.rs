@@ -51,7 +51,10 @@ fn prepare(
     changes: &[Change],
     made: &mut Made,
 ) -> Result<Vec<(PathBuf, Staged)>, InstallError> {
-    for folder in tree.path(STATE_DIR).ancestors().collect::<Vec<_>>().into_iter().rev() {
+    let (root, state) = (tree.path("/"), tree.path(STATE_DIR));
+    let mut above: Vec<&Path> = state.ancestors().take_while(|folder| *folder != root).collect();
+    above.reverse();
+    for folder in above {
         make_folder(folder, 0o755, made)?;
     }
     for change in changes {

@@ -94,6 +94,7 @@ fn udev_rules(ids: &[UsbId]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use stiefel_shared::config::Config;
 
     fn guards(yaml: &str) -> Vec<(String, String)> {
         let config = Config::parse(yaml).unwrap();
