@@ -250,6 +250,10 @@ pub fn install(options: &InstallOptions) -> Result<(), InstallError> {
         ));
     }
     if changes.is_empty() && obsolete.is_empty() {
+        if !options.dry_run {
+            // An install that was cut off at its very end.
+            files::sweep(&tree.path(record::place()));
+        }
         options.say(match options.refresh {
             true => "everything is up to date".to_owned(),
             false => {

@@ -270,6 +270,7 @@ mod tests {
             modules: vec!["default".to_owned()],
             firmware: Vec::new(),
             zstd: false,
+            baked: false,
             memory: None,
         };
         assert_eq!(collected.image().unwrap().modules, 1);
