@@ -58,16 +58,8 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
                 disk.wwid.as_deref(),
             ),
         ),
-        (RUNNING_UNIT, running_unit()),
-        // Their shutdown programs (dracut's, mkinitcpio's, Ubuntu's finalrd) would take the place of ours, which does their
-        // job, too. An empty unit file is a masked one: systemd.unit(5).
-        ("systemd/system.control/dracut-shutdown.service", String::new()),
-        (
-            "systemd/system.control/mkinitcpio-generate-shutdown-ramfs.service",
-            String::new(),
-        ),
-        ("systemd/system.control/finalrd.service", String::new()),
     ];
+    files.extend(units());
     if session.link.mode == LinkMode::Dedicated {
         files.push((
             "systemd/network/00-stiefel.network",
@@ -86,12 +78,29 @@ pub(crate) fn write(run: &Path, session: &AttachSession, device: &str) -> Vec<Gu
         .filter_map(|(name, text)| write_file(&run.join(name), &text).err())
         .collect();
     failed.extend(write_link(&run.join(RUNNING_WANTED), "../stiefel-running.service").err());
+    failed.extend(write_link(&run.join(FIRMWARE_WANTED), "../stiefel-firmware.service").err());
     failed
 }
 
 /// Not the name of what `stiefel install` has put into the laptop's /etc: of two files with one name NetworkManager reads
 /// only the one in /etc (NetworkManager.conf(5)).
 const NETWORK_MANAGER: &str = "NetworkManager/conf.d/95-stiefel-session.conf";
+/// Units of ours, and others that are masked.
+fn units() -> [(&'static str, String); 5] {
+    [
+        (RUNNING_UNIT, running_unit()),
+        (FIRMWARE_UNIT, firmware_unit()),
+        // Their shutdown programs (dracut's, mkinitcpio's, Ubuntu's finalrd) would take the place of ours, which does their
+        // job, too. An empty unit file is a masked one: systemd.unit(5).
+        ("systemd/system.control/dracut-shutdown.service", String::new()),
+        (
+            "systemd/system.control/mkinitcpio-generate-shutdown-ramfs.service",
+            String::new(),
+        ),
+        ("systemd/system.control/finalrd.service", String::new()),
+    ]
+}
+
 /// A unit that runs as long as the system does. (Units lie in `system.control`: where there is a folder `systemd/system`,
 /// programs believe that systemd runs, sd_booted(3).)
 const RUNNING_UNIT: &str = "systemd/system.control/stiefel-running.service";
@@ -111,6 +120,26 @@ fn running_unit() -> String {
          IgnoreOnIsolate=yes\nConditionPathExists=!/etc/initrd-release\n\
          [Service]\nType=oneshot\nRemainAfterExit=yes\nRuntimeDirectory={RUNNING}\nExecStart=-/bin/sh -c :\n"
     )
+}
+
+/// A unit that keeps the system's programs from writing into the desktop's firmware.
+const FIRMWARE_UNIT: &str = "systemd/system.control/stiefel-firmware.service";
+/// Who starts it.
+const FIRMWARE_WANTED: &str = "systemd/system.control/sysinit.target.wants/stiefel-firmware.service";
+
+/// systemd mounts the firmware's variables before it starts any unit. What updates a boot loader (grub-install, bootctl, fwupd)
+/// would make an entry for the laptop's disk in the desktop's firmware, and the laptop's would lack it.
+fn firmware_unit() -> String {
+    "# Written by stiefel.\n\
+     [Unit]\nDescription=Protects the desktop's firmware from the laptop's system\n\
+     DefaultDependencies=no\nConditionPathExists=!/etc/initrd-release\n\
+     ConditionPathIsMountPoint=/sys/firmware/efi/efivars\n\
+     # Before the first that may write: a boot counter, a random seed, a token.\n\
+     Before=sysinit.target systemd-random-seed.service systemd-boot-random-seed.service \
+     systemd-boot-system-token.service systemd-bless-boot.service systemd-pcrphase-sysinit.service\n\
+     [Service]\nType=oneshot\nRemainAfterExit=yes\n\
+     ExecStart=mount -o remount,ro /sys/firmware/efi/efivars\n"
+        .to_owned()
 }
 
 fn write_link(path: &Path, target: &str) -> Result<(), GuardError> {
@@ -297,11 +326,29 @@ mod tests {
     }
 
     #[test]
+    fn the_firmwares_variables_become_read_only_before_anything_could_write_them() {
+        let run = tempfile::tempdir().unwrap();
+        assert!(write(run.path(), &session(), "nbd0").is_empty());
+        let unit = std::fs::read_to_string(run.path().join(FIRMWARE_UNIT)).unwrap();
+        for line in [
+            "ExecStart=mount -o remount,ro /sys/firmware/efi/efivars",
+            "ConditionPathIsMountPoint=/sys/firmware/efi/efivars",
+            "DefaultDependencies=no",
+        ] {
+            assert!(unit.lines().any(|found| found == line), "{line}: {unit}");
+        }
+        assert!(unit.lines().any(|line| line.starts_with("Before=sysinit.target ")));
+        // The link leads to the unit.
+        let wanted = std::fs::read_to_string(run.path().join(FIRMWARE_WANTED)).unwrap();
+        assert_eq!(wanted, unit);
+    }
+
+    #[test]
     fn a_guard_that_cannot_be_written_is_reported_and_the_others_are_written() {
         let run = tempfile::tempdir().unwrap();
         std::fs::write(run.path().join("systemd"), b"a file in the way").unwrap();
         let failed = write(run.path(), &session(), "nbd0");
-        assert_eq!(failed.len(), 8);
+        assert_eq!(failed.len(), 10);
         assert!(run.path().join("udev/rules.d/61-stiefel.rules").exists());
     }
 }

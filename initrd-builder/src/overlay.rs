@@ -4,11 +4,14 @@
 //! the attacher. Everything lies below `/stiefel`: the payload's initrd has `/lib` as a link, and the kernel would put a
 //! folder of ours in its place. A user is waiting: the quickest compression, if any.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::archive::Archive;
-use crate::modules::{Class, DEFAULT, ModuleTree, ModulesError};
+use crate::baked;
+use crate::modules::{Class, DEFAULT, ModuleSet, ModuleTree, ModulesError};
 
 /// What a desktop needs before it can reach the disk. (HID: a passphrase may be asked.)
 const CLASSES: [&str; 3] = ["nic", "usb", "hid"];
@@ -31,6 +34,15 @@ pub enum OverlayError {
     /// The modules cannot be read.
     #[error(transparent)]
     Modules(#[from] ModulesError),
+    /// They cannot be put into an initrd.
+    #[error("cannot write {} for the initrd", path.display())]
+    Bake {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The archive cannot be made.
     #[error("cannot put the modules of kernel {version} into an archive")]
     Archive {
@@ -70,24 +82,8 @@ pub fn overlay(
     firmware_dirs: &[PathBuf],
     zstd: bool,
 ) -> Result<Overlay, OverlayError> {
-    let tree = ModuleTree::open(modules_dir)?;
-    let version = tree.version().to_owned();
-    if !tree.offers("nbd") {
-        return Err(OverlayError::NoNbd { version });
-    }
-    let classes = CLASSES
-        .into_iter()
-        .filter(|name| Class::named(name).is_some_and(|class| tree.offers_class(class)));
-    let named = configured
-        .iter()
-        .map(String::as_str)
-        .filter(|word| *word != DEFAULT && Class::named(word).is_none());
-    let wanted: Vec<_> = classes
-        .chain(["nbd"])
-        .chain(TRANSPORTS.into_iter().filter(|module| tree.offers(module)))
-        .chain(named)
-        .collect();
-    let set = tree.load(&tree.select(&wanted)?, firmware_dirs, &mut |_, _| {})?;
+    let set = modules(modules_dir, configured, firmware_dirs)?;
+    let version = set.version.clone();
     let pack = || -> io::Result<Vec<u8>> {
         let mut archive = Archive::new(Vec::new());
         set.write(&mut archive, "stiefel")?;
@@ -110,6 +106,84 @@ pub fn overlay(
         firmware,
         missing_firmware,
     })
+}
+
+/// An overlay without anything in it, for an initrd that has it all.
+///
+/// # Errors
+/// `Archive`, though nothing of it can fail.
+pub fn empty(version: &str) -> Result<Overlay, OverlayError> {
+    let bytes = Archive::new(Vec::new())
+        .finish()
+        .map_err(|source| OverlayError::Archive {
+            version: version.to_owned(),
+            source,
+        })?;
+    Ok(Overlay {
+        bytes,
+        version: version.to_owned(),
+        modules: 0,
+        firmware: 0,
+        missing_firmware: 0,
+    })
+}
+
+/// Puts the same into the folder of an initrd that is being built, and the program with it: below its
+/// `stiefel`. A mark tells [`crate::baked::is_baked`].
+///
+/// # Errors
+/// As [`overlay`]; `Bake` if a file cannot be written.
+pub fn bake(
+    modules_dir: &Path,
+    configured: &[String],
+    firmware_dirs: &[PathBuf],
+    program: &Path,
+    initrd: &Path,
+) -> Result<(), OverlayError> {
+    let set = modules(modules_dir, configured, firmware_dirs)?;
+    let dir = initrd.join("stiefel");
+    let put = |path: PathBuf, write: &dyn Fn(&Path) -> io::Result<()>| {
+        let parent = path.parent().map_or(Ok(()), fs::create_dir_all);
+        parent
+            .and_then(|()| write(&path))
+            .map_err(|source| OverlayError::Bake { path, source })
+    };
+    for (path, bytes) in &set.files {
+        put(dir.join("modules").join(&set.version).join(path), &|path| {
+            fs::write(path, bytes)
+        })?;
+    }
+    for (path, bytes) in &set.firmware {
+        put(dir.join("firmware").join(path), &|path| fs::write(path, bytes))?;
+    }
+    let mark = baked::mark(&set.version, configured);
+    put(initrd.join(baked::MARK), &|path| fs::write(path, &mark))?;
+    put(dir.join("stiefel"), &|path| {
+        fs::copy(program, path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+    })
+}
+
+/// The modules and the firmware that an initrd lacks to reach the laptop.
+fn modules(modules_dir: &Path, configured: &[String], firmware_dirs: &[PathBuf]) -> Result<ModuleSet, OverlayError> {
+    let tree = ModuleTree::open(modules_dir)?;
+    let version = tree.version().to_owned();
+    if !tree.offers("nbd") {
+        return Err(OverlayError::NoNbd { version });
+    }
+    let classes = CLASSES
+        .into_iter()
+        .filter(|name| Class::named(name).is_some_and(|class| tree.offers_class(class)));
+    let named = configured
+        .iter()
+        .map(String::as_str)
+        .filter(|word| *word != DEFAULT && Class::named(word).is_none());
+    let wanted: Vec<_> = classes
+        .chain(["nbd"])
+        .chain(TRANSPORTS.into_iter().filter(|module| tree.offers(module)))
+        .chain(named)
+        .collect();
+    Ok(tree.load(&tree.select(&wanted)?, firmware_dirs, &mut |_, _| {})?)
 }
 
 #[cfg(test)]
@@ -154,6 +228,33 @@ mod tests {
             "the desktop's own disks are none of ours"
         );
         assert_eq!(overlay.bytes.len() % 4, 0);
+    }
+
+    #[test]
+    fn an_initrd_gets_the_same_files_and_the_program() {
+        let root = tempfile::tempdir().unwrap();
+        let modules_dir = module_tree(root.path());
+        let firmware = root.path().join("firmware");
+        fs::create_dir_all(firmware.join("rtl_nic")).unwrap();
+        fs::write(firmware.join("rtl_nic/rtl8168.fw"), b"firmware").unwrap();
+        let program = root.path().join("program");
+        fs::write(&program, b"program").unwrap();
+        let initrd = root.path().join("initrd");
+        let firmware = [firmware];
+        bake(&modules_dir, &[], &firmware, &program, &initrd).unwrap();
+        for entry in Reader::new(&overlay(&modules_dir, &[], &firmware, false).unwrap().bytes) {
+            let entry = entry.unwrap();
+            let path = initrd.join(std::str::from_utf8(entry.path).unwrap());
+            match path.is_dir() {
+                true => assert!(entry.data.is_empty()),
+                false => assert_eq!(fs::read(&path).unwrap(), entry.data, "{}", path.display()),
+            }
+        }
+        let baked = initrd.join("stiefel/stiefel");
+        assert_eq!(fs::read(&baked).unwrap(), b"program");
+        assert_eq!(fs::metadata(baked).unwrap().permissions().mode() & 0o777, 0o755);
+        let error = bake(&modules_dir, &[], &[], &program, &program).unwrap_err();
+        assert!(matches!(error, OverlayError::Bake { .. }), "{error}");
     }
 
     #[test]

@@ -201,11 +201,57 @@ struct Parts {
 /// See [`RamdiskError`]; all input is checked before anything is written.
 pub fn build(options: &RamdiskOptions, progress: Progress) -> Result<BuildReport, RamdiskError> {
     let parts = gather(options, progress)?;
-    let failed = |source| RamdiskError::Write {
+    let plan = plan(options, &parts)?;
+    write(options, &parts, &plan, progress).map_err(|source| unwritten(options, source))
+}
+
+/// As [`build`], but only if something else would come out of it than the set in `current`, which is looked at as a whole:
+/// reading all input takes a second, compressing it many. `None`: that set is up to date, and nothing was written.
+///
+/// # Errors
+/// As [`build`].
+pub fn build_if_changed(
+    options: &RamdiskOptions,
+    current: &Path,
+    progress: Progress,
+) -> Result<Option<BuildReport>, RamdiskError> {
+    let parts = gather(options, progress)?;
+    let plan = plan(options, &parts)?;
+    if Manifest::load(current).is_ok_and(|manifest| manifest.is_of(options, &parts, &plan, current)) {
+        return Ok(None);
+    }
+    let written = write(options, &parts, &plan, progress);
+    written.map(Some).map_err(|source| unwritten(options, source))
+}
+
+fn unwritten(options: &RamdiskOptions, source: io::Error) -> RamdiskError {
+    RamdiskError::Write {
         path: options.out_dir.clone(),
         source,
+    }
+}
+
+/// What the archive will be before it is compressed.
+struct Plan {
+    bytes: u64,
+    sha256: String,
+}
+
+/// A dry run: better compression and a true progress bar by the length, a digest of all that goes in, and bad paths are found
+/// before any write.
+fn plan(options: &RamdiskOptions, parts: &Parts) -> Result<Plan, RamdiskError> {
+    let made = || -> io::Result<Plan> {
+        let mut hash = Sha256::new();
+        let mut archive = Archive::new(manifest::HashWriter(&mut hash));
+        fill(&mut archive, parts)?;
+        let bytes = archive.written();
+        archive.finish()?;
+        Ok(Plan {
+            bytes,
+            sha256: manifest::hex(&hash.finalize()),
+        })
     };
-    write(options, &parts, progress).map_err(failed)
+    made().map_err(|source| unwritten(options, source))
 }
 
 fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, RamdiskError> {
@@ -311,15 +357,9 @@ fn fill<W: Write>(archive: &mut Archive<W>, parts: &Parts) -> io::Result<()> {
     Ok(())
 }
 
-fn write(options: &RamdiskOptions, parts: &Parts, progress: Progress) -> io::Result<BuildReport> {
+fn write(options: &RamdiskOptions, parts: &Parts, plan: &Plan, progress: Progress) -> io::Result<BuildReport> {
     fs::create_dir_all(&options.out_dir)?;
-    let total = {
-        // A dry run tells the length: better compression, a true progress bar, and bad paths before any write.
-        let mut archive = Archive::new(io::sink());
-        fill(&mut archive, parts)?;
-        archive.written()
-    };
-    let (ramdisk_file, ramdisk, unpacked) = compress(&options.out_dir, parts, total, progress)?;
+    let (ramdisk_file, ramdisk, unpacked) = compress(&options.out_dir, parts, plan.bytes, progress)?;
     let (kernel_file, kernel) = plain(&options.out_dir, &parts.kernel)?;
     let manifest = Manifest {
         stiefel_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -327,6 +367,7 @@ fn write(options: &RamdiskOptions, parts: &Parts, progress: Progress) -> io::Res
         kernel,
         ramdisk,
         unpacked_bytes: unpacked,
+        unpacked_sha256: plan.sha256.clone(),
         modules: parts.modules.modules,
         wireguard: parts.wireguard,
         nvme_target: parts.nvme_target,

@@ -4,6 +4,7 @@
 //! Counterpart: `init`, which reads the handover. Specification: design.md, "The way of a boot" 2 and 4.
 //! Nothing of it is written to a disk: the image is a file in memory, for the kernel alone.
 
+mod baked;
 mod boot;
 mod image;
 mod keys;
@@ -216,6 +217,8 @@ pub struct Collected {
     pub link: stiefel_shared::config::Link,
     /// How the disk is served.
     pub transport: DiskTransport,
+    /// Whether the payload's initrd needs no overlay.
+    baked: bool,
     /// What the configuration says of modules.
     modules: Vec<String>,
     /// Where firmware is looked for.
@@ -250,7 +253,12 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
     };
     let transport = transport(wanted, &manifest, &payload)?;
     let disk = disk(&tree, &config.boot.disk)?;
-    let firmware = ["/lib/firmware/updates", "/lib/firmware", "/usr/lib/firmware"];
+    let firmware = [
+        "/lib/firmware/updates",
+        "/lib/firmware",
+        "/usr/lib/firmware",
+        "/run/current-system/firmware",
+    ];
     Ok(Collected {
         kernel: state.join(KERNEL),
         ramdisk: state.join(RAMDISK),
@@ -262,6 +270,7 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         disk: disk.path,
         memory: memory(&tree),
         zstd: unpacks_zstd(&tree, &payload.version),
+        baked: baked::baked(&tree, &payload, &config.modules.0),
         payload,
         session: config.session.clone(),
         link: config.link.clone(),

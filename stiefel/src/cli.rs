@@ -38,6 +38,8 @@ enum Command {
     Build(BuildArgs),
     /// Put stiefel into this laptop's system: program, service, guards, configuration, key, ramdisk. Again after changes.
     Install(InstallArgs),
+    /// Bring up to date what is installed: the ramdisk after an update of the kernel, files of ours after one of stiefel.
+    Upgrade(UpgradeArgs),
     /// Take out again what `install` put in.
     Uninstall(UninstallArgs),
     /// Write the desktop's boot medium: an image file, or a USB stick.
@@ -58,9 +60,12 @@ enum Command {
     /// Try stiefel in virtual machines.
     #[command(name = "test-qemu")]
     TestQemu(commands::test_qemu::TestQemuArgs),
-    /// Print the man page, or shell completions.
+    /// Print the man page, or shell completions; for who makes packages.
     #[command(hide = true)]
     Generate(GenerateArgs),
+    /// Put program, modules and firmware of the attach step into the folder of an initrd; for the hooks of what builds initrds.
+    #[command(hide = true)]
+    Bake(BakeArgs),
 }
 
 #[derive(Args)]
@@ -109,6 +114,9 @@ pub(crate) struct BuildArgs {
     /// Add the debug class whatever the configuration says: busybox, and a shell for everyone at the console.
     #[arg(long)]
     pub(crate) debug: bool,
+    /// Do nothing if just what would be built is there already.
+    #[arg(long)]
+    pub(crate) if_changed: bool,
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -125,6 +133,19 @@ pub(crate) struct InstallArgs {
     /// Do not ask.
     #[arg(long, short)]
     pub(crate) yes: bool,
+    /// Only show what would be done.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct UpgradeArgs {
+    /// The system below this folder.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) root: PathBuf,
+    /// Say nothing unless something is wrong.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
     /// Only show what would be done.
     #[arg(long)]
     pub(crate) dry_run: bool,
@@ -259,6 +280,20 @@ pub(crate) struct NbdArgs {
 struct GenerateArgs {
     /// `man`, or the name of a shell.
     what: String,
+    /// With `man`: write a page for each command into this folder.
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct BakeArgs {
+    /// The folder that becomes the initrd.
+    pub(crate) dir: PathBuf,
+    /// The version of its kernel, such as 6.1.0-13-amd64.
+    pub(crate) version: String,
+    /// Where the kernels' modules are.
+    #[arg(long, value_name = "DIR", default_value = "/lib/modules")]
+    pub(crate) modules: PathBuf,
 }
 
 /// Runs the user's command.
@@ -295,6 +330,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => commands::doctor::doctor(config, &args),
         Command::Build(args) => commands::build::build(config, &args),
         Command::Install(args) => commands::install::install(config, &args),
+        Command::Upgrade(args) => commands::install::upgrade(&args),
         Command::Uninstall(args) => commands::install::uninstall(&args),
         Command::Stick(args) => commands::stick::stick(config, &args),
         Command::Key(command) => commands::key::key(&command),
@@ -304,15 +340,21 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Status(args) => commands::status::status(&args),
         Command::Nbd(args) => commands::nbd::nbd(&args),
         Command::TestQemu(args) => commands::test_qemu::run(args),
-        Command::Generate(args) => generate(&args.what),
+        Command::Generate(args) => generate(&args),
+        Command::Bake(args) => commands::build::bake(config, &args),
     }
 }
 
-fn generate(what: &str) -> anyhow::Result<()> {
+fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     use clap::ValueEnum;
+    let GenerateArgs { what, dir } = args;
     let mut command = Cli::command();
     if what == "man" {
-        return Ok(clap_mangen::Man::new(command).render(&mut std::io::stdout())?);
+        match dir {
+            Some(dir) => clap_mangen::generate_to(command, dir)?,
+            None => clap_mangen::Man::new(command).render(&mut std::io::stdout())?,
+        }
+        return Ok(());
     }
     let shell = clap_complete::Shell::from_str(what, true)
         .map_err(|_| anyhow::anyhow!("`{what}` is not known; accepted: man, bash, elvish, fish, powershell, zsh"))?;

@@ -225,6 +225,22 @@ fn a_dry_run_of_install_lists_what_would_be_built() {
 }
 
 #[test]
+fn an_upgrade_of_what_is_not_installed_says_so_and_changes_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().to_str().unwrap();
+    fails(1, &["upgrade", "--root", path], &["not installed", path]);
+    assert!(std::fs::read_dir(root.path()).unwrap().next().is_none());
+}
+
+#[test]
+fn a_kernel_that_is_not_there_is_not_baked() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    fails(1, &["bake", path, "0.0.1-absent"], &["0.0.1-absent", "depmod"]);
+    assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none());
+}
+
+#[test]
 fn every_command_of_the_readme_exists() {
     let readme = include_str!("../../README.md");
     let help = String::from_utf8(stiefel(&["help"]).stdout).unwrap();
@@ -238,6 +254,7 @@ fn every_command_of_the_readme_exists() {
             "init",
             "doctor",
             "install",
+            "upgrade",
             "uninstall",
             "payload",
             "stick",
@@ -263,6 +280,18 @@ fn every_command_of_the_readme_exists() {
 fn man_page_and_completions_are_generated() {
     assert!(String::from_utf8_lossy(&stiefel(&["generate", "man"]).stdout).contains("test\\-qemu"));
     assert!(!stiefel(&["generate", "bash"]).stdout.is_empty());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    assert!(stiefel(&["generate", "man", "--dir", path]).status.success());
+    for page in [
+        "stiefel.1",
+        "stiefel-install.1",
+        "stiefel-upgrade.1",
+        "stiefel-key-new.1",
+    ] {
+        assert!(dir.path().join(page).is_file(), "{page}");
+    }
+    assert!(!dir.path().join("stiefel-bake.1").exists(), "it is for hooks only");
     fails(1, &["generate", "klingon"], &["klingon", "bash"]);
 }
 

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::{Parts, Plan, RamdiskOptions};
+
 /// Name of the kernel in the output folder.
 pub const KERNEL: &str = "kernel";
 /// Name of the ramdisk in the output folder.
@@ -40,6 +42,9 @@ pub struct Manifest {
     pub ramdisk: Part,
     /// Length of the ramdisk before compression: the memory it takes.
     pub unpacked_bytes: u64,
+    /// SHA-256 of the ramdisk before compression: whether another build would give another one.
+    #[serde(default)]
+    pub unpacked_sha256: String,
     /// Number of modules in it.
     pub modules: usize,
     /// Whether it can make the tunnel: WireGuard as a module, or in the kernel.
@@ -126,6 +131,15 @@ impl Manifest {
         Ok(())
     }
 
+    /// Whether the set in `dir` is whole, and just what a build of these parts would give.
+    pub(super) fn is_of(&self, options: &RamdiskOptions, parts: &Parts, plan: &Plan, dir: &Path) -> bool {
+        self.unpacked_sha256 == plan.sha256
+            && self.stiefel_version == env!("CARGO_PKG_VERSION")
+            && self.classes == options.classes
+            && self.kernel.sha256 == hex(&Sha256::digest(&parts.kernel))
+            && self.verify(dir).is_ok()
+    }
+
     /// As it is stored: indented, for people to read.
     pub(super) fn to_json(&self) -> Vec<u8> {
         // A struct of numbers and strings always has a JSON form.
@@ -135,7 +149,8 @@ impl Manifest {
     }
 }
 
-struct HashWriter<'a>(&'a mut Sha256);
+/// Hashes what is written into it.
+pub(super) struct HashWriter<'a>(pub(super) &'a mut Sha256);
 
 impl io::Write for HashWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -221,3 +221,37 @@ fn default_kernel_is_looked_for_in_boot_and_beside_the_modules() {
     fs::write(root.path().join(format!("boot/vmlinuz-{VERSION}")), b"").unwrap();
     assert_eq!(find().unwrap().0, root.path().join(format!("boot/vmlinuz-{VERSION}")));
 }
+
+#[test]
+fn what_is_up_to_date_is_not_built_again_and_every_change_is_seen() {
+    let root = tempfile::tempdir().unwrap();
+    let current = root.path().join("out");
+    let mut options = options(root.path(), &["nic", "nbd"]);
+    let again = |options: &RamdiskOptions| {
+        let options = RamdiskOptions {
+            out_dir: root.path().join("other"),
+            ..options.clone()
+        };
+        let built = build_if_changed(&options, &current, &mut |_, _, _| {}).unwrap();
+        let _ = fs::remove_dir_all(root.path().join("other"));
+        built.is_some()
+    };
+    assert!(again(&options), "there was none");
+    build(&options, &mut |_, _, _| {}).unwrap();
+    assert!(!again(&options));
+    let module = options.modules_dir.join("kernel/drivers/block/nbd.ko");
+    let before = fs::read(&module).unwrap();
+    fs::write(&module, [before.as_slice(), b"rebuilt"].concat()).unwrap();
+    assert!(again(&options), "a module of the same version");
+    fs::write(&module, before).unwrap();
+    let kernel = fs::read(&options.kernel).unwrap();
+    fs::write(&options.kernel, [kernel.as_slice(), b"rebuilt"].concat()).unwrap();
+    assert!(again(&options), "a kernel of the same version");
+    fs::write(&options.kernel, kernel).unwrap();
+    options.classes.push("usb".to_owned());
+    assert!(again(&options), "classes");
+    options.classes.pop();
+    assert!(!again(&options));
+    fs::write(current.join(RAMDISK), b"cut").unwrap();
+    assert!(again(&options), "a set that is not whole");
+}

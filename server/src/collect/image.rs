@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
-use stiefel_initrd_builder::overlay::{Overlay, overlay};
+use stiefel_initrd_builder::overlay::{self, Overlay};
 use stiefel_shared::cpio;
 use stiefel_shared::handover::{
     Handover, MAX_CMDLINE, Part, PartSize, Payload, SecretBytes, ServerHandover, SessionMode, insert_word,
@@ -38,7 +38,10 @@ impl Collected {
     /// # Errors
     /// [`CollectError`].
     pub fn image(&self) -> Result<Image, CollectError> {
-        let overlay = overlay(&self.payload.modules, &self.modules, &self.firmware, self.zstd)?;
+        let overlay = match self.baked {
+            true => overlay::empty(&self.payload.version)?,
+            false => overlay::overlay(&self.payload.modules, &self.modules, &self.firmware, self.zstd)?,
+        };
         let kernel = Source::open(std::slice::from_ref(&self.payload.kernel))?;
         let initrd = Source::open(&self.payload.initrds)?;
         let handover = self.handover(&kernel, &initrd, &overlay)?;
@@ -300,6 +303,7 @@ mod tests {
             modules: vec!["default".to_owned()],
             firmware: Vec::new(),
             zstd: false,
+            baked: false,
             memory: None,
         };
         assert_eq!(collected.image().unwrap().modules, 1);
@@ -312,6 +316,10 @@ mod tests {
         }
         collected.modules.push("special".to_owned());
         assert_eq!(collected.image().unwrap().modules, 2);
+        collected.baked = true;
+        let image = collected.image().unwrap();
+        // A trailer.
+        assert_eq!((image.modules, image.handover.payload.parts[2].size), (0, 124));
         collected.payload.cmdline = "x".repeat(MAX_CMDLINE);
         assert!(matches!(collected.image(), Err(CollectError::LongCmdline { .. })));
     }

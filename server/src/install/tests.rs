@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use sha2::{Digest, Sha256};
 
+use super::record::Kind;
 use super::*;
+
+mod cut;
 
 /// A laptop's file tree, and what is to be installed.
 struct Laptop {
@@ -62,6 +65,15 @@ impl Laptop {
 
     fn install(&self) -> Result<(), InstallError> {
         install(&self.options())
+    }
+
+    /// As `stiefel upgrade` does once it has built a ramdisk.
+    fn refresh(&self) -> Result<(), InstallError> {
+        install(&InstallOptions {
+            yes: false,
+            refresh: true,
+            ..self.options()
+        })
     }
 
     fn uninstall(&self, purge: bool) -> Result<(), InstallError> {

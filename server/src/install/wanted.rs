@@ -1,31 +1,34 @@
 //! What `install` puts where: the files of `hooks/`, the program, configuration, key and ramdisk.
+//!
+//! What a package brings (the program, its documentation) is the package manager's, and never put anywhere by us.
 
-use std::fmt::Write;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use stiefel_shared::config::{Config, EXAMPLE, MAX_CONFIG, Trigger, UsbId};
+use stiefel_shared::config::{Config, EXAMPLE, MAX_CONFIG};
 use stiefel_shared::key::StickKey;
 use zeroize::Zeroizing;
 
-use super::{InstallError, InstallOptions};
+use super::change::digest_of;
+use super::{InstallError, InstallOptions, drivers, network, updates};
 use crate::collect::{KEYS_DIR, STATE_DIR};
 use crate::tree::Tree;
 use serde::{Deserialize, Serialize};
 use stiefel_initrd_builder::ramdisk::{KERNEL, MANIFEST, Manifest, RAMDISK};
 use stiefel_shared::config::CONFIG_PATH;
 
-/// Where the program goes; the unit names it.
+/// Where the program goes, if it does not come from a package.
 pub const PROGRAM: &str = "/usr/local/bin/stiefel";
+/// Where a package puts it.
+const PACKAGED: &str = "/usr/bin/stiefel";
 /// The service.
 pub const UNIT: &str = "stiefel-autokexec.service";
 /// The key that a first install makes.
 const FIRST_KEY: &str = "stick";
 
 const UNIT_TEXT: &str = include_str!("../../../hooks/systemd/stiefel-autokexec.service");
-const NETWORK_MANAGER: &str = include_str!("../../../hooks/networkmanager/90-stiefel.conf");
-const NETWORKD: &str = include_str!("../../../hooks/networkd/05-stiefel.network");
-const UDEV: &str = include_str!("../../../hooks/udev/84-stiefel.rules");
+/// Stands in the files of `hooks/` for the place of the program.
+pub const PROGRAM_WORD: &str = "@PROGRAM@";
 
 /// When `uninstall` takes a file away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,7 +71,7 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    fn new(path: impl Into<String>, content: Content, mode: u32, fate: Fate, what: &'static str) -> Self {
+    pub fn new(path: impl Into<String>, content: Content, mode: u32, fate: Fate, what: &'static str) -> Self {
         Self {
             path: path.into(),
             content,
@@ -78,7 +81,7 @@ impl Wanted {
         }
     }
 
-    fn text(path: impl Into<String>, text: impl Into<String>, what: &'static str) -> Self {
+    pub fn text(path: impl Into<String>, text: impl Into<String>, what: &'static str) -> Self {
         Self::new(
             path,
             Content::Bytes(Zeroizing::new(text.into().into_bytes())),
@@ -87,27 +90,31 @@ impl Wanted {
             what,
         )
     }
+
+    pub fn script(path: impl Into<String>, text: impl Into<String>, what: &'static str) -> Self {
+        Self {
+            mode: 0o755,
+            ..Self::text(path, text, what)
+        }
+    }
+
+    pub fn folder(path: impl Into<String>, mode: u32, fate: Fate, what: &'static str) -> Self {
+        Self::new(path, Content::Folder, mode, fate, what)
+    }
 }
 
 /// All that must be there, folders before what is in them.
 pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, InstallError> {
     let Configuration { text, is_new, .. } = configuration(tree, options.config.as_deref())?;
     let config = Config::parse(&text)?;
-    let folder = |path: &str, mode, fate, what| Wanted::new(path, Content::Folder, mode, fate, what);
+    let program = program(tree, options);
     let unit = format!("/etc/systemd/system/{UNIT}");
     let enabled = format!("/etc/systemd/system/multi-user.target.wants/{UNIT}");
     let mut wanted = vec![
-        folder(STATE_DIR, 0o755, Fate::Remove, "the ramdisk's folder"),
-        folder("/etc/stiefel", 0o755, Fate::Keep, "the configuration's folder"),
-        folder(KEYS_DIR, 0o700, Fate::Keep, "the keys' folder"),
-        Wanted::new(
-            PROGRAM,
-            Content::File(options.program.clone()),
-            0o755,
-            Fate::Remove,
-            "the program",
-        ),
-        Wanted::text(unit, UNIT_TEXT, "the service"),
+        Wanted::folder(STATE_DIR, 0o755, Fate::Remove, "the ramdisk's folder"),
+        Wanted::folder("/etc/stiefel", 0o755, Fate::Keep, "the configuration's folder"),
+        Wanted::folder(KEYS_DIR, 0o700, Fate::Keep, "the keys' folder"),
+        Wanted::text(unit, UNIT_TEXT.replace(PROGRAM_WORD, program), "the service"),
         Wanted::new(
             enabled,
             Content::Link("/etc/systemd/system/stiefel-autokexec.service"),
@@ -116,6 +123,10 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
             "starts the service at boot",
         ),
     ];
+    if program == PROGRAM {
+        let file = Content::File(options.program.clone());
+        wanted.push(Wanted::new(PROGRAM, file, 0o755, Fate::Remove, "the program"));
+    }
     if is_new {
         let what = match options.config {
             Some(_) => "the configuration that you gave",
@@ -135,11 +146,26 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
             "a first stick's key",
         ));
     }
-    wanted.extend(network_guards(&config.trigger));
+    wanted.extend(network::guards(&config.trigger));
+    wanted.extend(updates::hooks(tree, program));
+    wanted.extend(drivers::drop_ins(tree));
     if let Some(folder) = &options.ramdisk {
         wanted.extend(ramdisk(folder)?);
     }
     Ok(wanted)
+}
+
+/// Where the program is started from: a package's own stays where it is.
+fn program(tree: &Tree, options: &InstallOptions) -> &'static str {
+    let packaged = digest_of(&tree.path(PACKAGED));
+    // Not by name: the running program may be called /proc/self/exe.
+    let ours = std::fs::canonicalize(&options.program)
+        .ok()
+        .and_then(|path| digest_of(&path));
+    match packaged.is_some() && packaged == ours {
+        true => PACKAGED,
+        false => PROGRAM,
+    }
 }
 
 /// The configuration that will be there.
@@ -202,132 +228,9 @@ fn ramdisk(folder: &Path) -> Result<[Wanted; 3], InstallError> {
     ])
 }
 
-/// The files that keep network managers from the dedicated NICs and are not there, or not as the configuration wants them.
-pub fn missing_guards(tree: &Tree, trigger: &Trigger) -> Vec<String> {
-    network_guards(trigger)
-        .into_iter()
-        .filter(|guard| match &guard.content {
-            Content::Bytes(bytes) => !tree
-                .text(&guard.path)
-                .is_ok_and(|text| text.as_bytes() == bytes.as_slice()),
-            Content::File(_) | Content::Link(_) | Content::Folder => false,
-        })
-        .map(|guard| guard.path)
-        .collect()
-}
-
-/// Files that keep network managers from the dedicated NICs.
-fn network_guards(trigger: &Trigger) -> Vec<Wanted> {
-    let mut guards = Vec::new();
-    if !trigger.macs.is_empty() {
-        let devices: Vec<_> = trigger.macs.iter().map(|mac| format!("mac:{mac}")).collect();
-        let text = NETWORK_MANAGER.replace("@DEVICES@", &devices.join(";"));
-        guards.push(Wanted::text(
-            "/etc/NetworkManager/conf.d/90-stiefel.conf",
-            text,
-            "keeps NetworkManager from the dedicated NIC",
-        ));
-    }
-    let networkd = |name: String, matching: String| {
-        let text = NETWORKD.replace("@MATCH@", &matching);
-        Wanted::text(
-            format!("/etc/systemd/network/05-stiefel-{name}.network"),
-            text,
-            "keeps systemd-networkd from the dedicated NIC",
-        )
-    };
-    for mac in &trigger.macs {
-        guards.push(networkd(mac.to_string().replace(':', ""), format!("MACAddress={mac}")));
-    }
-    for UsbId { vendor, product, .. } in &trigger.usb {
-        // networkd knows udev's properties, not USB's own.
-        let matching = format!("Property=\"ID_VENDOR_ID={vendor:04x}\" \"ID_MODEL_ID={product:04x}\"");
-        guards.push(networkd(format!("{vendor:04x}-{product:04x}"), matching));
-    }
-    if !trigger.usb.is_empty() {
-        let text = UDEV.replace("@RULES@\n", &udev_rules(&trigger.usb));
-        guards.push(Wanted::text(
-            "/etc/udev/rules.d/84-stiefel.rules",
-            text,
-            "keeps NetworkManager from the dedicated NIC",
-        ));
-    }
-    // Two adapters alike, told apart by their serials, need one file only.
-    guards.sort_by(|a, b| a.path.cmp(&b.path));
-    guards.dedup_by(|a, b| a.path == b.path);
-    guards
-}
-
-fn udev_rules(ids: &[UsbId]) -> String {
-    let mut rules = String::new();
-    for UsbId {
-        vendor,
-        product,
-        serial,
-    } in ids
-    {
-        let _ = write!(
-            rules,
-            "ACTION!=\"remove\", SUBSYSTEM==\"net\", SUBSYSTEMS==\"usb\", ATTRS{{idVendor}}==\"{vendor:04x}\", ATTRS{{idProduct}}==\"{product:04x}\", "
-        );
-        // What udev would read as a pattern, or as the end of the text, cannot be compared; then all alike are meant.
-        if let Some(serial) = serial
-            .as_deref()
-            .filter(|serial| serial.chars().all(|c| c.is_ascii_alphanumeric() || "-_.:".contains(c)))
-        {
-            let _ = write!(rules, "ATTRS{{serial}}==\"{serial}\", ");
-        }
-        rules += "ENV{NM_UNMANAGED}=\"1\"\n";
-    }
-    rules
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn guards(yaml: &str) -> Vec<(String, String)> {
-        let config = Config::parse(yaml).unwrap();
-        network_guards(&config.trigger)
-            .into_iter()
-            .map(|wanted| match wanted.content {
-                Content::Bytes(bytes) => (wanted.path, String::from_utf8(bytes.to_vec()).unwrap()),
-                other => panic!("{other:?}"),
-            })
-            .collect()
-    }
-
-    #[test]
-    fn without_dedicated_nics_no_network_manager_is_told_anything() {
-        assert_eq!(guards(""), []);
-    }
-
-    #[test]
-    fn nics_known_by_address_are_kept_from_both_network_managers() {
-        let guards = guards("trigger: {macs: ['00:e0:4c:68:01:02', '00:e0:4c:68:01:03']}");
-        assert_eq!(guards.len(), 3);
-        assert!(
-            guards[0]
-                .1
-                .contains("unmanaged-devices+=mac:00:e0:4c:68:01:02;mac:00:e0:4c:68:01:03\n")
-        );
-        assert_eq!(guards[1].0, "/etc/systemd/network/05-stiefel-00e04c680102.network");
-        assert!(guards[1].1.contains("MACAddress=00:e0:4c:68:01:02\n"));
-        assert!(guards.iter().all(|(_, text)| !text.contains('@')));
-    }
-
-    #[test]
-    fn nics_known_by_usb_identity_are_kept_from_both_network_managers() {
-        let guards = guards("trigger: {usb: ['0bda:8153:AB-1', '0bda:8153:x\"y']}");
-        assert_eq!(guards.len(), 2);
-        assert!(guards[0].1.contains("\"ID_MODEL_ID=8153\""));
-        assert!(
-            guards[1]
-                .1
-                .contains("ATTRS{serial}==\"AB-1\", ENV{NM_UNMANAGED}=\"1\"\n")
-        );
-        assert!(!guards[1].1.contains("x\"y") && !guards[1].1.contains('@'));
-    }
 
     #[test]
     fn the_unit_is_not_restarted_for_a_wrong_configuration_nor_for_ever() {
@@ -342,7 +245,7 @@ mod tests {
 
     #[test]
     fn the_unit_starts_the_program_where_it_is_put() {
-        assert!(UNIT_TEXT.contains(&format!("ExecStart={PROGRAM} autokexec\n")));
+        assert!(UNIT_TEXT.contains(&format!("ExecStart={PROGRAM_WORD} autokexec\n")));
         // This would hide /lib/modules, which the overlay is made from.
         assert!(!UNIT_TEXT.lines().any(|line| line.starts_with("ProtectKernelModules")));
     }

@@ -242,7 +242,7 @@ pub(crate) fn upgrade(bench: &Bench) -> Result<(), Failure> {
     let session = Session::begin(machines(bench, WAYS[0], "", Vec::new())?)?;
     let (laptop, desktop) = (&session.laptop, &session.desktop);
     session.load_is_right()?;
-    desktop.run_ok("echo a new kernel's settings > /boot/config-new && sync")?;
+    desktop.run_ok("echo 'the settings of a new kernel' > /boot/config-new && sync")?;
     desktop.serial().send_line("systemctl reboot")?;
     laptop.serial().expect(
         "its kernel or initrd was changed; the laptop goes home",
