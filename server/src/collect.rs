@@ -6,7 +6,7 @@
 
 mod boot;
 mod image;
-mod keys;
+pub(crate) mod keys;
 
 use std::collections::BTreeSet;
 use std::io;

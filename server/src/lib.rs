@@ -12,4 +12,5 @@ pub mod nbd;
 pub mod payload;
 pub mod role;
 mod supply;
+pub mod target;
 mod tree;

@@ -44,6 +44,7 @@ pub fn run() -> ! {
 enum Role {
     Server,
     Client,
+    Target,
 }
 
 impl Role {
@@ -51,6 +52,7 @@ impl Role {
         match handover {
             Handover::Server(_) => Self::Server,
             Handover::Client(_) => Self::Client,
+            Handover::Target(_) => Self::Target,
         }
     }
 }

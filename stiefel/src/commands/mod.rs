@@ -1,6 +1,8 @@
 //! One module per command: what the user typed is resolved against the machine here, and done by the other crates.
 
+pub(crate) mod attach;
 pub(crate) mod build;
+pub(crate) mod copy;
 pub(crate) mod install;
 pub(crate) mod key;
 pub(crate) mod nbd;
@@ -8,6 +10,7 @@ pub(crate) mod role;
 pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod stick;
+pub(crate) mod target;
 pub(crate) mod test_qemu;
 
 use std::io::{IsTerminal, Read, Write};
