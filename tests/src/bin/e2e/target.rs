@@ -261,7 +261,9 @@ pub(crate) fn with_a_key(bench: &Bench) -> Result<(), Failure> {
     let (target, client) = (&pair.target, &pair.client);
     pair.lend("--all --read-write data-b")?;
     let a = sum(target, "/dev/disk/by-id/virtio-data-a")?;
-    let listed = client.run_ok_within("stiefel attach", SOON)?;
+    // The target's own words, should the list be empty.
+    let listed = client.run_ok_within("stiefel attach --wait 15", SOON)?;
+    bench.note(&target.run_ok("cat /run/out /run/err; ip -6 addr; cat /proc/net/igmp6")?);
     bench.note(&listed);
     for word in [
         "target/data-a",
