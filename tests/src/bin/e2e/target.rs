@@ -22,6 +22,8 @@ struct Pair {
     target: Vm,
     client: Vm,
     dir: tempfile::TempDir,
+    /// The machines' sockets go with it.
+    _wire: Wire,
 }
 
 impl Pair {
@@ -67,7 +69,12 @@ impl Pair {
             ))?;
         }
         client.run_ok_within("modprobe -a nvme-tcp nbd", SOON)?;
-        Ok(Self { target, client, dir })
+        Ok(Self {
+            target,
+            client,
+            dir,
+            _wire: wire,
+        })
     }
 
     /// Starts `stiefel target` and waits until it lends `data-a`.
@@ -195,7 +202,9 @@ pub(crate) fn open(bench: &Bench) -> Result<(), Failure> {
 
 /// A stick is plugged into the target, read, and pulled out while it is read: an error, and nobody else sees anything of it.
 fn hot_plug(pair: &Pair) -> Result<(), Failure> {
-    let Pair { target, client, dir } = pair;
+    let Pair {
+        target, client, dir, ..
+    } = pair;
     let path = dir.path().join("hot");
     image(&path, "hot")?;
     let file = json!({ "driver": "file", "filename": path });
