@@ -100,6 +100,8 @@ mod tests {
     fn own(name: &str, list: &[(ClaimKind, &str)]) -> Content {
         Content {
             name: name.to_owned(),
+            size: 0,
+            formats: Vec::new(),
             claims: claims(list),
             hibernated: false,
         }

@@ -19,12 +19,15 @@ use stiefel_shared::bundle::Manifest;
 use stiefel_shared::discovery::Random;
 use stiefel_shared::handover::Part;
 use stiefel_shared::key::StickKey;
+use stiefel_shared::lend::{Ask, LendError, Loan, MAX_LOAN};
 use stiefel_shared::session::{Initiator, Item, MachineId, Receiver, SessionError, StreamError};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 /// The longest answer that is read where no stream is expected, in bytes.
 const MAX_ANSWER: usize = 4096;
+/// The longest answer of a machine that lends disks, in bytes: one frame.
+const MAX_LOAN_ANSWER: usize = MAX_LOAN + 64;
 
 /// What the screen can show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +101,9 @@ pub enum FetchError {
     /// The stream failed: altered, truncated, refused by the laptop, or not understood.
     #[error(transparent)]
     Stream(#[from] StreamError),
+    /// The answer of a machine that lends disks is none, or the question cannot be one.
+    #[error(transparent)]
+    Loan(LendError),
     /// There is no room for a part.
     #[error("the {} cannot be kept; is there enough memory?", part.name())]
     Store {
@@ -185,6 +191,40 @@ pub async fn fetch_from(
     take.manifest.ok_or(FetchError::Stream(StreamError::Truncated))
 }
 
+/// Asks a machine that lends disks.
+///
+/// # Errors
+/// [`FetchError`]; also for an answer that is none.
+pub async fn ask(source: Source<'_>, question: &Ask) -> Result<Loan, FetchError> {
+    let question = question.to_json().map_err(FetchError::Loan)?;
+    let (initiator, opening) =
+        Initiator::start(source.key, source.challenge, source.machine).map_err(FetchError::Handshake)?;
+    let mut call = Call::post(&source, "/session", opening).await?;
+    let answer = call.whole(&source).await?;
+    let opened = initiator.finish(&answer).map_err(FetchError::Handshake)?;
+    drop(call);
+    let (path, session) = (format!("/session/{}/lend", opened.session), opened.session);
+    let (body, stream) = opened.ask(&question).map_err(FetchError::Handshake)?;
+    let mut call = Call::post(&source, &path, body).await?;
+    call.check(&source).await?;
+    let mut answer = Vec::new();
+    while let Some(bytes) = call.next(&source).await? {
+        answer.extend_from_slice(&bytes);
+        if answer.len() > MAX_LOAN_ANSWER {
+            return Err(StreamError::Altered.into());
+        }
+    }
+    let json = stream.loan(&answer)?;
+    let loan = Loan::parse(&json).map_err(FetchError::Loan)?;
+    match &loan {
+        Loan::Attached(lent) if lent.session != session.to_string() => Err(StreamError::Order {
+            what: "another session's disk",
+        }
+        .into()),
+        _ => Ok(loan),
+    }
+}
+
 /// Hands on what comes out of the stream.
 struct Take<S, P> {
     sink: S,
@@ -202,6 +242,8 @@ impl<S: FnMut(Part, &[u8]) -> io::Result<()>, P: FnMut(Progress)> Take<S, P> {
                 Item::Manifest(manifest) => self.manifest = Some(*manifest),
                 Item::Data { part, bytes } => self.write(part, bytes)?,
                 Item::End => {}
+                // It was not asked for.
+                Item::Loan(_) => return Err(StreamError::Order { what: "a loan" }.into()),
             }
         }
         Ok(())

@@ -4,8 +4,10 @@
 
 mod anew;
 pub mod attach;
+pub mod borrow;
 mod clash;
 pub mod control;
+pub mod copy;
 pub mod discovery;
 mod disk;
 pub mod fetch;

@@ -104,6 +104,8 @@ impl Screen {
                 }
                 None
             }
+            // It lends disks and boots nobody.
+            Event::Found(found) if found.state == State::Lending => None,
             Event::Found(found) => {
                 let news = Some((found.hostname.clone(), found.state));
                 if self.last != news {
@@ -114,7 +116,7 @@ impl Screen {
                         }
                         State::Asleep => "its own system runs; waking it",
                         State::Waking => "it is on its way",
-                        State::Ready => "it is ready",
+                        State::Ready | State::Lending => "it is ready",
                     };
                     self.console
                         .info(&format!("found {} on {}: {doing}", found.hostname, found.interface));
@@ -280,7 +282,7 @@ fn append_session(initrd: &mut File, manifest: &Manifest, found: &Found) -> anyh
 
 /// Which desktop this is, the same at every boot: from what its firmware says of itself, which is not unique on every board,
 /// and from its own NIC, which may not have a driver yet where the link is a USB adapter.
-fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
+pub(crate) fn machine_id(sysfs: &Path) -> anyhow::Result<MachineId> {
     let told = |name: &str| {
         let text = std::fs::read_to_string(sysfs.join("class/dmi/id").join(name)).unwrap_or_default();
         Some(text.trim().to_owned()).filter(|text| is_unique(text))

@@ -7,7 +7,7 @@
 mod baked;
 mod boot;
 mod image;
-mod keys;
+pub(crate) mod keys;
 mod root;
 
 use std::io;

@@ -19,6 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Protocol, Socket, Type};
 use stiefel_shared::bundle::{ControlKey, Goodbye, Manifest};
 use stiefel_shared::discovery::Responder;
+use stiefel_shared::lend::{Ask, Loan};
 use stiefel_shared::session::{MachineId, SessionName};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, watch};
@@ -66,6 +67,12 @@ pub trait SessionHost: Send + Sync + 'static {
     ///
     /// Runs to its end also if the desktop goes away; then [`SessionHost::fetched`] says so.
     fn begin(&self, request: Begin) -> impl Future<Output = Result<Bundle, Refusal>> + Send;
+
+    /// Answers a question to a machine that lends single disks; a lent disk is a session then, which says goodbye.
+    fn lend(&self, _request: Begin, _ask: Ask) -> impl Future<Output = Result<Loan, Refusal>> + Send {
+        let reason = "this machine does not lend single disks: a desktop boots from it".to_owned();
+        std::future::ready(Err(Refusal { reason }))
+    }
 
     /// So many bytes of the bundle were sent.
     fn progress(&self, _session: SessionName, _done: u64, _total: u64) {}

@@ -13,4 +13,5 @@ pub mod payload;
 pub mod role;
 pub mod setup;
 mod supply;
+pub mod target;
 mod tree;

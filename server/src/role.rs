@@ -3,10 +3,10 @@
 //! The pieces are [`crate::discovery`], [`crate::http`] and [`crate::nbd`]; what they may do is decided by
 //! `host::Host`, which owns the disk and its sessions: one that writes, or several of guests.
 
-mod disk;
+pub(crate) mod disk;
 mod host;
 mod keys;
-mod link;
+pub(crate) mod link;
 mod machine;
 mod pulse;
 mod record;

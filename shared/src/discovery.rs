@@ -49,10 +49,13 @@ pub enum State {
     Waking,
     /// Its ramdisk serves.
     Ready,
+    /// It boots nobody: it lends single disks ([`crate::lend`]). Sticks older than this do not understand the Offer, and
+    /// pass it over.
+    Lending,
 }
 
 impl State {
-    const ALL: [Self; 3] = [Self::Asleep, Self::Waking, Self::Ready];
+    const ALL: [Self; 4] = [Self::Asleep, Self::Waking, Self::Ready, Self::Lending];
 }
 
 /// An interface that came or went; the caller says which ones take part.

@@ -41,6 +41,19 @@ pub enum Handover {
     Server(Box<ServerHandover>),
     /// The desktop, started from its stick: find the laptop and boot from it.
     Client(ClientHandover),
+    /// Any machine: lend its disks.
+    Target(TargetHandover),
+}
+
+/// What the ramdisk of a machine is told that lends its disks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TargetHandover {
+    /// Who has one of these may borrow the disks.
+    pub keys: Vec<StickKey>,
+    /// Everybody may, in clear.
+    #[serde(default)]
+    pub open: bool,
 }
 
 /// What the laptop's ramdisk is told by the laptop's OS.

@@ -10,6 +10,7 @@ pub mod handover;
 pub mod kernel;
 pub mod key;
 pub mod kmod;
+pub mod lend;
 pub mod loader;
 pub mod luks;
 pub mod nbd;

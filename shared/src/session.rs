@@ -197,6 +197,17 @@ pub struct Opened {
     pub stream: Receiver,
 }
 
+impl Opened {
+    /// The body of a request to a machine that lends disks: `begin`, and `question` sealed; and what opens the answer.
+    ///
+    /// # Errors
+    /// [`SessionError::Prepare`] for a question that is too long.
+    pub fn ask(mut self, question: &[u8]) -> Result<(Vec<u8>, Receiver), SessionError> {
+        let sealed = self.stream.seal(question).map_err(SessionError::Prepare)?;
+        Ok(([self.begin, sealed].concat(), self.stream))
+    }
+}
+
 /// The request that opens a session, not yet verified.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Opening<'a> {
@@ -288,6 +299,19 @@ impl Accepted {
             return Err(SessionError::Malformed);
         }
         Ok(Sender::new(self.noise))
+    }
+}
+
+impl Accepted {
+    /// As [`Accepted::begin`], for a request to a machine that lends disks: also the question in it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn begin_asking(self, body: &[u8]) -> Result<(Sender, Vec<u8>), SessionError> {
+        let (begin, question) = body.split_at_checked(BEGIN).ok_or(SessionError::Unverified)?;
+        let mut sender = self.begin(begin)?;
+        let question = sender.open(question).ok_or(SessionError::Unverified)?;
+        Ok((sender, question))
     }
 }
 

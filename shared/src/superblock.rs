@@ -126,6 +126,36 @@ pub fn probe(read: &mut ReadAt<'_>, size: u64) -> Vec<Claim> {
     claims
 }
 
+/// What lies on a device (or partition), for people: the formats whose signatures it has, such as `ext` or `LUKS`.
+#[must_use]
+pub fn formats(read: &mut ReadAt<'_>, size: u64) -> Vec<&'static str> {
+    type Format = fn(&mut Device<'_, '_>, &mut Claims) -> Option<()>;
+    let known: [(&'static str, Format); 10] = [
+        ("ext", ext),
+        ("XFS", xfs),
+        ("btrfs", btrfs),
+        ("FAT", fat),
+        ("swap", swap),
+        ("LUKS", volume::luks),
+        ("LVM", volume::lvm),
+        ("RAID", volume::md),
+        ("GPT", table::gpt),
+        ("MBR", table::mbr),
+    ];
+    let mut device = Device { read, size };
+    let mut found: Vec<&'static str> = Vec::new();
+    for (name, format) in known {
+        let mut claims = Claims(Vec::new());
+        let _: Option<()> = format(&mut device, &mut claims);
+        // The protective MBR of a GPT says nothing more.
+        let covered = name == "MBR" && found.contains(&"GPT");
+        if !claims.0.is_empty() && !covered {
+            found.push(name);
+        }
+    }
+    found
+}
+
 /// Whether the device (or partition, or swap file) holds the memory of a hibernated system. What cannot be read holds none
 /// that could be resumed.
 #[must_use]

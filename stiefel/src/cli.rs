@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use stiefel_server::nbd::Upper;
+use stiefel_server::target::Writable;
 use stiefel_shared::config::ConfigError;
 
 use crate::commands;
@@ -57,6 +58,14 @@ enum Command {
     Status(StatusArgs),
     /// Serve a file or a device over NBD: just the server, in clear.
     Nbd(NbdArgs),
+    /// Lend this machine's disks over the network: each as it appears, read-only unless told otherwise.
+    Target(TargetArgs),
+    /// Show which machines lend disks to the holder of a key; with a name, make one a block device here.
+    Attach(AttachArgs),
+    /// Give a borrowed disk back; without a name, list them.
+    Detach(DetachArgs),
+    /// Copy a disk or image to another: goes on after an interruption, leaves zeroes out, compares at the end.
+    Copy(CopyArgs),
     /// Try stiefel in virtual machines.
     #[command(name = "test-qemu")]
     TestQemu(commands::test_qemu::TestQemuArgs),
@@ -180,6 +189,12 @@ pub(crate) struct StickArgs {
     /// The UEFI stub (package systemd-boot-efi).
     #[arg(long, value_name = "FILE")]
     pub(crate) stub: Option<PathBuf>,
+    /// A stick that lends the disks of the machine it is started on, instead of booting from a laptop: to the holders of the key.
+    #[arg(long = "target", conflicts_with = "encrypted_only")]
+    pub(crate) target_mode: bool,
+    /// With --target: lend to everybody, in clear.
+    #[arg(long, requires = "target_mode")]
+    pub(crate) open: bool,
     /// Refuse a laptop that would send its disk in clear (`link.encryption: none`).
     #[arg(long)]
     pub(crate) encrypted_only: bool,
@@ -277,6 +292,95 @@ pub(crate) struct NbdArgs {
 }
 
 #[derive(Args)]
+pub(crate) struct TargetArgs {
+    /// Disks or files to lend.
+    #[arg(value_name = "DEVICE", required_unless_present = "all")]
+    pub(crate) devices: Vec<PathBuf>,
+    /// Every disk but those that the running system lives on; given twice, these, too.
+    #[arg(long, short, action = clap::ArgAction::Count, conflicts_with = "devices")]
+    pub(crate) all: u8,
+    /// Lend to everybody, in clear, by NVMe over TCP and NBD, like systemd-storagetm.
+    #[arg(long)]
+    pub(crate) open: bool,
+    /// A disk (its name here or device) that one initiator may write; may be given several times. With the NQN of the only
+    /// host by NVMe, else by NBD.
+    #[arg(long, value_name = "DISK[=HOSTNQN]")]
+    pub(crate) read_write: Vec<Writable>,
+    /// All other disks can be written, too; what is written is thrown away at the end. By NBD only.
+    #[arg(long)]
+    pub(crate) snapshot: bool,
+    /// Without --open: who has one of the keys in this folder may borrow the disks, through a tunnel.
+    #[arg(long, value_name = "DIR", default_value = "/etc/stiefel/keys")]
+    pub(crate) keys: PathBuf,
+    /// NBD only, without the kernel's NVMe target.
+    #[arg(long)]
+    pub(crate) no_nvme: bool,
+    /// TCP port of the NBD server of --open.
+    #[arg(long, value_name = "PORT", default_value_t = 10809)]
+    pub(crate) port: u16,
+    /// Print JSON: one line now and one for each change.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct AttachArgs {
+    /// The disk to attach; read-only unless --read-write. Its block device is printed.
+    #[arg(value_name = "[MACHINE/]DISK")]
+    pub(crate) disk: Option<String>,
+    /// To write, too; the other machine must lend it so.
+    #[arg(long, requires = "disk")]
+    pub(crate) read_write: bool,
+    /// The key: a name below /etc/stiefel/keys, or a file.
+    #[arg(long, value_name = "NAME|FILE", default_value = "stick")]
+    pub(crate) key: String,
+    /// Ask only on this interface; may be given several times.
+    #[arg(long, value_name = "INTERFACE")]
+    pub(crate) interface: Vec<String>,
+    /// How many seconds to look for machines.
+    #[arg(long, value_name = "SECONDS", default_value_t = 4)]
+    pub(crate) wait: u64,
+    /// By NBD, also where NVMe over TCP would work.
+    #[arg(long)]
+    pub(crate) nbd: bool,
+    /// Print as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DetachArgs {
+    /// The disk, MACHINE/DISK, or the device.
+    pub(crate) disk: Option<String>,
+    /// All that is borrowed.
+    #[arg(long, conflicts_with = "disk")]
+    pub(crate) all: bool,
+    /// Also if the other machine does not answer any more.
+    #[arg(long)]
+    pub(crate) lost: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct CopyArgs {
+    /// A disk or image, such as one that was attached.
+    pub(crate) source: PathBuf,
+    /// A file, or a disk that is at least as large.
+    pub(crate) target: PathBuf,
+    /// What cannot be read becomes zeroes, and is said at the end.
+    #[arg(long)]
+    pub(crate) skip_errors: bool,
+    /// Where it is kept what is copied already; by default beside the file, for a disk below /var/lib/stiefel.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) state: Option<PathBuf>,
+    /// Do not ask before overwriting.
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
 struct GenerateArgs {
     /// `man`, or the name of a shell.
     what: String,
@@ -339,6 +443,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Payload(args) => commands::serve::payload(config, &args),
         Command::Status(args) => commands::status::status(&args),
         Command::Nbd(args) => commands::nbd::nbd(&args),
+        Command::Target(args) => commands::target::target(&args),
+        Command::Attach(args) => commands::attach::attach(&args),
+        Command::Detach(args) => commands::attach::detach(&args),
+        Command::Copy(args) => commands::copy::copy(&args),
         Command::TestQemu(args) => commands::test_qemu::run(args),
         Command::Generate(args) => generate(&args),
         Command::Bake(args) => commands::build::bake(config, &args),

@@ -45,6 +45,7 @@ pub fn run() -> ! {
 enum Role {
     Server,
     Client,
+    Target,
 }
 
 impl Role {
@@ -52,6 +53,7 @@ impl Role {
         match handover {
             Handover::Server(_) => Self::Server,
             Handover::Client(_) => Self::Client,
+            Handover::Target(_) => Self::Target,
         }
     }
 }

@@ -100,8 +100,8 @@ pub(crate) fn run(console: &'static Console, mut drivers: Child, role: Role) -> 
         match role {
             _ if !failures.add(Instant::now()) => {}
             Role::Server => go_home(console, &kept),
-            // The desktop has nowhere else to go: it tries on, slower when it fails often.
-            Role::Client => countdown(console, 10, "trying again"),
+            // The desktop, or who lends disks, has nowhere else to go: it tries on, slower when it fails often.
+            Role::Client | Role::Target => countdown(console, 10, "trying again"),
         }
     }
 }

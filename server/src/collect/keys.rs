@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 use super::CollectError;
 
 /// Reads `*.key` in `folder`, which must belong to root or to `owner`.
-pub(super) fn read(folder: &Path, owner: u32) -> Result<Vec<StickKey>, CollectError> {
+pub(crate) fn read(folder: &Path, owner: u32) -> Result<Vec<StickKey>, CollectError> {
     let unreadable = |source| CollectError::Read {
         path: folder.to_owned(),
         source,

@@ -12,11 +12,12 @@ use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use stiefel_shared::bundle::ControlKey;
 use stiefel_shared::discovery::Responder;
+use stiefel_shared::lend::{Ask, Loan};
 use stiefel_shared::session::{Accepted, GoodbyeError, Opening, ReceivedGoodbye, SessionError, SessionName};
 use tokio::sync::oneshot;
 
 use super::feed::{Frames, feed};
-use super::{Begin, Limits, SessionHost, Wire, lock};
+use super::{Begin, Limits, Refusal, SessionHost, Wire, lock};
 
 /// The largest body of any request, in bytes; all are smaller than 100.
 const MAX_BODY: usize = 512;
@@ -107,7 +108,7 @@ impl<H: SessionHost> Server<H> {
         let steps: Vec<&str> = path.split('/').skip(1).take(4).collect();
         let allowed = match steps.as_slice() {
             [""] => "GET, HEAD",
-            ["session"] | ["session", _, "bundle" | "goodbye"] => "POST",
+            ["session"] | ["session", _, "bundle" | "goodbye" | "lend"] => "POST",
             _ => return text(StatusCode::NOT_FOUND, "There is nothing here; see /."),
         };
         let posted = request.method() == Method::POST;
@@ -128,6 +129,7 @@ impl<H: SessionHost> Server<H> {
             ["session"] => self.open(&body, &wire),
             ["session", name, what] => match name.parse() {
                 Ok(name) if *what == "bundle" => self.bundle(name, &body, wire),
+                Ok(name) if *what == "lend" => self.lend(name, &body, &wire).await,
                 Ok(name) => self.goodbye(name, body, wire).await,
                 Err(_) => text(StatusCode::NOT_FOUND, "There is no such session."),
             },
@@ -198,17 +200,7 @@ impl<H: SessionHost> Server<H> {
 
     /// Begins a session once its desktop proved to be alive, and streams the bundle.
     fn bundle(&self, name: SessionName, body: &[u8], wire: Wire) -> Reply {
-        let pending = {
-            let mut handshakes = lock(&self.handshakes);
-            let index = handshakes.iter().position(|pending| {
-                let place = |peer: &SocketAddrV6| (*peer.ip(), peer.scope_id());
-                pending.accepted.session == name
-                    && place(&pending.peer) == place(&wire.peer)
-                    && pending.at.elapsed() < self.limits.handshake
-            });
-            index.and_then(|index| handshakes.remove(index))
-        };
-        let Some(pending) = pending else {
+        let Some(pending) = self.pending(name, &wire) else {
             return text(StatusCode::NOT_FOUND, "There is no such session.");
         };
         let machine = pending.accepted.machine;
@@ -230,6 +222,61 @@ impl<H: SessionHost> Server<H> {
             wire.cut,
         );
         bytes(Either::Right(frames))
+    }
+
+    /// Takes a handshake that was answered to this peer out of the table: it has one try.
+    fn pending(&self, name: SessionName, wire: &Wire) -> Option<Pending> {
+        let mut handshakes = lock(&self.handshakes);
+        let index = handshakes.iter().position(|pending| {
+            let place = |peer: &SocketAddrV6| (*peer.ip(), peer.scope_id());
+            pending.accepted.session == name
+                && place(&pending.peer) == place(&wire.peer)
+                && pending.at.elapsed() < self.limits.handshake
+        });
+        index.and_then(|index| handshakes.remove(index))
+    }
+
+    /// Answers a question about single disks, once who asks proved to be alive.
+    async fn lend(&self, name: SessionName, body: &[u8], wire: &Wire) -> Reply {
+        let Some(pending) = self.pending(name, wire) else {
+            return text(StatusCode::NOT_FOUND, "There is no such session.");
+        };
+        let machine = pending.accepted.machine;
+        let Ok((mut sender, question)) = pending.accepted.begin_asking(body) else {
+            return text(StatusCode::FORBIDDEN, "The request does not verify; search again.");
+        };
+        let begin = Begin {
+            peer: wire.peer,
+            key: pending.key,
+            machine,
+            session: name,
+        };
+        // In a task of its own: what has begun must not be left half done when the other side goes away.
+        let host = Arc::clone(&self.host);
+        let answer = match Ask::parse(&question) {
+            Ok(ask) => tokio::spawn(async move { host.lend(begin, ask).await }).await,
+            Err(error) => Ok(Err(Refusal {
+                reason: error.to_string(),
+            })),
+        };
+        let reason = match answer {
+            Ok(Ok(loan)) => match loan.to_json().map(|json| sender.loan(&json)) {
+                Ok(Ok(frame)) => {
+                    if let Loan::Attached(lent) = loan {
+                        self.sessions.insert(name, lent.control.clone());
+                    }
+                    return bytes(Either::Left(Full::new(Bytes::from(frame))));
+                }
+                Ok(Err(error)) => error.to_string(),
+                Err(error) => error.to_string(),
+            },
+            Ok(Err(refusal)) => refusal.reason,
+            Err(_) => "the other machine failed; see its screen".to_owned(),
+        };
+        match sender.refusal(&reason) {
+            Ok(frame) => bytes(Either::Left(Full::new(Bytes::from(frame)))),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        }
     }
 
     /// Hears a goodbye. The work goes on if the desktop's connection breaks; it may ask again for the answer.

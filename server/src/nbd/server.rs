@@ -71,13 +71,25 @@ pub struct Server {
 struct Shared {
     gate: Arc<dyn Gate>,
     limits: Limits,
-    peers: Mutex<HashMap<u64, Arc<Peer>>>,
+    peers: Mutex<HashMap<u64, Client>>,
     left: Condvar,
     next: AtomicU64,
     pool: Arc<Pool>,
     /// Everything that was ever served, for the final flush.
     exports: Mutex<Vec<Weak<Export>>>,
     stopping: AtomicBool,
+}
+
+/// One connection, and the export that it was granted last.
+struct Client {
+    peer: Arc<Peer>,
+    export: Weak<Export>,
+}
+
+impl Client {
+    fn serves(&self, export: &Arc<Export>) -> bool {
+        std::ptr::eq(self.export.as_ptr(), Arc::as_ptr(export))
+    }
 }
 
 impl Server {
@@ -122,8 +134,29 @@ impl Server {
     /// See [`DropError`]; after an error nothing is known about what still reaches the disk.
     pub fn drop_connections(&self, deadline: Duration) -> Result<(), DropError> {
         let begun = Instant::now();
-        self.shared.retire(u64::MAX, begun, deadline)?;
+        self.shared.retire(&|_, _| true, begun, deadline)?;
         self.shared.flush_all(begun, deadline)
+    }
+
+    /// As [`Server::drop_connections`], for those who have one export; the others are left alone.
+    ///
+    /// # Errors
+    /// See [`DropError`].
+    pub fn drop_export(&self, export: &Arc<Export>, deadline: Duration) -> Result<(), DropError> {
+        let begun = Instant::now();
+        let doomed = |_: u64, client: &Client| client.serves(export);
+        self.shared.retire(&doomed, begun, deadline)?;
+        self.shared.flush_some(begun, deadline, vec![Arc::clone(export)])
+    }
+
+    /// Who has been granted which export.
+    #[must_use]
+    pub fn clients(&self) -> Vec<(SocketAddr, Arc<Export>)> {
+        let peers = lock(&self.shared.peers);
+        peers
+            .values()
+            .filter_map(|client| Some((client.peer.stream.peer_addr().ok()?, client.export.upgrade()?)))
+            .collect()
     }
 
     /// Closes the listener, then does as [`Server::drop_connections`].
@@ -149,7 +182,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop_accepting();
-        for peer in lock(&self.shared.peers).values() {
+        for Client { peer, .. } in lock(&self.shared.peers).values() {
             peer.closing.store(true, Ordering::Release);
             let _ = peer.stream.shutdown(Shutdown::Both);
         }
@@ -157,21 +190,37 @@ impl Drop for Server {
 }
 
 impl Shared {
-    /// Ends the connections that came before `before` without any further answer: their client asks again on the new one, for
-    /// an error would be one of the disk's to it.
-    fn replace(&self, before: u64) -> Result<(), DropError> {
-        for (_, peer) in lock(&self.peers).iter().filter(|(id, _)| **id < before) {
-            let _ = peer.stream.shutdown(Shutdown::Both);
+    /// Ends the connections that came before `before` and have the same export, without any further answer: their client asks
+    /// again on the new one, for an error would be one of the disk's to it. Whether `before` is the newest that has it.
+    fn replace(&self, before: u64, export: &Arc<Export>) -> bool {
+        let doomed = |id: u64, client: &Client| id < before && client.serves(export);
+        {
+            let mut peers = lock(&self.peers);
+            // Noted before the others are looked at: of two that ask at once, each sees the other.
+            if let Some(client) = peers.get_mut(&before) {
+                client.export = Arc::downgrade(export);
+            }
+            if peers.iter().any(|(id, client)| *id > before && client.serves(export)) {
+                return false;
+            }
+            for (_, client) in peers.iter().filter(|(id, client)| doomed(**id, client)) {
+                let _ = client.peer.stream.shutdown(Shutdown::Both);
+            }
         }
-        self.retire(before, Instant::now(), RETIRE)
+        self.retire(&doomed, Instant::now(), RETIRE).is_ok()
     }
 
-    /// Ends the connections that came before `before`, and waits until none of their requests runs any more.
-    fn retire(&self, before: u64, begun: Instant, deadline: Duration) -> Result<(), DropError> {
+    /// Ends the connections that are `doomed`, and waits until none of their requests runs any more.
+    fn retire(
+        &self,
+        doomed: &dyn Fn(u64, &Client) -> bool,
+        begun: Instant,
+        deadline: Duration,
+    ) -> Result<(), DropError> {
         let doomed: Vec<(u64, Arc<Peer>)> = lock(&self.peers)
             .iter()
-            .filter(|(id, _)| **id < before)
-            .map(|(id, peer)| (*id, Arc::clone(peer)))
+            .filter(|(id, client)| doomed(**id, client))
+            .map(|(id, client)| (*id, Arc::clone(&client.peer)))
             .collect();
         for (_, peer) in &doomed {
             peer.closing.store(true, Ordering::Release);
@@ -214,6 +263,10 @@ impl Shared {
     /// Flushes all exports that are still held by someone, in a thread of its own because a disk may hang.
     fn flush_all(&self, begun: Instant, deadline: Duration) -> Result<(), DropError> {
         let exports: Vec<Arc<Export>> = lock(&self.exports).iter().filter_map(Weak::upgrade).collect();
+        self.flush_some(begun, deadline, exports)
+    }
+
+    fn flush_some(&self, begun: Instant, deadline: Duration, exports: Vec<Arc<Export>>) -> Result<(), DropError> {
         if exports.is_empty() {
             return Ok(());
         }
@@ -236,6 +289,13 @@ impl Shared {
         result
             .recv_timeout(left)
             .unwrap_or(Err(DropError::FlushHangs { waited: deadline }))
+    }
+
+    /// Notes what a connection was granted.
+    fn note(&self, id: u64, export: &Arc<Export>) {
+        if let Some(client) = lock(&self.peers).get_mut(&id) {
+            client.export = Arc::downgrade(export);
+        }
     }
 
     fn remember(&self, export: &Arc<Export>) {
@@ -279,7 +339,11 @@ fn welcome(stream: TcpStream, address: SocketAddr, shared: &Arc<Shared>) {
         if peers.len() >= shared.limits.connections {
             return;
         }
-        peers.insert(id, Arc::clone(&peer));
+        let client = Client {
+            peer: Arc::clone(&peer),
+            export: Weak::new(),
+        };
+        peers.insert(id, client);
     }
     // From here on drop_connections knows it. The gate is asked only now, so that who was let in by a gate's old state
     // is dropped for certain.
@@ -317,7 +381,7 @@ struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        if let Some(peer) = lock(&self.shared.peers).remove(&self.id) {
+        if let Some(Client { peer, .. }) = lock(&self.shared.peers).remove(&self.id) {
             // Fails only if the peer has closed already.
             let _ = peer.stream.shutdown(Shutdown::Both);
         }
@@ -339,7 +403,15 @@ impl Catalogue for View<'_> {
     fn export(&self, name: &str) -> Option<Arc<Export>> {
         let export = self.shared.gate.export(name, self.address)?;
         // Refused while an old request hangs on the disk: the client tries again.
-        let alone = !export.single() || self.shared.replace(self.id).is_ok();
+        let alone = if export.single() {
+            self.shared.replace(self.id, &export)
+        } else {
+            self.shared.note(self.id, &export);
+            true
+        };
+        // Asked again, now that `drop_export` finds this connection: it may have been withdrawn meanwhile.
+        let still = self.shared.gate.export(name, self.address);
+        let alone = alone && still.is_some_and(|still| Arc::ptr_eq(&still, &export));
         alone.then_some(export)
     }
 

@@ -354,7 +354,7 @@ fn publish(machine: &dyn Machine, disk: &Disk, link: &LinkOffer) -> anyhow::Resu
 }
 
 /// A random UUID (RFC 9562, version 4).
-fn uuid(mut random: [u8; 16]) -> String {
+pub(crate) fn uuid(mut random: [u8; 16]) -> String {
     random[6] = (random[6] & 0x0f) | 0x40;
     random[8] = (random[8] & 0x3f) | 0x80;
     let digits: String = random.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -270,7 +270,7 @@ fn make_tunnel(known: &Known, place: u8) -> anyhow::Result<(KnownTunnel, Tunnel)
 }
 
 /// The two addresses of a /127 in a random unique local prefix (RFC 4193; RFC 6164 for /127): laptop, desktop.
-fn addresses(random: [u8; 16]) -> [Ipv6Addr; 2] {
+pub(crate) fn addresses(random: [u8; 16]) -> [Ipv6Addr; 2] {
     let mut bytes = random;
     bytes[0] = 0xfd;
     [0, 1].map(|end| {

@@ -70,7 +70,7 @@ fn meet(state: State) -> Met {
     }
 }
 
-fn messages() -> [(&'static str, u8, Message); 4] {
+fn messages() -> [(&'static str, u8, Message); 5] {
     let random = |first: u8| std::array::from_fn(|i| first + u8::try_from(i).unwrap());
     [
         ("discover", 0x10, Message::Discover { random: random(0xa0) }),
@@ -81,6 +81,18 @@ fn messages() -> [(&'static str, u8, Message); 4] {
                 random: random(0xa0),
                 challenge: random(0xb0),
                 state: State::Ready,
+                http_port: 61570,
+                ready_in: 30,
+                hostname: "täst-laptop".into(),
+            }),
+        ),
+        (
+            "lending",
+            0x50,
+            Message::Offer(OfferBody {
+                random: random(0xa0),
+                challenge: random(0xb0),
+                state: State::Lending,
                 http_port: 61570,
                 ready_in: 30,
                 hostname: "täst-laptop".into(),
@@ -525,7 +537,7 @@ fn padding_and_reserved_values_are_refused() {
         assert_eq!(Message::parse(message.type_byte(), &*body), None);
     }
     let mut body = messages()[1].2.body();
-    body[32] = 3;
+    body[32] = 4;
     assert_eq!(Message::parse(2, &*body), None, "an unknown state");
     let mut body = messages()[1].2.body();
     body[37] = 65;

@@ -27,6 +27,7 @@ mod kind {
     pub const MANIFEST: u8 = 4;
     pub const DATA: u8 = 5;
     pub const END: u8 = 6;
+    pub const LOAN: u8 = 7;
 }
 
 /// Why a stream ended before its time.
@@ -203,6 +204,31 @@ impl Sender {
         self.frame(kind::DATA, bytes)
     }
 
+    /// Opens the desktop's next message; `None` if it does not verify.
+    pub(super) fn open(&mut self, sealed: &[u8]) -> Option<Vec<u8>> {
+        let mut plain = vec![0; sealed.len()];
+        let length = self.noise.read_message(sealed, &mut plain).ok()?;
+        plain.truncate(length);
+        Some(plain)
+    }
+
+    /// The answer of a machine that lends disks, instead of a manifest; ends the stream.
+    ///
+    /// # Errors
+    /// [`StreamError::Order`] once anything else was sent, [`StreamError::Seal`] if it is longer than [`CHUNK`].
+    pub fn loan(&mut self, json: &[u8]) -> Result<Vec<u8>, StreamError> {
+        if json.len() > CHUNK {
+            return Err(StreamError::Seal(snow::Error::Input));
+        }
+        match self.place {
+            Place::Manifest => {
+                self.place = Place::Ended;
+                self.frame(kind::LOAN, json)
+            }
+            _ => Err(StreamError::Order { what: "a loan" }),
+        }
+    }
+
     /// The end, after the last byte of the last part.
     ///
     /// # Errors
@@ -229,6 +255,8 @@ pub enum Item<'a> {
     },
     /// Everything came.
     End,
+    /// The answer of a machine that lends disks; nothing comes after it.
+    Loan(Zeroizing<Vec<u8>>),
 }
 
 /// The desktop's side of the stream.
@@ -249,6 +277,28 @@ impl Receiver {
             place: Place::Manifest,
             frame: Vec::with_capacity(2 + MAX_FRAME),
             plain: Zeroizing::new(vec![0; MAX_FRAME]),
+        }
+    }
+
+    /// Seals the desktop's next message.
+    pub(super) fn seal(&mut self, plain: &[u8]) -> Result<Vec<u8>, snow::Error> {
+        let mut sealed = vec![0; plain.len() + TAG];
+        self.noise.write_message(plain, &mut sealed)?;
+        Ok(sealed)
+    }
+
+    /// Opens the whole answer of a machine that lends disks.
+    ///
+    /// # Errors
+    /// [`StreamError::Refused`] with its reason; [`StreamError::Altered`], [`StreamError::Truncated`], [`StreamError::Order`].
+    pub fn loan(mut self, mut body: &[u8]) -> Result<Zeroizing<Vec<u8>>, StreamError> {
+        match self.next(&mut body) {
+            Ok(None) => Err(StreamError::Truncated),
+            Ok(Some(Item::Loan(json))) if body.is_empty() => Ok(json),
+            Ok(Some(_)) => Err(StreamError::Order {
+                what: "something else than a loan",
+            }),
+            Err(error) => Err(error),
         }
     }
 
@@ -319,6 +369,11 @@ impl Receiver {
                 }
                 self.place = Place::parts(&manifest);
                 Ok(Item::Manifest(Box::new(manifest)))
+            }
+            kind::LOAN if first => {
+                let json = Zeroizing::new(content.to_vec());
+                self.place = Place::Ended;
+                Ok(Item::Loan(json))
             }
             kind::DATA => Ok(Item::Data {
                 part: self.place.advance(content.len())?,

@@ -10,6 +10,8 @@ use crate::key;
 use crate::superblock::{Claim, ClaimKind};
 use crate::vectors;
 
+mod asking;
+
 const OFFER: Random = counting(0xb0);
 const NAME: SessionName = SessionName(counting(0xe0));
 
@@ -125,6 +127,7 @@ fn read(receiver: &mut Receiver, mut bytes: &[u8]) -> Result<Vec<String>, Stream
             Item::Manifest(manifest) => format!("manifest of {}", manifest.hostname),
             Item::Data { part, bytes } => format!("{part:?} {}", String::from_utf8_lossy(bytes)),
             Item::End => "end".into(),
+            Item::Loan(_) => "loan".into(),
         });
     }
     assert!(bytes.is_empty());

@@ -15,8 +15,10 @@ use std::path::{Path, PathBuf};
 
 use crate::nvme::{is_nqn, uuid_text};
 
+mod shelf;
 mod tree;
 
+pub use shelf::{Item, Shelf, TARGET_PREFIX};
 use tree::{Configfs, Tree};
 
 /// Where configfs usually is.
@@ -490,14 +492,14 @@ fn take_back(tree: &mut impl Tree, left: &mut Vec<Undo>) -> Result<(), NvmetErro
 
 fn recover_in(tree: &mut impl Tree, root: &Path) -> Result<Vec<String>, NvmetError> {
     let nvmet = nvmet_folder(root);
-    let (subsystems, mut left) = leftovers(tree, &nvmet)?;
+    let (subsystems, mut left) = leftovers(tree, &nvmet, NQN_PREFIX)?;
     take_back(tree, &mut left)?;
     Ok(subsystems)
 }
 
-/// Our subsystems' names, and what to take back in its order.
-fn leftovers(tree: &impl Tree, nvmet: &Path) -> Result<(Vec<String>, Vec<Undo>), NvmetError> {
-    let ours = |name: &String| name.starts_with(NQN_PREFIX);
+/// The names of the subsystems that begin with `prefix`, and what to take back in its order.
+fn leftovers(tree: &impl Tree, nvmet: &Path, prefix: &str) -> Result<(Vec<String>, Vec<Undo>), NvmetError> {
+    let ours = |name: &String| name.starts_with(prefix);
     let (mut links, mut folders, mut ports) = (Vec::new(), Vec::new(), Vec::new());
     for port in children(tree, &nvmet.join("ports"))? {
         let port = nvmet.join("ports").join(port);

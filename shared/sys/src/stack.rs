@@ -23,25 +23,25 @@ const LOOP_CLR_FD: ioctl::Opcode = 0x4c01;
 /// Remove a device-mapper device.
 const DM_DEV_REMOVE: ioctl::Opcode = opcode::read_write::<DmIoctl>(0xfd, 4);
 /// The interface we speak; the kernel refuses another major version only.
-const DM_VERSION: [u32; 3] = [4, 0, 0];
+pub(crate) const DM_VERSION: [u32; 3] = [4, 0, 0];
 /// The longest table of swap space that is read, in bytes.
 const MAX_SWAPS: usize = 1 << 20;
 
 /// `struct dm_ioctl`; all numbers are the machine's.
 #[repr(C)]
-struct DmIoctl {
-    version: [u32; 3],
-    data_size: u32,
-    data_start: u32,
-    target_count: u32,
-    open_count: i32,
-    flags: u32,
-    event_nr: u32,
-    padding: u32,
-    dev: u64,
-    name: [u8; 128],
-    uuid: [u8; 129],
-    data: [u8; 7],
+pub(crate) struct DmIoctl {
+    pub(crate) version: [u32; 3],
+    pub(crate) data_size: u32,
+    pub(crate) data_start: u32,
+    pub(crate) target_count: u32,
+    pub(crate) open_count: i32,
+    pub(crate) flags: u32,
+    pub(crate) event_nr: u32,
+    pub(crate) padding: u32,
+    pub(crate) dev: u64,
+    pub(crate) name: [u8; 128],
+    pub(crate) uuid: [u8; 129],
+    pub(crate) data: [u8; 7],
 }
 
 /// How a volume is taken down.
@@ -285,7 +285,7 @@ fn remove_mapped(control: &File, volume: &Volume) -> io::Result<()> {
 }
 
 /// A device's number as the kernel's interfaces have it (`huge_encode_dev`).
-fn device_number((major, minor): (u32, u32)) -> u64 {
+pub(crate) fn device_number((major, minor): (u32, u32)) -> u64 {
     u64::from((minor & 0xff) | (major & 0xfff) << 8 | (minor & !0xff) << 12)
 }
 

@@ -1,6 +1,8 @@
 //! One module per command: what the user typed is resolved against the machine here, and done by the other crates.
 
+pub(crate) mod attach;
 pub(crate) mod build;
+pub(crate) mod copy;
 pub(crate) mod doctor;
 pub(crate) mod init;
 pub(crate) mod install;
@@ -11,6 +13,7 @@ pub(crate) mod role;
 pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod stick;
+pub(crate) mod target;
 pub(crate) mod test_qemu;
 
 use std::io::{BufRead, IsTerminal, Read, Write};

@@ -35,6 +35,10 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
                 stiefel_client::role::run(console, &client).await?;
                 Ok(RoleEnd::Kexec)
             }
+            Handover::Target(target) => {
+                stiefel_server::target::run_role(console, &target).await?;
+                Ok(RoleEnd::Restart)
+            }
             Handover::Server(server) => Ok(
                 match stiefel_server::role::run(console, *server, |end| of(end) as u8).await {
                     Ok(end) => of(end),

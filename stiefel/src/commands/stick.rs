@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, RAMDISK};
 use stiefel_initrd_builder::stick::{self, StickOptions};
-use stiefel_shared::handover::{ClientHandover, Handover, ramdisk_cmdline};
+use stiefel_shared::handover::{ClientHandover, Handover, TargetHandover, ramdisk_cmdline};
 use stiefel_shared::key::{self, StickKey};
 use zeroize::Zeroizing;
 
@@ -30,11 +30,18 @@ pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<(
     let manifest = Manifest::load(&args.ramdisk)
         .context("there is no ramdisk to put on the stick; run `stiefel build`, or name its folder with --ramdisk")?;
     manifest.verify(&args.ramdisk)?;
-    let handover = Handover::Client(ClientHandover {
-        key: read_key(&args.key)?,
-        encrypted_only: args.encrypted_only,
-    })
-    .to_cpio()?;
+    let key = read_key(&args.key)?;
+    let handover = match args.target_mode {
+        true => Handover::Target(TargetHandover {
+            keys: vec![key],
+            open: args.open,
+        }),
+        false => Handover::Client(ClientHandover {
+            key,
+            encrypted_only: args.encrypted_only,
+        }),
+    };
+    let handover = handover.to_cpio()?;
     let options = StickOptions {
         kernel: args.ramdisk.join(KERNEL),
         ramdisk: args.ramdisk.join(RAMDISK),
@@ -71,7 +78,7 @@ pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<(
 }
 
 /// A key by its name, or from a file.
-fn read_key(name: &str) -> anyhow::Result<StickKey> {
+pub(super) fn read_key(name: &str) -> anyhow::Result<StickKey> {
     let path = if name.contains('/') {
         name.into()
     } else {

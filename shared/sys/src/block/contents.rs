@@ -15,6 +15,10 @@ use crate::read;
 pub struct Content {
     /// The kernel's name of the disk or partition, e.g. `sda2`.
     pub name: String,
+    /// In bytes.
+    pub size: u64,
+    /// Whose signatures it has, for people: `ext`, `LUKS`, `GPT`.
+    pub formats: Vec<&'static str>,
     /// By what it is found.
     pub claims: Vec<Claim>,
     /// It holds the memory of a hibernated system.
@@ -44,6 +48,8 @@ pub fn contents(sysfs: &Path, disk: &Disk) -> io::Result<Vec<Content>> {
         };
         let content = Content {
             name,
+            size,
+            formats: superblock::formats(&mut read, size),
             claims: superblock::probe(&mut read, size),
             hibernated: superblock::holds_memory_image(&mut read, size),
         };
@@ -111,8 +117,10 @@ mod tests {
             read_only: false,
             rotational: false,
         };
-        let content = |name: &str, claims: &[(ClaimKind, &str)], hibernated| Content {
+        let content = |name: &str, sectors: u64, claims: &[(ClaimKind, &str)], hibernated| Content {
             name: name.into(),
+            size: sectors * SECTOR,
+            formats: if claims.is_empty() { vec![] } else { vec!["LUKS"] },
             claims: claims
                 .iter()
                 .map(|&(kind, value)| Claim {
@@ -125,9 +133,9 @@ mod tests {
         assert_eq!(
             contents(root.path(), &disk).unwrap(),
             [
-                content("vda", &[], false),
-                content("vda1", &[(ClaimKind::LuksUuid, "some-uuid")], false),
-                content("vda2", &[], true),
+                content("vda", 256, &[], false),
+                content("vda1", 56, &[(ClaimKind::LuksUuid, "some-uuid")], false),
+                content("vda2", 64, &[], true),
             ]
         );
         disk.path = root.path().join("gone");

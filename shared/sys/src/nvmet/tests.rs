@@ -411,3 +411,100 @@ proptest::proptest! {
         proptest::prop_assert_eq!(disk.check().is_ok(), !serial.is_empty());
     }
 }
+
+fn item(nqn: &str) -> Item<'_> {
+    Item {
+        nqn,
+        host_nqn: None,
+        model: "Great Disk",
+        serial: "S1",
+        namespace: Namespace {
+            device_path: Path::new("/dev/dm-0"),
+            uuid: None,
+            nguid: None,
+        },
+    }
+}
+
+const SHELF_PORT: Port = Port {
+    id: 4420,
+    address: IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+    tcp_port: 4420,
+};
+
+#[test]
+fn disks_share_a_port_and_come_and_go_by_themselves() {
+    let mut tree = Fake::new();
+    let root = tree.root();
+    let mut shelf = shelf::open_in(&mut tree, &root, &[SHELF_PORT]).unwrap();
+    let names = ["a", "b"].map(|name| format!("{TARGET_PREFIX}x.{name}"));
+    let mut first = shelf::put_in(&mut tree, &shelf, &item(&names[0])).unwrap();
+    let mut second = shelf::put_in(&mut tree, &shelf, &item(&names[1])).unwrap();
+    assert_eq!(tree.names("ports/4420/subsystems"), names);
+    assert_eq!(tree.text(&format!("subsystems/{}/attr_allow_any_host", names[0])), "1");
+    take_back(&mut tree, &mut first.left).unwrap();
+    assert_eq!(tree.names("ports/4420/subsystems"), names[1..]);
+    assert_eq!(tree.names("subsystems"), names[1..]);
+    take_back(&mut tree, &mut second.left).unwrap();
+    take_back(&mut tree, &mut shelf.left).unwrap();
+    assert!(tree.is_empty());
+}
+
+#[test]
+fn a_disk_for_one_host_admits_nobody_else() {
+    let mut tree = Fake::new();
+    let root = tree.root();
+    let shelf = shelf::open_in(&mut tree, &root, &[SHELF_PORT]).unwrap();
+    let nqn = format!("{TARGET_PREFIX}x.a");
+    let host = "nqn.2014-08.org.nvmexpress:uuid:1";
+    let item = Item {
+        host_nqn: Some(host),
+        ..item(&nqn)
+    };
+    let mut done = shelf::put_in(&mut tree, &shelf, &item).unwrap();
+    assert_eq!(tree.text(&format!("subsystems/{nqn}/attr_allow_any_host")), "0");
+    assert_eq!(tree.names(&format!("subsystems/{nqn}/allowed_hosts")), [host]);
+    take_back(&mut tree, &mut done.left).unwrap();
+    assert!(tree.names("hosts").is_empty());
+}
+
+#[test]
+fn what_an_earlier_target_left_is_taken_back_and_a_session_is_left_alone() {
+    let mut tree = Fake::new();
+    let root = tree.root();
+    let shelf = shelf::open_in(&mut tree, &root, &[SHELF_PORT]).unwrap();
+    let nqn = format!("{TARGET_PREFIX}x.a");
+    let _ = shelf::put_in(&mut tree, &shelf, &item(&nqn)).unwrap();
+    fs::create_dir(tree.nvmet().join("subsystems").join(NQN)).unwrap();
+    // The process died; a new one begins.
+    let again = shelf::open_in(&mut tree, &root, &[SHELF_PORT]).unwrap();
+    assert_eq!(tree.names("subsystems"), [NQN]);
+    let _ = shelf::put_in(&mut tree, &again, &item(&nqn)).unwrap();
+}
+
+#[test]
+fn a_disk_that_cannot_be_put_leaves_nothing_and_the_others_alone() {
+    let mut tree = Fake::new();
+    let root = tree.root();
+    let shelf = shelf::open_in(&mut tree, &root, &[SHELF_PORT]).unwrap();
+    let names = ["a", "b"].map(|name| format!("{TARGET_PREFIX}x.{name}"));
+    let _ = shelf::put_in(&mut tree, &shelf, &item(&names[0])).unwrap();
+    let begun = tree.calls.len();
+    // Each step once; an attribute that old kernels lack, and what is past the end, do not matter.
+    for step in 0..12 {
+        tree.fail_at = Some(begun + step);
+        tree.calls.truncate(begun);
+        let put = shelf::put_in(&mut tree, &shelf, &item(&names[1]));
+        tree.fail_at = None;
+        if let Ok(mut done) = put {
+            take_back(&mut tree, &mut done.left).unwrap();
+        }
+        assert_eq!(tree.names("subsystems"), names[..1], "step {step}");
+    }
+    for bad in ["nqn.2026-11.stiefel:disk", "x"] {
+        assert!(matches!(
+            shelf::put_in(&mut tree, &shelf, &item(bad)),
+            Err(NvmetError::Value { field: "nqn", .. })
+        ));
+    }
+}

@@ -30,7 +30,7 @@ pub(crate) fn network_manager(bench: &Bench, way: Way) -> Result<(), Failure> {
     let system = dracut(Layout::Ext4);
     let session = Session::begin(machines_of(bench, &system, way, "", Vec::new())?)?;
     let desktop = &session.desktop;
-    desktop.run_ok("systemctl is-active --wait NetworkManager && nm-online --startup --timeout 60")?;
+    desktop.run_ok("systemctl is-active --wait NetworkManager && nm-online -q -s -t 60")?;
     let devices = desktop.run_ok("nmcli --colors no --terse --fields DEVICE,STATE device")?;
     if let Some(managed) = devices
         .lines()

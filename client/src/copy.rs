@@ -1,0 +1,603 @@
+//! Copies a disk or an image to another, with all that can go wrong in between: it can be interrupted and gone on with, leaves
+//! zeroes out, and is read back and compared at the end.
+//!
+//! The copy goes in pieces of [`PIECE`] bytes. What is known of it lies in a file of state: a header, then the SHA-256 of each
+//! piece that is on the medium. A copy that is begun again goes on behind them, if source and target are still the same.
+//!
+//! Refused: a target that is smaller, in use, or the source itself; a file of state that belongs to another source.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, sync_channel};
+
+use anyhow::{Context, bail};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
+use sha2::{Digest, Sha256};
+
+/// Bytes copied at a time.
+pub const PIECE: usize = 4 << 20;
+/// Bytes tried at a time where a piece cannot be read.
+const SECTOR: usize = 4096;
+/// Pieces between two syncs of the target.
+const SYNC_EVERY: u64 = 32;
+/// Pieces read ahead of the writer.
+const AHEAD: usize = 2;
+const MAGIC: &[u8; 16] = b"stiefel-copy-1\n\0";
+/// Magic, the source's size, the first piece's hash.
+const HEADER: u64 = 16 + 8 + 32;
+
+type Hash = [u8; 32];
+
+/// What is to be copied.
+#[derive(Debug, Clone)]
+pub struct Copy<'a> {
+    /// A file or block device.
+    pub source: &'a Path,
+    /// A file, which is made, or a block device.
+    pub target: &'a Path,
+    /// Where the state is kept until the copy is complete.
+    pub state: &'a Path,
+    /// What cannot be read becomes zeroes; else it ends the copy.
+    pub skip_errors: bool,
+}
+
+/// What happens meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// So many bytes of so many are copied.
+    Copied(u64, u64),
+    /// So many bytes of so many are read back and compared.
+    Compared(u64, u64),
+}
+
+/// A complete copy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// In bytes.
+    pub size: u64,
+    /// Of these so many were zeroes, and not written where that was not needed.
+    pub zeroes: u64,
+    /// Of these so many were there from an earlier try.
+    pub resumed: u64,
+    /// Where the source could not be read: offset and length in bytes.
+    pub unreadable: Vec<(u64, u64)>,
+    /// SHA-256 of the whole target, as `sha256sum` says it.
+    pub sha256: String,
+}
+
+/// Copies, and compares.
+///
+/// # Errors
+/// In words, with what to do next; what is copied stays, and the same call goes on behind it.
+pub fn copy(job: &Copy<'_>, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Report> {
+    let (source, size) = open_source(job.source)?;
+    let target = Target::open(job.target, &source, size)?;
+    let first = hash(&first_piece(&source, size, job.skip_errors)?);
+    let mut state = State::open(job.state, size, first)?;
+    let resumed = state.hashes.len() as u64;
+    check_last(&state, &target, size)?;
+    progress(Progress::Copied((resumed * PIECE as u64).min(size), size));
+    let (zeroes, unreadable) = transfer(job, source, size, &target, &mut state, progress)?;
+    target.sync().context("cannot bring the copy onto its medium")?;
+    let sha256 = compare(&target, size, &state.hashes, progress)?;
+    state.finish()?;
+    Ok(Report {
+        size,
+        zeroes,
+        resumed: (resumed * PIECE as u64).min(size),
+        unreadable,
+        sha256,
+    })
+}
+
+fn open_source(path: &Path) -> anyhow::Result<(File, u64)> {
+    let mut file = File::open(path).with_context(|| format!("cannot open {} for reading", path.display()))?;
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        bail!(
+            "{} is neither a file nor a block device; name one of these",
+            path.display()
+        );
+    }
+    let size = file.seek(SeekFrom::End(0))?;
+    if size == 0 {
+        bail!("{} is empty; is its medium in?", path.display());
+    }
+    Ok((file, size))
+}
+
+/// Where the copy goes.
+struct Target {
+    file: File,
+    path: PathBuf,
+    device: bool,
+}
+
+impl Target {
+    fn open(path: &Path, source: &File, size: u64) -> anyhow::Result<Self> {
+        let known = std::fs::metadata(path).ok();
+        let device = known.as_ref().is_some_and(|known| known.file_type().is_block_device());
+        if let Some(known) = &known {
+            let from = source.metadata()?;
+            let same_device = device && from.file_type().is_block_device() && known.rdev() == from.rdev();
+            if same_device || (!device && (known.dev(), known.ino()) == (from.dev(), from.ino())) {
+                bail!("{} would be copied onto itself; name another target", path.display());
+            }
+            if !device && !known.is_file() {
+                bail!(
+                    "{} is neither a file nor a block device; name one of these",
+                    path.display()
+                );
+            }
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        if device {
+            // A mounted one is refused.
+            options.custom_flags(libc::O_EXCL);
+        } else {
+            options.create(true).truncate(false);
+        }
+        let mut file = options.open(path).with_context(|| {
+            format!(
+                "cannot open {} alone for writing; is it mounted or held?",
+                path.display()
+            )
+        })?;
+        let room = file.seek(SeekFrom::End(0))?;
+        if device && room < size {
+            bail!(
+                "{} has {room} bytes, and {size} are to be copied; name a larger one",
+                path.display()
+            );
+        }
+        if !device && room != size {
+            file.set_len(size)
+                .with_context(|| format!("cannot make {} as large as the source", path.display()))?;
+        }
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            device,
+        })
+    }
+
+    fn write(&self, offset: u64, piece: &[u8], zero: bool) -> io::Result<()> {
+        if !zero {
+            return self.file.write_all_at(piece, offset);
+        }
+        let length = piece.len() as u64;
+        let done = if self.device {
+            stiefel_sys::block::zero_out(&self.file, offset, length)
+        } else {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&self.file, flags, offset, length).map_err(io::Error::from)
+        };
+        // A file system without holes, or a last piece that is not of whole blocks.
+        done.or_else(|_| self.file.write_all_at(piece, offset))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+/// The file of state.
+struct State {
+    file: File,
+    path: PathBuf,
+    hashes: Vec<Hash>,
+}
+
+impl State {
+    fn open(path: &Path, size: u64, first: Hash) -> anyhow::Result<Self> {
+        let failed = || format!("cannot keep the state of the copy in {}", path.display());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .with_context(failed)?;
+        let mut bytes = Vec::new();
+        let most = HEADER + size.div_ceil(PIECE as u64) * 32;
+        (&file).take(most).read_to_end(&mut bytes).with_context(failed)?;
+        let header = [&MAGIC[..], &size.to_be_bytes(), &first].concat();
+        let hashes = match bytes.split_at_checked(header.len()) {
+            Some((known, hashes)) if known == header => {
+                hashes.chunks_exact(32).filter_map(|h| h.try_into().ok()).collect()
+            }
+            _ if bytes.is_empty() => Vec::new(),
+            _ => bail!(
+                "{} belongs to a copy of another source; delete it to begin anew, or name another with --state",
+                path.display()
+            ),
+        };
+        let state = Self {
+            file,
+            path: path.to_owned(),
+            hashes,
+        };
+        // What was written half is cut off.
+        state
+            .file
+            .set_len(state_length(state.hashes.len()))
+            .with_context(failed)?;
+        state.file.write_all_at(&header, 0).with_context(failed)?;
+        state.file.sync_data().with_context(failed)?;
+        Ok(state)
+    }
+
+    /// Notes pieces whose bytes are on the medium.
+    fn add(&mut self, hashes: &[Hash]) -> io::Result<()> {
+        self.file
+            .write_all_at(&hashes.concat(), state_length(self.hashes.len()))?;
+        self.file.sync_data()?;
+        self.hashes.extend_from_slice(hashes);
+        Ok(())
+    }
+
+    fn finish(self) -> anyhow::Result<()> {
+        std::fs::remove_file(&self.path)
+            .with_context(|| format!("the copy is complete; delete {}", self.path.display()))
+    }
+}
+
+/// The length of the file of state with so many hashes.
+const fn state_length(hashes: usize) -> u64 {
+    HEADER + hashes as u64 * 32
+}
+
+fn hash(bytes: &[u8]) -> Hash {
+    Sha256::digest(bytes).into()
+}
+
+fn length_at(offset: u64, size: u64) -> usize {
+    usize::try_from(size.saturating_sub(offset))
+        .unwrap_or(usize::MAX)
+        .min(PIECE)
+}
+
+fn first_piece(source: &File, size: u64, skip: bool) -> anyhow::Result<Vec<u8>> {
+    let mut piece = vec![0; length_at(0, size)];
+    read_piece(source, 0, &mut piece, skip, &mut Vec::new())?;
+    Ok(piece)
+}
+
+/// Reads a piece; with `skip` what cannot be read becomes zeroes, and is noted.
+fn read_piece(
+    source: &File,
+    offset: u64,
+    piece: &mut [u8],
+    skip: bool,
+    unreadable: &mut Vec<(u64, u64)>,
+) -> anyhow::Result<()> {
+    match source.read_exact_at(piece, offset) {
+        Err(error) if !skip => Err(error).with_context(|| {
+            format!("cannot read the source at byte {offset}; the same call tries again there, --skip-errors goes on with zeroes")
+        }),
+        Ok(()) => Ok(()),
+        Err(_) => {
+            let mut at = offset;
+            for sector in piece.chunks_mut(SECTOR) {
+                let length = sector.len() as u64;
+                if source.read_exact_at(sector, at).is_err() {
+                    sector.fill(0);
+                    match unreadable.last_mut() {
+                        Some((begin, known)) if *begin + *known == at => *known += length,
+                        _ => unreadable.push((at, length)),
+                    }
+                }
+                at += length;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// A copy that goes on must still have what was written last: else the target is another one.
+fn check_last(state: &State, target: &Target, size: u64) -> anyhow::Result<()> {
+    let Some(last) = state.hashes.last() else {
+        return Ok(());
+    };
+    let offset = (state.hashes.len() as u64 - 1) * PIECE as u64;
+    let mut piece = vec![0; length_at(offset, size)];
+    target
+        .file
+        .read_exact_at(&mut piece, offset)
+        .context("cannot read the copy")?;
+    if hash(&piece) != *last {
+        bail!(
+            "{} does not hold what was copied before; delete {} to begin anew",
+            target.path.display(),
+            state.path.display()
+        );
+    }
+    Ok(())
+}
+
+struct Piece {
+    offset: u64,
+    bytes: Vec<u8>,
+    hash: Hash,
+    zero: bool,
+    unreadable: Vec<(u64, u64)>,
+}
+
+/// Copies what is missing; how many bytes were zeroes, and what could not be read.
+fn transfer(
+    job: &Copy<'_>,
+    source: File,
+    size: u64,
+    target: &Target,
+    state: &mut State,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<(u64, Vec<(u64, u64)>)> {
+    let begin = state.hashes.len() as u64 * PIECE as u64;
+    let skip = job.skip_errors;
+    let (send, receive) = sync_channel::<anyhow::Result<Piece>>(AHEAD);
+    let reader = std::thread::Builder::new()
+        .name("copy-read".to_owned())
+        .spawn(move || {
+            let mut offset = begin;
+            while offset < size {
+                let mut bytes = vec![0; length_at(offset, size)];
+                let mut unreadable = Vec::new();
+                let read = read_piece(&source, offset, &mut bytes, skip, &mut unreadable);
+                let length = bytes.len() as u64;
+                let piece = read.map(|()| Piece {
+                    hash: hash(&bytes),
+                    zero: bytes.iter().all(|&byte| byte == 0),
+                    offset,
+                    bytes,
+                    unreadable,
+                });
+                // The writer has given up.
+                if send.send(piece).is_err() {
+                    return;
+                }
+                offset += length;
+            }
+        })?;
+    let written = write_pieces(&receive, size, target, state, progress);
+    drop(receive);
+    // It ends as soon as nobody listens; a panic there showed as an early end here.
+    let _ = reader.join();
+    written
+}
+
+fn write_pieces(
+    pieces: &Receiver<anyhow::Result<Piece>>,
+    size: u64,
+    target: &Target,
+    state: &mut State,
+    progress: &mut dyn FnMut(Progress),
+) -> anyhow::Result<(u64, Vec<(u64, u64)>)> {
+    let (mut zeroes, mut unreadable) = (0, Vec::new());
+    let mut fresh: Vec<Hash> = Vec::new();
+    let mut result = Ok(());
+    for piece in pieces {
+        let step = piece.and_then(|piece| {
+            let length = piece.bytes.len() as u64;
+            let written = target.write(piece.offset, &piece.bytes, piece.zero);
+            written.with_context(|| format!("cannot write the copy at byte {}", piece.offset))?;
+            zeroes += if piece.zero { length } else { 0 };
+            unreadable.extend(piece.unreadable);
+            fresh.push(piece.hash);
+            progress(Progress::Copied(piece.offset + length, size));
+            Ok(())
+        });
+        if let Err(error) = step {
+            result = Err(error);
+            break;
+        }
+        if fresh.len() as u64 >= SYNC_EVERY {
+            note(target, state, &mut fresh)?;
+        }
+    }
+    // Also after an error: what was copied need not be copied again.
+    note(target, state, &mut fresh)?;
+    result?;
+    if state.hashes.len() as u64 != size.div_ceil(PIECE as u64) {
+        bail!("reading the source ended early; the same call goes on");
+    }
+    Ok((zeroes, unreadable))
+}
+
+fn note(target: &Target, state: &mut State, fresh: &mut Vec<Hash>) -> anyhow::Result<()> {
+    target.sync().context("cannot bring the copy onto its medium")?;
+    state.add(fresh).context("cannot note what was copied")?;
+    fresh.clear();
+    Ok(())
+}
+
+/// Reads the copy back from its medium; its SHA-256.
+fn compare(target: &Target, size: u64, hashes: &[Hash], progress: &mut dyn FnMut(Progress)) -> anyhow::Result<String> {
+    // What is in memory says nothing of the medium.
+    let _ = fadvise(&target.file, 0, None, Advice::DontNeed);
+    let mut whole = Sha256::new();
+    let mut piece = vec![0; PIECE];
+    let mut offset = 0;
+    for known in hashes {
+        let bytes = piece.get_mut(..length_at(offset, size)).unwrap_or_default();
+        target
+            .file
+            .read_exact_at(bytes, offset)
+            .with_context(|| format!("cannot read the copy back at byte {offset}"))?;
+        if hash(bytes) != *known {
+            bail!(
+                "the copy differs from the source between byte {offset} and {}: the target's medium is broken, or something \
+                 else writes to it",
+                offset + bytes.len() as u64
+            );
+        }
+        whole.update(&*bytes);
+        offset += bytes.len() as u64;
+        progress(Progress::Compared(offset, size));
+    }
+    Ok(whole.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Where the state of a copy to `target` is kept if nothing else is said: beside a file, and for a device in `folder`.
+#[must_use]
+pub fn usual_state(target: &Path, folder: &Path) -> PathBuf {
+    let device = std::fs::metadata(target).is_ok_and(|known| known.file_type().is_block_device());
+    let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    match device {
+        true => folder.join(format!("copy-{name}.state")),
+        false => target.with_file_name(format!("{name}.copy-state")),
+    }
+}
+
+/// Makes sure that what was written is found: for callers that copy to a new file.
+///
+/// # Errors
+/// The file system's.
+pub fn sync_folder(target: &Path) -> io::Result<()> {
+    match target.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => File::open(".")?.sync_all(),
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    struct Place(tempfile::TempDir);
+
+    impl Place {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        /// Three pieces and a bit, the second of zeroes.
+        fn source(&self) -> Vec<u8> {
+            let mut bytes: Vec<u8> = (0..3 * PIECE + 1000).map(|i| u8::try_from(i % 251).unwrap()).collect();
+            bytes[PIECE..2 * PIECE].fill(0);
+            fs::write(self.path("source"), &bytes).unwrap();
+            bytes
+        }
+
+        fn copy(&self) -> anyhow::Result<Report> {
+            copy(
+                &Copy {
+                    source: &self.path("source"),
+                    target: &self.path("target"),
+                    state: &self.path("state"),
+                    skip_errors: false,
+                },
+                &mut |_| {},
+            )
+        }
+    }
+
+    #[test]
+    fn a_copy_is_the_same_and_leaves_zeroes_out() {
+        let place = Place::new();
+        let bytes = place.source();
+        let report = place.copy().unwrap();
+        assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
+        assert_eq!(
+            (report.size, report.zeroes, report.resumed),
+            (bytes.len() as u64, PIECE as u64, 0)
+        );
+        let expected: String = hash(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(report.sha256, expected);
+        assert!(!place.path("state").exists());
+        let blocks = fs::metadata(place.path("target")).unwrap().blocks();
+        assert!(blocks * 512 < bytes.len() as u64);
+    }
+
+    #[test]
+    fn old_bytes_do_not_shine_through_where_the_source_is_zero() {
+        let place = Place::new();
+        let bytes = place.source();
+        fs::write(place.path("target"), vec![0xff; bytes.len() + 5]).unwrap();
+        place.copy().unwrap();
+        assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
+    }
+
+    /// The state as after the first two pieces.
+    fn interrupted(place: &Place, bytes: &[u8]) {
+        let file = fs::File::create(place.path("target")).unwrap();
+        file.set_len(bytes.len() as u64).unwrap();
+        file.write_all_at(&bytes[..2 * PIECE], 0).unwrap();
+        let mut state = State::open(&place.path("state"), bytes.len() as u64, hash(&bytes[..PIECE])).unwrap();
+        state
+            .add(&[hash(&bytes[..PIECE]), hash(&bytes[PIECE..2 * PIECE])])
+            .unwrap();
+        // Torn in the middle of the third.
+        state.file.write_all_at(&[1; 7], HEADER + 64).unwrap();
+    }
+
+    #[test]
+    fn an_interrupted_copy_goes_on_behind_what_is_there() {
+        let place = Place::new();
+        let bytes = place.source();
+        interrupted(&place, &bytes);
+        let report = place.copy().unwrap();
+        assert_eq!(report.resumed, 2 * PIECE as u64);
+        assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
+    }
+
+    #[test]
+    fn another_source_or_target_is_not_gone_on_with() {
+        let place = Place::new();
+        let mut bytes = place.source();
+        interrupted(&place, &bytes);
+        let other = fs::File::options().write(true).open(place.path("target")).unwrap();
+        other.write_all_at(&[9; 10], PIECE as u64 + 5).unwrap();
+        assert!(place.copy().unwrap_err().to_string().contains("does not hold"));
+        bytes[0] ^= 1;
+        fs::write(place.path("source"), &bytes).unwrap();
+        assert!(place.copy().unwrap_err().to_string().contains("another source"));
+    }
+
+    #[test]
+    fn a_target_that_changes_under_the_copy_is_noticed() {
+        let place = Place::new();
+        place.source();
+        let target = place.path("target");
+        let mut done = false;
+        let mut meddle = |progress| {
+            if let Progress::Compared(..) = progress
+                && !std::mem::replace(&mut done, true)
+            {
+                let file = fs::File::options().write(true).open(&target).unwrap();
+                file.write_all_at(&[1], 2 * PIECE as u64).unwrap();
+            }
+        };
+        let job = Copy {
+            source: &place.path("source"),
+            target: &place.path("target"),
+            state: &place.path("state"),
+            skip_errors: false,
+        };
+        let error = copy(&job, &mut meddle).unwrap_err();
+        assert!(error.to_string().contains("differs"), "{error}");
+    }
+
+    #[test]
+    fn a_file_is_not_copied_onto_itself() {
+        let place = Place::new();
+        place.source();
+        fs::hard_link(place.path("source"), place.path("target")).unwrap();
+        assert!(place.copy().unwrap_err().to_string().contains("itself"));
+    }
+
+    #[test]
+    fn the_state_of_a_file_lies_beside_it() {
+        let state = usual_state(Path::new("/tmp/a/disk.img"), Path::new("/var/lib/stiefel"));
+        assert_eq!(state, Path::new("/tmp/a/disk.img.copy-state"));
+    }
+}

@@ -1,0 +1,274 @@
+//! `stiefel target` without `--open`: found and borrowed by the holders of a key only.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use anyhow::Context;
+use stiefel_shared::bundle::DISK_PORT;
+use stiefel_shared::discovery::{About, LinkEvent, PORT, Responder, State};
+use stiefel_shared::key::StickKey;
+use stiefel_sys::link::{self, LinkMonitor};
+use stiefel_sys::nvmet::{CONFIGFS, Shelf};
+use stiefel_sys::shield;
+use tokio::sync::mpsc;
+
+use super::desk::{Desk, Hosted, OnOffer};
+use super::listing::LeftOut;
+use super::names::{Names, machine};
+use super::pick::{self, Named};
+use super::role::{Press, Sure};
+use super::run::{self, Event, LOOK, SETTLE, Signals};
+use super::share::Source;
+use super::{Options, run::wanted, tunnel};
+use crate::nbd::{self, Limits, Server};
+use crate::tree::Tree;
+use crate::{discovery, http};
+
+/// The index that Linux gives the loopback interface: a borrower on this very machine.
+const LOOPBACK: u32 = 1;
+
+/// Lends to those who have one of `keys`, until SIGINT or SIGTERM; then all loans are ended in order.
+///
+/// # Errors
+/// Nothing can be lent at all, or a loan was not ended in order.
+pub fn run_closed(options: &Options, keys: &[StickKey]) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let ended = runtime.block_on(follow(options, keys, Seat::default()));
+    runtime.shutdown_background();
+    ended
+}
+
+/// A person at the machine; nobody by default.
+#[derive(Default)]
+pub(super) struct Seat {
+    pub(super) keys: Option<mpsc::Receiver<char>>,
+    pub(super) sure: Sure,
+}
+
+impl Seat {
+    async fn key(&mut self) -> char {
+        if let Some(keys) = &mut self.keys
+            && let Some(key) = keys.recv().await
+        {
+            return key;
+        }
+        // Nobody, or no more.
+        self.keys = None;
+        std::future::pending().await
+    }
+}
+
+pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat) -> anyhow::Result<()> {
+    let mut ended = Signals::new()?;
+    let (tell, mut events) = mpsc::unbounded_channel();
+    run::watch(&tell)?;
+    let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let nvme = !options.no_nvme && run::load_target().is_ok();
+    let desk = Arc::new(Desk::new(hostname.clone(), nvme));
+    let gate: Arc<dyn nbd::Gate> = Arc::<Desk>::clone(&desk);
+    let listener = TcpListener::bind((std::net::Ipv6Addr::UNSPECIFIED, DISK_PORT))
+        .with_context(|| format!("cannot listen on TCP port {DISK_PORT} for the disks"))?;
+    let server = Arc::new(Server::start(listener, gate, Limits::default())?);
+    desk.serve_by(&server);
+    let about = About {
+        hostname: hostname.clone(),
+        http_port: PORT,
+        ready_in: 0,
+    };
+    let responder = Responder::new(keys, about, State::Lending, Instant::now());
+    let responder = Arc::new(Mutex::new(responder));
+    let host = Arc::new(Hosted(Arc::clone(&desk)));
+    let limits = http::Limits::default();
+    let web = http::run(http::bind(PORT)?, host, Arc::clone(&responder), limits, Vec::new());
+    // Nobody is woken who is awake; the channel only has to stay open.
+    let (woken, _woken) = mpsc::channel(1);
+    let answers = discovery::run(discovery::bind(PORT)?, responder, follow_links()?, woken);
+    tokio::pin!(web, answers);
+    sweep(nvme);
+    let mut show = Shown::new(options, hostname)?;
+    let mut look = tokio::time::interval(LOOK);
+    let served: anyhow::Result<()> = async {
+        show.update(options, &desk)?;
+        loop {
+            tokio::select! {
+                () = ended.any() => return Ok(()),
+                never = &mut web => match never {},
+                () = &mut answers => anyhow::bail!("discovery ended"),
+                key = seat.key() => match seat.sure.press(key, Instant::now(), &desk) {
+                    Press::End => return Ok(()),
+                    Press::Done(words) | Press::Warned(words) => {
+                        eprintln!("stiefel: {words}");
+                        show.update(options, &desk)?;
+                    }
+                    Press::Nothing => {}
+                },
+                _ = look.tick() => {
+                    desk.look(Instant::now());
+                    show.loans(&desk);
+                }
+                Some(Event::Changed) = events.recv() => {
+                    tokio::time::sleep(SETTLE).await;
+                    while events.try_recv().is_ok() {}
+                    show.update(options, &desk)?;
+                }
+            }
+        }
+    }
+    .await;
+    eprintln!("stiefel: taking all disks back");
+    // In order also after an error: the kernel would go on serving by itself.
+    let closed = tokio::task::spawn_blocking(move || desk.close()).await?;
+    served.and(closed)
+}
+
+/// Takes away what a process of ours has left that was killed; our ports are bound, so none is alive.
+fn sweep(nvme: bool) {
+    if nvme {
+        if let Err(error) = Shelf::open(Path::new(CONFIGFS), &[]) {
+            eprintln!("stiefel: {:#}", anyhow::Error::new(error));
+        }
+        shield::sweep(Path::new("/sys"), Path::new("/dev"));
+    }
+    tunnel::sweep();
+}
+
+/// Tells discovery of all interfaces as they come and go; they are left as their system has them.
+fn follow_links() -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
+    let (tell, links) = mpsc::channel(64);
+    let mut monitor = LinkMonitor::open()?;
+    std::thread::Builder::new().name("links".to_owned()).spawn(move || {
+        let mut known: Vec<(u32, String)> = Vec::new();
+        loop {
+            let links = link::list().unwrap_or_default();
+            let up = links
+                .iter()
+                .filter(|link| (link.up && link.carrier) || link.index == LOOPBACK);
+            let now: Vec<(u32, String)> = up.map(|link| (link.index, link.name.clone())).collect();
+            let gone = known.iter().filter(|link| !now.contains(link));
+            let gone = gone.map(|(index, _)| LinkEvent::Removed { index: *index });
+            let come = now.iter().filter(|link| !known.contains(link));
+            let come = come.map(|(index, name)| LinkEvent::Added {
+                index: *index,
+                name: name.clone(),
+            });
+            for event in gone.chain(come).collect::<Vec<_>>() {
+                if tell.blocking_send(event).is_err() {
+                    return;
+                }
+            }
+            known = now;
+            if monitor.next(None).is_err() {
+                std::thread::sleep(LOOK);
+            }
+        }
+    })?;
+    Ok(links)
+}
+
+/// What people have been shown.
+struct Shown {
+    named: Vec<Named>,
+    machine: String,
+    hostname: String,
+    text: String,
+    loans: Vec<String>,
+}
+
+impl Shown {
+    fn new(options: &Options, hostname: String) -> anyhow::Result<Self> {
+        let root = Path::new("/");
+        let named = options.devices.iter().map(|path| pick::named(root, path));
+        Ok(Self {
+            named: named.collect::<anyhow::Result<Vec<_>>>()?,
+            machine: machine(&Tree::new(root)),
+            hostname,
+            text: String::new(),
+            loans: Vec::new(),
+        })
+    }
+
+    /// Looks at the disks, and shows what can be borrowed if that has changed.
+    fn update(&mut self, options: &Options, desk: &Desk) -> anyhow::Result<()> {
+        let root = Path::new("/");
+        let survey = pick::survey(root)?;
+        let (wanted, left_out) = wanted(options, &self.named, &survey, &|disk| run::sequence(root, disk));
+        let mut on_offer: Vec<OnOffer> = Vec::new();
+        for want in wanted {
+            let taken = |key: &str| on_offer.iter().any(|other| other.names.key == key);
+            let names = match &want.source {
+                Source::Disk(disk) => Names::of_disk(&self.machine, disk, &taken),
+                Source::File { path, .. } => {
+                    let name = path.file_name().unwrap_or_default().to_string_lossy();
+                    Names::of_file(&self.machine, &name, &taken)
+                }
+            };
+            on_offer.push(OnOffer {
+                mode: run::mode(options, &want.source, &names),
+                source: want.source,
+                users: want.users,
+                names,
+            });
+        }
+        // In the order of the desk's names: the screen's numbers are the keys.
+        on_offer.sort_by(|a, b| a.names.key.cmp(&b.names.key));
+        let text = match options.json {
+            true => json(&self.hostname, &on_offer, &left_out),
+            false => words(&self.hostname, &on_offer, &left_out, desk),
+        };
+        desk.offer(on_offer);
+        if text != self.text {
+            println!("{text}");
+            self.text = text;
+        }
+        Ok(())
+    }
+
+    fn loans(&mut self, desk: &Desk) {
+        let now = desk.loans();
+        for words in now.iter().filter(|words| !self.loans.contains(words)) {
+            eprintln!("stiefel: {words}");
+        }
+        self.loans = now;
+    }
+}
+
+fn words(hostname: &str, disks: &[OnOffer], left_out: &[LeftOut], desk: &Desk) -> String {
+    let disk = |(index, disk): (usize, &OnOffer)| {
+        let (path, size) = (disk.source.path().display(), disk.source.size() >> 20);
+        let (name, number) = (&disk.names.key, index + 1);
+        if desk.is_withheld(name) {
+            return format!("{number} {name} ({path}, {size} MiB) is taken back");
+        }
+        let mode = disk.mode.words();
+        format!("{number} {name} ({path}, {size} MiB): {mode}\n    stiefel attach {hostname}/{name}")
+    };
+    let left = |left: &LeftOut| format!("{} is not lent: {}", left.device, left.why);
+    let mut lines: Vec<String> = disks
+        .iter()
+        .enumerate()
+        .map(disk)
+        .chain(left_out.iter().map(left))
+        .collect();
+    if disks.is_empty() {
+        lines.push("no disk is lent at the moment; waiting for one".to_owned());
+    } else {
+        lines.push("only for the holders of a key, and encrypted".to_owned());
+    }
+    lines.join("\n")
+}
+
+fn json(hostname: &str, disks: &[OnOffer], left_out: &[LeftOut]) -> String {
+    let disk = |disk: &OnOffer| {
+        serde_json::json!({
+            "name": disk.names.key, "device": disk.source.path().display().to_string(), "size": disk.source.size(), "mode": disk.mode,
+            "users": disk.users, "attach": format!("stiefel attach {hostname}/{}", disk.names.key),
+        })
+    };
+    let disks: Vec<_> = disks.iter().map(disk).collect();
+    serde_json::json!({ "disks": disks, "left_out": left_out }).to_string()
+}

@@ -1,0 +1,504 @@
+//! Lending to the holders of a key: who asks, in a session's handshake, gets the list of disks, and a tunnel for each disk.
+//!
+//! Counterpart: `client::borrow`. Nothing is seen of the disks without a key: discovery does not answer, and the NBD server
+//! closes every connection that does not come out of a loan's tunnel. A loan ends by the borrower's goodbye, when its disk
+//! goes, or when nothing has come through its tunnel for [`GRACE`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use stiefel_shared::bundle::{ControlKey, DISK_PORT, DiskOffer, Goodbye, LinkOffer, NVME_PORT, Transport};
+use stiefel_shared::handover::DiskIdentity;
+use stiefel_shared::lend::{Ask, DiskInfo, Lent, Loan, PartInfo};
+use stiefel_shared::seal;
+use stiefel_shared::session::SessionName;
+use stiefel_sys::block;
+use stiefel_sys::nvmet::{CONFIGFS, NQN_PREFIX, Port, Shelf};
+
+use super::names::Names;
+use super::share::{Mode, Share, Source};
+use super::tunnel::Tunnel;
+use crate::http::{Begin, Bundle, Refusal, SessionHost};
+use crate::nbd::{Export, Gate, Listed, Server};
+use crate::role::disk::uuid;
+
+/// Silence in the tunnel after which a loan is over; a borrower's kernel says something every few seconds.
+pub(super) const GRACE: Duration = Duration::from_secs(300);
+/// Loans at the same time.
+const MAX_LOANS: usize = 32;
+/// The longest texts of the list.
+const MAX_SHOWN: usize = 200;
+
+/// A disk that may be borrowed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct OnOffer {
+    pub(super) source: Source,
+    pub(super) names: Names,
+    pub(super) mode: Mode,
+    pub(super) users: Vec<String>,
+}
+
+/// A disk that is lent to somebody.
+struct LoanState {
+    disk: String,
+    borrower: String,
+    client: Ipv6Addr,
+    export: Option<Arc<Export>>,
+    writable: bool,
+    share: Share,
+    tunnel: Tunnel,
+    /// What had come through the tunnel when something came last.
+    heard: (u64, Instant),
+}
+
+#[derive(Default)]
+struct State {
+    disks: BTreeMap<String, OnOffer>,
+    /// Disks that the person at the machine has taken back.
+    withheld: BTreeSet<String>,
+    loans: BTreeMap<String, LoanState>,
+}
+
+/// Who decides about loans.
+pub(super) struct Desk {
+    state: Mutex<State>,
+    hostname: String,
+    nvme: bool,
+    server: Mutex<Weak<Server>>,
+    next_port: AtomicU16,
+}
+
+impl Desk {
+    /// `nvme`: the kernel has an NVMe target.
+    pub(super) fn new(hostname: String, nvme: bool) -> Self {
+        Self {
+            state: Mutex::default(),
+            hostname,
+            nvme,
+            server: Mutex::default(),
+            next_port: AtomicU16::new(20000),
+        }
+    }
+
+    /// The NBD server, which has this as its gate.
+    pub(super) fn serve_by(&self, server: &Arc<Server>) {
+        *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(server);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What may be borrowed from now on; loans of what has gone end.
+    pub(super) fn offer(&self, disks: Vec<OnOffer>) {
+        let gone = {
+            let mut state = self.lock();
+            state.disks = disks.into_iter().map(|disk| (disk.names.key.clone(), disk)).collect();
+            let State { disks, loans, .. } = &mut *state;
+            let stays = |loan: &LoanState| {
+                disks
+                    .get(&loan.disk)
+                    .is_some_and(|disk| disk.source == loan.share.source)
+            };
+            let names: Vec<String> = loans
+                .iter()
+                .filter(|(_, loan)| !stays(loan))
+                .map(|(name, _)| name.clone())
+                .collect();
+            names
+        };
+        for name in gone {
+            self.end_aside(&name, "its disk has gone");
+        }
+    }
+
+    /// All disks' names, in their order.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.lock().disks.keys().cloned().collect()
+    }
+
+    /// To how many a disk is lent.
+    pub(super) fn loans_of(&self, disk: &str) -> usize {
+        self.lock().loans.values().filter(|loan| loan.disk == disk).count()
+    }
+
+    /// Whether a disk was taken back.
+    pub(super) fn is_withheld(&self, disk: &str) -> bool {
+        self.lock().withheld.contains(disk)
+    }
+
+    /// Takes a disk back and ends its loans (`true`), or lends it again.
+    pub(super) fn withhold(&self, disk: &str) -> bool {
+        let loans: Vec<String> = {
+            let mut state = self.lock();
+            if state.withheld.remove(disk) {
+                return false;
+            }
+            state.withheld.insert(disk.to_owned());
+            let loans = state.loans.iter().filter(|(_, loan)| loan.disk == disk);
+            loans.map(|(name, _)| name.clone()).collect()
+        };
+        for name in loans {
+            self.end_aside(&name, "it was taken back at the machine");
+        }
+        true
+    }
+
+    /// Ends the loans from which nothing has come for too long.
+    pub(super) fn look(&self, now: Instant) {
+        let silent: Vec<String> = {
+            let mut state = self.lock();
+            let heard = |loan: &mut LoanState| {
+                let received = loan.tunnel.received().unwrap_or(loan.heard.0);
+                if received != loan.heard.0 {
+                    loan.heard = (received, now);
+                }
+                now.saturating_duration_since(loan.heard.1) < GRACE
+            };
+            let loans = state.loans.iter_mut();
+            loans
+                .filter_map(|(name, loan)| (!heard(loan)).then(|| name.clone()))
+                .collect()
+        };
+        for name in silent {
+            self.end_aside(&name, "nothing has come from its borrower for too long");
+        }
+    }
+
+    /// Who has what, and what was done so far, in words.
+    pub(super) fn loans(&self) -> Vec<String> {
+        let state = self.lock();
+        let words = |loan: &LoanState| {
+            let how = if loan.writable { "READ-WRITE" } else { "read-only" };
+            let done = loan.export.as_ref().map(|export| {
+                let stats = export.stats();
+                format!(
+                    ", {} MiB read, {} MiB written, {} errors",
+                    stats.bytes_read >> 20,
+                    stats.bytes_written >> 20,
+                    stats.errors
+                )
+            });
+            format!(
+                "{} is lent to {}, {how}{}",
+                loan.disk,
+                loan.borrower,
+                done.unwrap_or_default()
+            )
+        };
+        state.loans.values().map(words).collect()
+    }
+
+    /// Ends a loan on a thread of its own: its disk may hang.
+    fn end_aside(&self, name: &str, why: &str) {
+        let Some(loan) = self.lock().loans.remove(name) else {
+            return;
+        };
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        let (disk, why) = (loan.disk.clone(), why.to_owned());
+        let end = move || match close(loan, server.as_deref()) {
+            Ok(()) => eprintln!("stiefel: the loan of {disk} is over: {why}"),
+            Err(error) => eprintln!("stiefel: the loan of {disk} is over ({why}), not in order: {error:#}"),
+        };
+        // Without a thread the loan is dropped with the closure, which closes all but in order.
+        let _ = std::thread::Builder::new().name("let-go".to_owned()).spawn(end);
+    }
+
+    /// Ends a loan in order; `false` if there is none of that name.
+    fn end(&self, name: &str) -> anyhow::Result<bool> {
+        let loan = self.lock().loans.remove(name);
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        loan.map(|loan| close(loan, server.as_deref()))
+            .transpose()
+            .map(|ended| ended.is_some())
+    }
+
+    /// Ends all.
+    pub(super) fn close(&self) -> anyhow::Result<()> {
+        let names: Vec<String> = self.lock().loans.keys().cloned().collect();
+        let mut result = Ok(());
+        for name in names {
+            // Each, whatever became of the others.
+            result = result.and(self.end(&name).map(drop));
+        }
+        result
+    }
+
+    fn list(&self) -> Loan {
+        let state = self.lock();
+        let (disks, loans): (Vec<OnOffer>, Vec<(String, String)>) = (
+            state
+                .disks
+                .values()
+                .filter(|disk| !state.withheld.contains(&disk.names.key))
+                .cloned()
+                .collect(),
+            state
+                .loans
+                .values()
+                .map(|loan| (loan.disk.clone(), loan.borrower.clone()))
+                .collect(),
+        );
+        drop(state);
+        let infos = disks.iter().map(|disk| {
+            let mut info = describe(disk);
+            let borrowers = loans.iter().filter(|(name, _)| *name == info.name);
+            info.users
+                .extend(borrowers.map(|(_, borrower)| cut(&format!("lent to {borrower}"))));
+            info
+        });
+        Loan::Disks { disks: infos.collect() }
+    }
+
+    fn attach(&self, begin: &Begin, disk: &str, read_write: bool, nvme: bool) -> anyhow::Result<Loan> {
+        let on_offer = {
+            let state = self.lock();
+            anyhow::ensure!(
+                state.loans.len() < MAX_LOANS,
+                "too many disks are lent already; detach one"
+            );
+            let on_offer = state
+                .disks
+                .get(disk)
+                .filter(|_| !state.withheld.contains(disk))
+                .cloned();
+            let on_offer = on_offer.ok_or_else(|| anyhow::anyhow!("there is no disk {disk}; list them again"))?;
+            let others: Vec<&LoanState> = state.loans.values().filter(|loan| loan.disk == disk).collect();
+            let written = others.iter().any(|loan| loan.writable);
+            anyhow::ensure!(
+                !written && (!read_write || others.is_empty()),
+                "{disk} is lent already, and one that is written is for one alone; detach it there first"
+            );
+            on_offer
+        };
+        anyhow::ensure!(
+            !read_write || on_offer.mode != Mode::ReadOnly,
+            "{disk} is lent for reading only; whoever sits there must start `stiefel target` with --read-write {disk}"
+        );
+        let session = begin.session.to_string();
+        let (tunnel, link) = Tunnel::make(GRACE.as_secs())?;
+        let by_nbd_only = on_offer.mode == Mode::Snapshot || matches!(on_offer.source, Source::File { .. });
+        let nvme = nvme && self.nvme && !(read_write && by_nbd_only);
+        let (share, transport) = match nvme {
+            true => self.by_nvme(&on_offer, &session, read_write, &link)?,
+            false => by_nbd(&on_offer, read_write)?,
+        };
+        let control = ControlKey::generate()?;
+        let lent = Lent {
+            hostname: self.hostname.clone(),
+            disk: DiskOffer {
+                guest: false,
+                identity: identity(&on_offer),
+                logical_block_size: on_offer.source.block_size(),
+                transport,
+            },
+            link: link.clone(),
+            writable: read_write,
+            control,
+            session: session.clone(),
+        };
+        let borrower = format!("{} (key {})", begin.peer.ip(), begin.key);
+        let mode = if read_write { "READ-WRITE" } else { "read-only" };
+        eprintln!("stiefel: {disk} is lent to {borrower}, {mode}");
+        let loan = LoanState {
+            disk: disk.to_owned(),
+            borrower,
+            client: link.address,
+            export: share.export.clone(),
+            writable: read_write,
+            share,
+            tunnel,
+            heard: (0, Instant::now()),
+        };
+        let mut state = self.lock();
+        // Gone, or lent to another, while it was opened.
+        let still = state.disks.get(disk).is_some_and(|now| now.source == loan.share.source);
+        let still = still && !state.withheld.contains(disk);
+        let others = state.loans.values().filter(|other| other.disk == disk);
+        let alone = others.fold(true, |alone, other| alone && !other.writable && !read_write);
+        if !still || !alone {
+            drop(state);
+            close(loan, None)?;
+            anyhow::bail!("{disk} has changed while it was opened; try again");
+        }
+        state.loans.insert(session, loan);
+        Ok(Loan::Attached(Box::new(lent)))
+    }
+
+    fn by_nvme(
+        &self,
+        disk: &OnOffer,
+        session: &str,
+        writable: bool,
+        link: &LinkOffer,
+    ) -> anyhow::Result<(Share, Transport)> {
+        let id = self.next_port.fetch_add(1, Ordering::Relaxed);
+        let port = Port {
+            id,
+            address: IpAddr::V6(link.laptop),
+            tcp_port: NVME_PORT,
+        };
+        let port = Shelf::another(Path::new(CONFIGFS), &[port])?;
+        let host_nqn = format!("{NQN_PREFIX}borrower.{}", SessionName::generate()?);
+        // The name in the kernel's tables is the loan's, and as random.
+        let mut names = disk.names.clone();
+        names.nqn = format!("{}.{}", names.nqn, SessionName::generate()?);
+        names.key = session.to_owned();
+        let nqn = names.nqn.clone();
+        let share = Share::open_for(
+            disk.source.clone(),
+            names,
+            writable,
+            writers(disk, writable),
+            &host_nqn,
+            port,
+        )?;
+        let transport = Transport::NvmeTcp {
+            port: NVME_PORT,
+            nqn,
+            host_nqn,
+            host_id: uuid(seal::random()?),
+        };
+        Ok((share, transport))
+    }
+}
+
+/// What else uses a disk counts only against writing it.
+fn writers(disk: &OnOffer, writable: bool) -> Vec<String> {
+    if writable { disk.users.clone() } else { Vec::new() }
+}
+
+fn by_nbd(disk: &OnOffer, writable: bool) -> anyhow::Result<(Share, Transport)> {
+    let mut names = disk.names.clone();
+    names.key = SessionName::generate()?.to_string();
+    let export = names.key.clone();
+    let mode = match (writable, &disk.mode) {
+        (true, Mode::Snapshot) => Mode::Snapshot,
+        (true, _) => Mode::ReadWrite { host: None },
+        (false, _) => Mode::ReadOnly,
+    };
+    let share = Share::open(disk.source.clone(), names, mode, writers(disk, writable), None)?;
+    let port = DISK_PORT;
+    Ok((share, Transport::Nbd { port, export }))
+}
+
+fn close(loan: LoanState, server: Option<&Server>) -> anyhow::Result<()> {
+    let LoanState { share, tunnel, .. } = loan;
+    let closed = share.close(server);
+    drop(tunnel);
+    closed
+}
+
+fn identity(disk: &OnOffer) -> DiskIdentity {
+    let known = match &disk.source {
+        Source::Disk(disk) => block::identity(disk).ok(),
+        Source::File { .. } => None,
+    };
+    known.unwrap_or_else(|| DiskIdentity {
+        gpt_guid: None,
+        wwid: None,
+        serial: Some(disk.names.serial.clone()),
+        model: Some(disk.names.model.clone()),
+        size: disk.source.size(),
+    })
+}
+
+/// Fit for the list: without control characters, not too long.
+fn cut(text: &str) -> String {
+    let mut text: String = text.chars().filter(|c| !c.is_control()).collect();
+    text.truncate(text.floor_char_boundary(MAX_SHOWN));
+    text
+}
+
+fn describe(disk: &OnOffer) -> DiskInfo {
+    let contents = match &disk.source {
+        Source::Disk(disk) =>
+        // What cannot be read is only not shown.
+        {
+            block::contents(Path::new("/sys"), disk).unwrap_or_default()
+        }
+        Source::File { .. } => Vec::new(),
+    };
+    let part = |content: block::Content| {
+        let names = content.claims.iter().filter(|claim| claim.kind.is_name());
+        let names = names.map(|claim| cut(&format!("{} {}", claim.kind, claim.value)));
+        let formats = content.formats.iter().map(|format| (*format).to_owned());
+        PartInfo {
+            name: cut(&content.name),
+            size: content.size,
+            content: formats.chain(names).collect(),
+        }
+    };
+    DiskInfo {
+        name: disk.names.key.clone(),
+        model: cut(&disk.names.model),
+        size: disk.source.size(),
+        writable: disk.mode != Mode::ReadOnly,
+        users: disk.users.iter().map(|user| cut(user)).collect(),
+        parts: contents.into_iter().take(128).map(part).collect(),
+    }
+}
+
+impl Gate for Desk {
+    fn admit(&self, peer: SocketAddr) -> bool {
+        self.lock()
+            .loans
+            .values()
+            .any(|loan| IpAddr::V6(loan.client) == peer.ip())
+    }
+
+    fn export(&self, name: &str, peer: SocketAddr) -> Option<Arc<Export>> {
+        let state = self.lock();
+        let mut exports = state
+            .loans
+            .values()
+            .filter(|loan| IpAddr::V6(loan.client) == peer.ip())
+            .filter_map(|loan| loan.export.as_ref());
+        exports.find(|export| export.name() == name).cloned()
+    }
+
+    fn list(&self, _peer: SocketAddr) -> Vec<Listed> {
+        Vec::new()
+    }
+}
+
+impl SessionHost for Hosted {
+    async fn begin(&self, _request: Begin) -> Result<Bundle, Refusal> {
+        let reason = "this machine lends its disks, and nothing is booted from it; see `stiefel attach`".to_owned();
+        Err(Refusal { reason })
+    }
+
+    async fn lend(&self, request: Begin, ask: Ask) -> Result<Loan, Refusal> {
+        let desk = Arc::clone(&self.0);
+        let answer = tokio::task::spawn_blocking(move || match ask {
+            Ask::List => Ok(desk.list()),
+            Ask::Attach { disk, read_write, nvme } => desk.attach(&request, &disk, read_write, nvme),
+        });
+        let refused = |error: anyhow::Error| Refusal {
+            reason: format!("{error:#}"),
+        };
+        answer.await.map_err(|error| refused(error.into()))?.map_err(refused)
+    }
+
+    async fn goodbye(&self, session: SessionName, _goodbye: Goodbye) -> Result<(), Refusal> {
+        let desk = Arc::clone(&self.0);
+        let ended = tokio::task::spawn_blocking(move || desk.end(&session.to_string()));
+        let reason = match ended.await {
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(error)) => format!("{error:#}"),
+            Err(error) => error.to_string(),
+        };
+        Err(Refusal { reason })
+    }
+
+    fn parted(&self, session: SessionName, _goodbye: Goodbye) {
+        eprintln!("stiefel: session {session} is over");
+    }
+}
+
+/// The desk as HTTP's host.
+pub(super) struct Hosted(pub(super) Arc<Desk>);

@@ -1,0 +1,181 @@
+//! The role `target` of the ramdisk: all disks of a machine that was started for nothing else.
+//!
+//! Nothing of the machine's own system runs, so `--all` leaves nothing out. The screen is this program's alone: what is lent, to
+//! whom, and what they do. Keys: 1 to 9 take a disk back (or lend it again), asked twice while it is lent to somebody; q ends.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use stiefel_shared::discovery::LinkEvent;
+use stiefel_shared::handover::TargetHandover;
+use stiefel_sys::console::Console;
+use stiefel_sys::keyboard::Keyboard;
+use stiefel_sys::{SYSFS, wired};
+use tokio::sync::mpsc;
+
+use super::closed::{self, Seat};
+use super::desk::Desk;
+use super::{Options, run};
+
+/// Within this time the second press of a key counts.
+const SURE: Duration = Duration::from_secs(5);
+
+/// Lends until q is pressed at the machine.
+///
+/// # Errors
+/// Nothing can be lent at all, or something was not ended in order.
+pub async fn run_role(console: &'static Console, handover: &TargetHandover) -> anyhow::Result<()> {
+    let options = Options {
+        all: 2,
+        nbd_port: stiefel_shared::nbd::PORT,
+        ..Options::default()
+    };
+    // In the ramdisk nobody else sets the NICs up.
+    std::thread::Builder::new().name("nics".to_owned()).spawn(move || {
+        let tell = |event: LinkEvent| {
+            match event {
+                LinkEvent::Added { name, .. } => console.info(&format!("the link {name} is up")),
+                LinkEvent::Removed { index } => console.warn(&format!("a link is down (interface {index})")),
+            }
+            true
+        };
+        wired::follow(tell, |error| {
+            console.error(&format!("the NICs cannot be followed: {error}; trying again"));
+        });
+    })?;
+    if handover.open {
+        return run::follow(&options).await;
+    }
+    let names: Vec<&str> = handover.keys.iter().map(|key| key.name.as_str()).collect();
+    console.info(&format!(
+        "disks are lent to the holders of these keys: {}",
+        names.join(", ")
+    ));
+    closed::follow(&options, &handover.keys, keys(console)).await
+}
+
+/// The keys that people press; none are heard where there is no keyboard.
+fn keys(console: &'static Console) -> Seat {
+    let (tell, pressed) = mpsc::channel(8);
+    match Keyboard::open(Path::new("/dev"), Path::new(SYSFS)) {
+        Err(error) => console.warn(&format!("this machine hears no keys: {error}")),
+        Ok(mut keyboard) => {
+            console.info("keys: 1 to 9 take a disk back or lend it again, q ends");
+            let listen = move || {
+                while let Ok(key) = keyboard.next(None) {
+                    if let Some(key) = key
+                        && tell.blocking_send(key).is_err()
+                    {
+                        return;
+                    }
+                }
+            };
+            if let Err(error) = std::thread::Builder::new().name("keys".to_owned()).spawn(listen) {
+                console.warn(&format!("no keys are heard: {error}"));
+            }
+        }
+    }
+    Seat {
+        keys: Some(pressed),
+        sure: Sure::default(),
+    }
+}
+
+/// What a key does.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Press {
+    /// End everything.
+    End,
+    /// A disk is taken back, or lent again.
+    Done(String),
+    /// It is in use: pressed again it is taken back.
+    Warned(String),
+    /// It means nothing.
+    Nothing,
+}
+
+/// Remembers which key has been warned of.
+#[derive(Debug, Default)]
+pub(super) struct Sure(Option<(char, Instant)>);
+
+impl Sure {
+    /// `loans` answers how many have a disk.
+    pub(super) fn press(&mut self, key: char, now: Instant, desk: &Desk) -> Press {
+        let key = key.to_ascii_lowercase();
+        let again = self
+            .0
+            .take()
+            .is_some_and(|(before, at)| before == key && now.duration_since(at) < SURE);
+        let number = key
+            .to_digit(10)
+            .and_then(|digit| usize::try_from(digit).ok())
+            .filter(|digit| *digit > 0);
+        let name = number.and_then(|number| desk.names().into_iter().nth(number - 1));
+        let (loans, what) = match (&name, key) {
+            (Some(name), _) => (desk.loans_of(name), name.clone()),
+            (None, 'q') => (desk.loans().len(), "everything".to_owned()),
+            (None, _) => return Press::Nothing,
+        };
+        if loans > 0 && !again {
+            self.0 = Some((key, now));
+            return Press::Warned(format!(
+                "{what} is in use ({loans} loans): pressed again it is taken back all the same"
+            ));
+        }
+        match name {
+            None => Press::End,
+            Some(name) => Press::Done(match desk.withhold(&name) {
+                true => format!("{name} is taken back"),
+                false => format!("{name} is lent again"),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::desk::OnOffer;
+    use super::super::names::Names;
+    use super::super::share::{Mode, Source};
+    use super::*;
+
+    fn desk() -> Desk {
+        let desk = Desk::new("laptop".to_owned(), false);
+        let names = Names::of_file("m", "disk.img", &|_| false);
+        let source = Source::File {
+            path: "/nowhere/disk.img".into(),
+            size: 4096,
+        };
+        desk.offer(vec![OnOffer {
+            source,
+            names,
+            mode: Mode::ReadOnly,
+            users: Vec::new(),
+        }]);
+        desk
+    }
+
+    #[test]
+    fn a_disk_is_taken_back_and_lent_again_by_its_number() {
+        let (desk, mut sure, now) = (desk(), Sure::default(), Instant::now());
+        assert_eq!(
+            sure.press('1', now, &desk),
+            Press::Done("disk-img is taken back".into())
+        );
+        assert!(desk.is_withheld("disk-img"));
+        assert_eq!(
+            sure.press('1', now, &desk),
+            Press::Done("disk-img is lent again".into())
+        );
+        assert!(!desk.is_withheld("disk-img"));
+    }
+
+    #[test]
+    fn q_ends_and_other_keys_mean_nothing() {
+        let (desk, mut sure, now) = (desk(), Sure::default(), Instant::now());
+        for key in ['2', '0', 'x', '\n'] {
+            assert_eq!(sure.press(key, now, &desk), Press::Nothing, "{key:?}");
+        }
+        assert_eq!(sure.press('Q', now, &desk), Press::End);
+    }
+}

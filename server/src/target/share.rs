@@ -1,0 +1,284 @@
+//! One disk as it is lent: the NBD server's export, and the kernel's NVMe subsystem where it has one.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use stiefel_sys::block::{self, Disk};
+use stiefel_sys::nvmet::{Item, Namespace, Published, Shelf};
+use stiefel_sys::shield::Shield;
+
+use super::names::Names;
+use crate::nbd::{Export, ExportOptions, Server, Upper, open_base, open_guest};
+
+/// How long a disk may take to be let go of, each by NBD and by NVMe.
+const LET_GO: Duration = Duration::from_secs(20);
+
+/// What may be done with a disk.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub(super) enum Mode {
+    /// Nobody can write, and nobody can change that.
+    ReadOnly,
+    /// One initiator may write. `host`: the NQN of the only host, by NVMe and not by NBD; else by NBD and not by NVMe, for
+    /// two doors would be two writers.
+    ReadWrite { host: Option<String> },
+    /// Writes go to memory and are gone at the end; by NBD only.
+    Snapshot,
+}
+
+impl Mode {
+    pub(super) const fn words(&self) -> &'static str {
+        match self {
+            Self::ReadOnly => "read-only",
+            Self::ReadWrite { .. } => "READ-WRITE",
+            Self::Snapshot => "snapshot, writes are thrown away",
+        }
+    }
+
+    pub(super) const fn by_nbd(&self) -> bool {
+        !matches!(self, Self::ReadWrite { host: Some(_) })
+    }
+
+    const fn by_nvme(&self) -> bool {
+        matches!(self, Self::ReadOnly | Self::ReadWrite { host: Some(_) })
+    }
+}
+
+/// What is lent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Source {
+    Disk(Disk),
+    File { path: PathBuf, size: u64 },
+}
+
+impl Source {
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::Disk(disk) => &disk.path,
+            Self::File { path, .. } => path,
+        }
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        match self {
+            Self::Disk(disk) => disk.size,
+            Self::File { size, .. } => *size,
+        }
+    }
+
+    pub(super) fn block_size(&self) -> u32 {
+        match self {
+            Self::Disk(disk) => disk.logical_block_size,
+            Self::File { .. } => 512,
+        }
+    }
+}
+
+/// A disk that is lent.
+pub(super) struct Share {
+    pub(super) names: Names,
+    pub(super) source: Source,
+    pub(super) mode: Mode,
+    /// What else uses it, in words.
+    pub(super) users: Vec<String>,
+    /// `None`: by NVMe only.
+    pub(super) export: Option<Arc<Export>>,
+    nvme: Option<Nvme>,
+    /// Why there is no NVMe, in words.
+    pub(super) no_nvme: Option<String>,
+    /// Exclusive, for a disk that the kernel writes.
+    _hold: Option<File>,
+    /// A port of its own; removed after what is on it.
+    port: Option<Shelf>,
+}
+
+/// What the kernel serves. The fields go in this order: a shield stays while it is in use.
+struct Nvme {
+    published: Published,
+    shield: Option<Shield>,
+}
+
+impl Share {
+    /// Opens it. `shelf` is the kernel's target, `None` without one.
+    pub(super) fn open(
+        source: Source,
+        names: Names,
+        mode: Mode,
+        users: Vec<String>,
+        shelf: Option<&Shelf>,
+    ) -> anyhow::Result<Self> {
+        if mode != Mode::ReadOnly && !users.is_empty() {
+            anyhow::bail!(
+                "{} is in use ({}): it can only be read; unmount it first",
+                source.path().display(),
+                users.join(", ")
+            );
+        }
+        let hold = match (&mode, &source) {
+            (Mode::ReadWrite { host: Some(_) }, Source::Disk(disk)) => {
+                let held = block::open_exclusive(&disk.path, true);
+                Some(held.with_context(|| format!("cannot have {} alone", disk.path.display()))?)
+            }
+            (Mode::ReadWrite { host: Some(_) }, Source::File { path, .. }) => {
+                anyhow::bail!(
+                    "{} is a file: it can be written by NBD only, without a host's NQN",
+                    path.display()
+                )
+            }
+            _ => None,
+        };
+        let export = mode.by_nbd().then(|| export(&source, &names, &mode)).transpose()?;
+        let mut share = Self {
+            names,
+            source,
+            mode,
+            users,
+            export,
+            nvme: None,
+            no_nvme: None,
+            _hold: hold,
+            port: None,
+        };
+        match (shelf, share.mode.by_nvme()) {
+            (Some(shelf), true) => match share.publish(shelf) {
+                Ok(nvme) => share.nvme = Some(nvme),
+                // With NBD all the same; a disk that is for one host's NVMe only is not lent at all then.
+                Err(error) if share.export.is_some() => share.no_nvme = Some(format!("{error:#}")),
+                Err(error) => return Err(error),
+            },
+            (None, true) if share.export.is_none() => {
+                anyhow::bail!("this kernel has no NVMe target; leave the host's NQN out and it can be written by NBD")
+            }
+            (_, false) => share.no_nvme = Some("writable disks without a host's NQN come by NBD only".to_owned()),
+            (None, true) => {}
+        }
+        Ok(share)
+    }
+
+    /// Opens it for one host by NVMe alone, on a port of its own.
+    pub(super) fn open_for(
+        source: Source,
+        names: Names,
+        writable: bool,
+        users: Vec<String>,
+        host: &str,
+        port: Shelf,
+    ) -> anyhow::Result<Self> {
+        let mut share = if writable {
+            let host = Some(host.to_owned());
+            return Self::open(source, names, Mode::ReadWrite { host }, users, Some(&port)).map(|mut share| {
+                share.port = Some(port);
+                share
+            });
+        } else {
+            Self::open(source, names, Mode::ReadOnly, users, None)?
+        };
+        // The kernel has its own descriptor.
+        share.export = None;
+        share.nvme = Some(share.publish_to(&port, Some(host))?);
+        share.port = Some(port);
+        Ok(share)
+    }
+
+    fn publish(&self, shelf: &Shelf) -> anyhow::Result<Nvme> {
+        let host = match &self.mode {
+            Mode::ReadWrite { host } => host.as_deref(),
+            _ => None,
+        };
+        self.publish_to(shelf, host)
+    }
+
+    fn publish_to(&self, shelf: &Shelf, host: Option<&str>) -> anyhow::Result<Nvme> {
+        let shield = match self.mode {
+            Mode::ReadWrite { .. } => None,
+            Mode::ReadOnly | Mode::Snapshot => {
+                let (path, block) = (self.source.path(), self.source.block_size());
+                Some(Shield::raise(Path::new("/dev"), path, &self.names.key, block)?)
+            }
+        };
+        let device_path = shield.as_ref().map_or(self.source.path(), Shield::path);
+        let published = shelf.put(&Item {
+            nqn: &self.names.nqn,
+            host_nqn: host,
+            model: &self.names.model,
+            serial: &self.names.serial,
+            namespace: Namespace {
+                device_path,
+                uuid: Some(&self.names.uuid),
+                nguid: self.names.nguid.as_deref(),
+            },
+        })?;
+        Ok(Nvme { published, shield })
+    }
+
+    /// Whether the kernel serves it, too.
+    pub(super) const fn by_nvme(&self) -> bool {
+        self.nvme.is_some()
+    }
+
+    /// Lets go of it in order: nobody is served any more, and all is on the medium. Bounded in time; what hangs is left behind
+    /// and said.
+    pub(super) fn close(self, server: Option<&Server>) -> anyhow::Result<()> {
+        let mut result = Ok(());
+        if let (Some(export), Some(server)) = (&self.export, server) {
+            result = server.drop_export(export, LET_GO).map_err(anyhow::Error::from);
+        }
+        let name = self.names.key.clone();
+        let Self {
+            nvme,
+            _hold: hold,
+            port,
+            ..
+        } = self;
+        if let Some(Nvme { mut published, shield }) = nvme {
+            // A disk that does not answer keeps the kernel waiting for it.
+            let withdraw = move || -> anyhow::Result<()> {
+                published.withdraw()?;
+                if let Some(mut shield) = shield {
+                    shield.lower()?;
+                }
+                if let Some(mut port) = port {
+                    port.close()?;
+                }
+                hold.map(|hold| hold.sync_all())
+                    .transpose()
+                    .context("the last flush failed")?;
+                Ok(())
+            };
+            let (tell, told) = std::sync::mpsc::channel();
+            std::thread::Builder::new().name("let-go".to_owned()).spawn(move || {
+                // Nobody may be waiting any more.
+                let _ = tell.send(withdraw());
+            })?;
+            let withdrawn = told.recv_timeout(LET_GO).unwrap_or_else(|_| {
+                Err(anyhow::anyhow!(
+                    "the kernel does not let go of {name}; the disk may be hanging"
+                ))
+            });
+            result = result.and(withdrawn);
+        }
+        result
+    }
+}
+
+fn export(source: &Source, names: &Names, mode: &Mode) -> anyhow::Result<Arc<Export>> {
+    let block_size = match source {
+        Source::Disk(disk) => Some(disk.logical_block_size),
+        Source::File { .. } => None,
+    };
+    let options = ExportOptions {
+        name: names.key.clone(),
+        read_only: *mode == Mode::ReadOnly,
+        description: format!("{} {}, {}", names.model, names.serial, mode.words()),
+        single: *mode != Mode::ReadOnly,
+        block_size,
+    };
+    let path = source.path();
+    Ok(match mode {
+        Mode::Snapshot => open_guest(&open_base(path)?, path, &Upper::Memory(None), options)?,
+        Mode::ReadOnly | Mode::ReadWrite { .. } => Export::open(path, options)?,
+    })
+}

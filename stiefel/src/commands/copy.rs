@@ -1,0 +1,90 @@
+//! `stiefel copy`: a disk or image to another.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use stiefel_client::copy::{self, Copy, Progress};
+
+use super::{ask, mebibytes};
+use crate::cli::CopyArgs;
+
+/// Where the state of copies to devices is kept.
+const STATE: &str = "/var/lib/stiefel";
+
+/// Copies, and says what came of it.
+pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
+    let known = std::fs::metadata(&args.target).ok();
+    let device = known.as_ref().is_some_and(|known| known.file_type().is_block_device());
+    let state = match &args.state {
+        Some(state) => state.clone(),
+        None => copy::usual_state(&args.target, Path::new(STATE)),
+    };
+    let goes_on = state.exists();
+    if known.is_some() && !goes_on && !args.yes {
+        let target = args.target.display();
+        if !ask(&format!(
+            "All of {target} is lost. Copy {} onto it?",
+            args.source.display()
+        ))? {
+            bail!("nothing was written");
+        }
+    }
+    if device && args.state.is_none() {
+        std::fs::create_dir_all(STATE).with_context(|| format!("cannot make {STATE}; name a file with --state"))?;
+    }
+    let bar = ProgressBar::new(0);
+    let style = |verb: &str| {
+        ProgressStyle::with_template(&format!(
+            "{verb} {{wide_bar}} {{bytes}}/{{total_bytes}} {{bytes_per_sec}} {{eta}}"
+        ))
+    };
+    let (copying, comparing) = (style("copying  ")?, style("comparing")?);
+    bar.set_style(copying);
+    let mut compared = false;
+    let mut progress = |progress| {
+        let (done, total) = match progress {
+            Progress::Copied(done, total) => (done, total),
+            Progress::Compared(done, total) => {
+                if !std::mem::replace(&mut compared, true) {
+                    bar.set_style(comparing.clone());
+                    bar.reset_eta();
+                }
+                (done, total)
+            }
+        };
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    let job = Copy {
+        source: &args.source,
+        target: &args.target,
+        state: &state,
+        skip_errors: args.skip_errors,
+    };
+    let report = copy::copy(&job, &mut progress)?;
+    bar.finish_and_clear();
+    if !device {
+        copy::sync_folder(&args.target)?;
+    }
+    for (offset, length) in &report.unreadable {
+        eprintln!("stiefel: {length} bytes at {offset} could not be read and are zeroes in the copy");
+    }
+    eprintln!(
+        "{} copied and compared, {} of it zeroes, {} from an earlier try",
+        mebibytes(report.size),
+        mebibytes(report.zeroes),
+        mebibytes(report.resumed)
+    );
+    if args.json {
+        let report = serde_json::json!({
+            "size": report.size, "zeroes": report.zeroes, "resumed": report.resumed, "sha256": report.sha256,
+            "unreadable": report.unreadable,
+        });
+        println!("{report}");
+    } else {
+        println!("{}  {}", report.sha256, args.target.display());
+    }
+    Ok(())
+}
