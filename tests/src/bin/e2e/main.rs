@@ -182,16 +182,16 @@ fn tests() -> Vec<Test> {
     );
     tests.add("two_desktops_want_the_disk_and_a_key_decides", interlocks::two_desktops);
     tests.add("hibernated_laptop_refuses_the_session", interlocks::hibernated);
-    tests.add(
+    tests.long(
         "disks_are_lent_in_clear_to_nvme_cli_and_nbd_client_and_only_read",
         target::open,
     );
-    tests.add(
+    tests.long(
         "disks_are_lent_to_the_holder_of_a_key_and_given_back",
         target::with_a_key,
     );
-    tests.add("keys_at_the_laptop_are_heard", faults::keys);
-    tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
+    tests.long("keys_at_the_laptop_are_heard", faults::keys);
+    tests.long("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
     tests.0
 }
 
