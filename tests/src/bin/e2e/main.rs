@@ -190,8 +190,8 @@ fn tests() -> Vec<Test> {
         "disks_are_lent_to_the_holder_of_a_key_and_given_back",
         target::with_a_key,
     );
-    tests.long("keys_at_the_laptop_are_heard", faults::keys);
-    tests.long("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
+    tests.add("keys_at_the_laptop_are_heard", faults::keys);
+    tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
     tests.0
 }
 
