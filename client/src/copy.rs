@@ -73,9 +73,10 @@ pub struct Report {
 /// In words, with what to do next; what is copied stays, and the same call goes on behind it.
 pub fn copy(job: &Copy<'_>, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Report> {
     let (source, size) = open_source(job.source)?;
-    let target = Target::open(job.target, &source, size)?;
     let first = hash(&first_piece(&source, size, job.skip_errors)?);
+    // Before the target is touched: a state of another copy refuses.
     let mut state = State::open(job.state, size, first)?;
+    let target = Target::open(job.target, &source, size)?;
     let resumed = state.hashes.len() as u64;
     check_last(&state, &target, size)?;
     progress(Progress::Copied((resumed * PIECE as u64).min(size), size));
@@ -139,6 +140,9 @@ impl Target {
             options.custom_flags(libc::O_EXCL);
         } else {
             options.create(true).truncate(false);
+        }
+        if !device && path.starts_with("/dev") && !path.exists() {
+            bail!("{} is not there; is the disk plugged in?", path.display());
         }
         let mut file = options.open(path).with_context(|| {
             format!(

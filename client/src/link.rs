@@ -52,8 +52,9 @@ pub(crate) struct Place {
     outside: bool,
     /// The packet size that was agreed upon, in bytes.
     mtu: AtomicU32,
-    /// Where proc is mounted.
+    /// Where proc is mounted, and an open folder of it: the keeper has it unmounted by the time that a NIC is plugged in again.
     proc: PathBuf,
+    opened: Option<File>,
 }
 
 impl Place {
@@ -79,6 +80,7 @@ impl Place {
             outside: matches!(session.disk.transport, Transport::NvmeTcp { .. }),
             mtu: AtomicU32::new(0),
             proc: proc.to_owned(),
+            opened: File::open(proc).ok(),
         }
     }
 
@@ -172,7 +174,9 @@ impl Place {
                 let name = if named { NIC } else { &here.name };
                 let _ = link::disable_dad(&self.proc, name);
                 // Off for the whole system where its owner wanted that.
-                let _ = File::open(&self.proc).map(|proc| allow_ipv6(name, proc));
+                if let Some(proc) = &self.opened {
+                    let _ = allow_ipv6(name, proc);
+                }
                 let mtu = self.mtu.load(Ordering::Relaxed);
                 if mtu != 0 && here.max_mtu.is_some_and(|most| most >= mtu) {
                     // Up with smaller packets is better than not at all: the tunnel then cuts its own in pieces.

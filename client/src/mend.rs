@@ -28,6 +28,8 @@ struct Tools {
 pub(crate) struct Mender {
     tools: Arc<Tools>,
     running: Option<JoinHandle<anyhow::Result<Option<u32>>>>,
+    /// What the running thread does about [`Mender::lower`].
+    lowering: Option<u32>,
     /// The link has changed since it was looked at last.
     changed: bool,
     /// The NICs' packets are to be so small, in bytes.
@@ -49,6 +51,7 @@ impl Mender {
                 proc,
             }),
             running: None,
+            lowering: None,
             changed: false,
             lower: None,
             failed: None,
@@ -68,7 +71,7 @@ impl Mender {
 
     /// Whether there will be something to do without any news.
     pub(crate) const fn is_busy(&self) -> bool {
-        self.running.is_some() || self.failed.is_some()
+        self.running.is_some() || self.failed.is_some() || self.lower.is_some()
     }
 
     /// Begins what is to be done, and sees what has come of it.
@@ -88,7 +91,7 @@ impl Mender {
         match std::thread::Builder::new().name("mend".to_owned()).spawn(work) {
             Ok(thread) => {
                 self.running = Some(thread);
-                (self.changed, self.lower) = (false, None);
+                (self.changed, self.lowering) = (false, lower);
             }
             Err(error) => self.tools.console.error(&format!("no thread: {error}")),
         }
@@ -97,6 +100,10 @@ impl Mender {
     fn finished(&mut self, thread: JoinHandle<anyhow::Result<Option<u32>>>) {
         let failed = match thread.join() {
             Ok(Ok(nic)) => {
+                // Without a NIC it was not done; and it may have been asked for more meanwhile.
+                if nic.is_some() && self.lower == self.lowering {
+                    self.lower = None;
+                }
                 self.nic = nic.or(self.nic);
                 None
             }
@@ -141,7 +148,7 @@ impl Tools {
             place.redirect(session, tunnel, index)?;
         }
         if let Some(mtu) = lower {
-            mtu::lower(&self.console, session, place, index, mtu);
+            mtu::lower(&self.console, session, place, index, mtu)?;
         }
         place.repair(session, index, self.proc.as_fd())?;
         Ok(Some(index))

@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use stiefel_shared::bundle::AttachSession;
 use stiefel_shared::session::{SHORTEST, Sign};
 use stiefel_sys::console::Console;
@@ -70,11 +71,15 @@ pub(crate) fn agree(console: &Console, session: &AttachSession, place: &Place, n
 }
 
 /// Makes the packets smaller: the laptop's cable is in another adapter now.
-pub(crate) fn lower(console: &Console, session: &AttachSession, place: &Place, nic: u32, mtu: u32) {
+pub(crate) fn lower(
+    console: &Console,
+    session: &AttachSession,
+    place: &Place,
+    nic: u32,
+    mtu: u32,
+) -> anyhow::Result<()> {
     console.warn(&format!("the laptop's NIC takes packets of {mtu} bytes now"));
-    if let Err(error) = set(session, place, nic, mtu.max(USUAL)) {
-        console.warn(&format!("the NIC's packet size cannot be set: {error:#}"));
-    }
+    set(session, place, nic, mtu.max(USUAL)).context("the NIC's packet size cannot be set")
 }
 
 fn ask(heart: &mut Heart, mtu: u32, length: usize, end: Instant) -> Option<Sign> {

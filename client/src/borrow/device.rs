@@ -108,6 +108,10 @@ impl Tunnel {
         })?;
         link::set_mtu(index, offered.mtu)?;
         link::add_address(index, IpAddr::V6(lent.link.address), BITS)?;
+        // The kernel and root alone: other users of this machine would speak NVMe to the lender as it does.
+        if let Err(error) = link::only_root_reaches(lent.link.laptop) {
+            eprintln!("stiefel: {:#}", anyhow::Error::new(error));
+        }
         link::set_up(index)?;
         tunnel.wait()?;
         Ok(tunnel)
@@ -199,6 +203,12 @@ fn attach_nvme(lent: &Lent) -> anyhow::Result<String> {
             queue_size: None,
         },
     )?;
+    if let Err(error) = nvme::hide_names(Path::new("/sys"), controller.instance) {
+        eprintln!(
+            "stiefel: other users can see the loan's names: {:#}",
+            anyhow::Error::new(error)
+        );
+    }
     let deadline = Instant::now() + COMING_UP;
     loop {
         let sysfs = Path::new("/sys");
@@ -285,6 +295,12 @@ fn is_ours(index: u32) -> bool {
 /// Takes the tunnel away, if it is still there.
 pub(super) fn close_tunnel(record: &Record) {
     if let Ok(Some(index)) = link::index_of(&record.tunnel) {
+        // The other of the two addresses there are.
+        for own in link::addresses(index).unwrap_or_default() {
+            if let (IpAddr::V6(own), BITS) = (own.addr, own.prefix) {
+                let _ = link::everybody_reaches((u128::from(own) ^ 1).into());
+            }
+        }
         let _ = link::delete(index);
     }
 }

@@ -140,7 +140,11 @@ pub fn read_handover() -> anyhow::Result<Option<Handover>> {
 /// Overwrites and removes the secrets in the ramdisk's files.
 fn wipe_secrets(console: &Console) {
     // The last two are a session's, while it lasts and while it is written down.
-    for path in [HANDOVER_PATH, "run/stiefel/session.json", "run/stiefel/session.new"] {
+    for path in [
+        HANDOVER_PATH,
+        "run/stiefel/session.json",
+        "run/stiefel/session.json.new",
+    ] {
         if let Err(error) = wipe::file(&Path::new("/").join(path)) {
             console.warn(&format!("cannot wipe {path}: {error}"));
         }
@@ -190,11 +194,12 @@ const QUIET: Duration = Duration::from_secs(10);
 /// is written over then belongs to that kernel. A NIC that is closed before was reset by its driver.
 fn quiet_links(console: &Console) {
     let down = || -> Result<(), LinkError> {
-        let links = link::list()?;
-        links
-            .iter()
-            .filter(|link| link.up)
-            .try_for_each(|link| link::set_down(link.index))
+        let mut done = Ok(());
+        for link in link::list()?.iter().filter(|link| link.up) {
+            // One that is gone already keeps no other up.
+            done = link::set_down(link.index).and(done);
+        }
+        done
     };
     match custody::within(QUIET, down) {
         Some(Ok(())) => {}

@@ -34,6 +34,10 @@ const LOOPBACK: u32 = 1;
 /// # Errors
 /// Nothing can be lent at all, or a loan was not ended in order.
 pub fn run_closed(options: &Options, keys: &[StickKey]) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        options.writable.iter().all(|disk| disk.host.is_none()),
+        "a host's NQN counts with --open only; without it who holds a key may write: name the disk alone"
+    );
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

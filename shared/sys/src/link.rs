@@ -20,7 +20,7 @@ pub const ARPHRD_ETHER: u16 = 1;
 
 mod rule;
 
-pub use rule::only_root_reaches;
+pub use rule::{everybody_reaches, only_root_reaches};
 
 const LINK_HEADER: usize = 16;
 const ADDRESS_HEADER: usize = 8;

@@ -197,8 +197,15 @@ pub fn set_io_timeout(sysfs: &Path, timeout: Duration) -> Result<Duration, NvmeE
 /// [`NvmeError::Write`]; the others are hidden all the same.
 pub fn hide_names(sysfs: &Path, instance: u32) -> Result<(), NvmeError> {
     let mut done = Ok(());
-    for name in ["hostnqn", "hostid", "subsysnqn"] {
-        let path = folder(sysfs, instance).join(name);
+    let own = ["hostnqn", "hostid", "subsysnqn"].map(|name| folder(sysfs, instance).join(name));
+    // The subsystem shows its name, too; which it is the kernel says by a link to each of its controllers.
+    let controller = format!("nvme{instance}");
+    let subsystems = std::fs::read_dir(sysfs.join("class/nvme-subsystem"));
+    let subsystems = subsystems.into_iter().flatten().flatten().map(|entry| entry.path());
+    let theirs = subsystems
+        .filter(|subsystem| subsystem.join(&controller).exists())
+        .map(|subsystem| subsystem.join("subsysnqn"));
+    for path in own.into_iter().chain(theirs) {
         if let Err(source) = std::fs::set_permissions(&path, Permissions::from_mode(0o400))
             && source.kind() != io::ErrorKind::NotFound
         {

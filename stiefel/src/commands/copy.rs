@@ -22,12 +22,16 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
         None => copy::usual_state(&args.target, Path::new(STATE)),
     };
     let goes_on = state.exists();
-    if known.is_some() && !goes_on && !args.yes {
-        let target = args.target.display();
-        if !ask(&format!(
-            "All of {target} is lost. Copy {} onto it?",
-            args.source.display()
-        ))? {
+    // Also when it goes on: another disk may have the name by now.
+    if known.is_some() && !args.yes {
+        let (source, target) = (args.source.display(), args.target.display());
+        let question = match goes_on {
+            true => format!(
+                "Go on copying {source} onto {target}? All of {target} is lost if it is another one than before."
+            ),
+            false => format!("All of {target} is lost. Copy {source} onto it?"),
+        };
+        if !ask(&question)? {
             bail!("nothing was written");
         }
     }

@@ -1,6 +1,6 @@
 //! The sessions' links that are up. A lock of its own: a session's change may last.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use stiefel_shared::discovery::LinkEvent;
 use stiefel_shared::session::SessionName;
@@ -52,7 +52,12 @@ impl Links {
     }
 
     fn of<T>(&self, session: SessionName, work: impl FnOnce(&mut Up) -> T) -> Option<T> {
-        let mut links = self.lock();
+        // A NIC's driver may hang in what it is told by who has the lock; signs of life do not wait for that, and ask again.
+        let mut links = match self.0.try_lock() {
+            Ok(links) => links,
+            Err(TryLockError::Poisoned(links)) => links.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
         let mut links = links.iter_mut();
         links.find(|(known, _)| *known == session).map(|(_, link)| work(link))
     }

@@ -25,6 +25,17 @@ pub fn only_root_reaches(address: Ipv6Addr) -> Result<(), LinkError> {
     }
 }
 
+/// Takes the rule of [`only_root_reaches`] back, if it is there.
+///
+/// # Errors
+/// As there.
+pub fn everybody_reaches(address: Ipv6Addr) -> Result<(), LinkError> {
+    match request(libc::RTM_DELRULE, 0, &body(address)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(LinkError::Rule { address, source: error }),
+        _ => Ok(()),
+    }
+}
+
 /// `struct fib_rule_hdr` and its attributes.
 fn body(address: Ipv6Addr) -> Body {
     let family = u8::try_from(libc::AF_INET6).unwrap_or_default();
@@ -68,6 +79,9 @@ mod tests {
                 only_root_reaches("fd57::3".parse().unwrap()).unwrap();
                 assert!(reach(0).is_ok());
                 assert_eq!(reach(65_534).unwrap_err().raw_os_error(), Some(libc::EACCES));
+                everybody_reaches("fd57::3".parse().unwrap()).unwrap();
+                everybody_reaches("fd57::3".parse().unwrap()).unwrap();
+                assert!(reach(65_534).is_ok());
             })
             .unwrap();
     }

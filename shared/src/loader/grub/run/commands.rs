@@ -51,7 +51,12 @@ impl Run<'_> {
             return self.call(&body, arguments);
         }
         match command.as_str() {
-            "!" => !self.simple(arguments, block),
+            "!" => {
+                // All at once: each on top of the other would be as deep as the line is long.
+                let more = arguments.iter().take_while(|word| *word == "!").count();
+                let status = self.simple(arguments.get(more..).unwrap_or_default(), block);
+                status ^ more.is_multiple_of(2)
+            }
             "set" => {
                 for text in arguments {
                     self.assign(text);
