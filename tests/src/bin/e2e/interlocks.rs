@@ -107,12 +107,15 @@ pub(crate) fn two_desktops(bench: &Bench) -> Result<(), Failure> {
         "the session of the desktop that had the disk is ended",
         patience::SHUTDOWN,
     )?;
+    first
+        .serial()
+        .expect("the disk's connection is dead", Duration::from_secs(30))?;
     second.serial().expect(
         "load: done",
         patience::BUNDLE + patience::ATTACH + Duration::from_secs(60),
     )?;
-    if first.serial().said("load: done")? {
-        return Err("the first desktop wrote on after its session was ended".into());
+    if first.serial().said("the disk's connection was made anew")? {
+        return Err("the first desktop got the disk again after its session was ended".into());
     }
     drop((first, second, laptop));
     link::check_disk(&dir.path().join("disk.img"))
