@@ -27,6 +27,13 @@ pub enum KitError {
         #[source]
         source: CommandError,
     },
+    /// The Debian package was not built.
+    #[error("packaging/build-deb failed")]
+    Package {
+        /// How.
+        #[source]
+        source: CommandError,
+    },
     /// The laptop's disk could not be made.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -136,6 +143,29 @@ impl Kit {
         extra: Vec<ExtraFile>,
     ) -> Result<LaptopDisk, KitError> {
         self.install_on(LaptopDisk::of(system)?, path, config, extra)
+    }
+
+    /// Makes a disk with this installed system and these files, and nothing of ours.
+    ///
+    /// # Errors
+    /// [`KitError`].
+    pub fn plain_disk_of(&self, system: &System, path: &Path, files: Vec<ExtraFile>) -> Result<LaptopDisk, KitError> {
+        let builder = LaptopDisk::of(system)?.autologin(true);
+        Ok(files.into_iter().fold(builder, LaptopDiskBuilder::file).build(path)?)
+    }
+
+    /// Builds the Debian package of the program, at `out`; its file.
+    ///
+    /// # Errors
+    /// When it cannot be built.
+    pub fn package(&self, out: &Path) -> Result<PathBuf, KitError> {
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/build-deb"));
+        command.arg("--program").arg(&self.program).arg("--out").arg(out);
+        run(&mut command).map_err(|source| KitError::Package { source })?;
+        let is_package = |path: &PathBuf| path.extension().is_some_and(|end| end == "deb");
+        let entries = std::fs::read_dir(out).map_err(io_error("read", out))?;
+        let found = entries.filter_map(|entry| Some(entry.ok()?.path())).find(is_package);
+        found.ok_or_else(|| io_error("find a package in", out)(std::io::ErrorKind::NotFound.into()))
     }
 
     fn install_on(

@@ -75,25 +75,32 @@ impl Milestones {
 /// # Errors
 /// When it does not come up.
 pub fn laptop_at_home(disk: &LaptopDisk, nic: Option<&Netdev>, live: bool) -> Result<Vm, Failure> {
-    let mut builder = VmBuilder::new("laptop")
-        .boot(disk.boot(&CONSOLE))
-        .disk(disk.drive())
-        .live(live);
+    let mut builder = VmBuilder::new("laptop").boot(disk.boot(&CONSOLE)).live(live);
     if let Some(nic) = nic {
         builder = builder.nic("wired", NicModel::Usb, nic, DEDICATED_MAC);
     }
+    let laptop = laptop_with_its_files(disk, builder)?;
+    laptop.run_ok("systemctl start stiefel-autokexec.service")?;
+    laptop.run_ok("systemctl is-active --wait stiefel-autokexec.service")?;
+    Ok(laptop)
+}
+
+/// Starts the machine on `disk`, waits for a shell in its system, and sees to it that the test's files are there.
+///
+/// # Errors
+/// When it does not come up.
+pub fn laptop_with_its_files(disk: &LaptopDisk, mut machine: VmBuilder) -> Result<Vm, Failure> {
+    machine = machine.disk(disk.drive());
     let files = disk.files();
     let unpack = files.is_some();
     if let Some(files) = files {
-        builder = builder.disk(files);
+        machine = machine.disk(files);
     }
-    let laptop = builder.start()?;
+    let laptop = machine.start()?;
     login(&laptop, disk)?;
     if unpack {
         laptop.run_ok(LaptopDisk::UNPACK)?;
-        laptop.run_ok("systemctl start stiefel-autokexec.service")?;
     }
-    laptop.run_ok("systemctl is-active --wait stiefel-autokexec.service")?;
     Ok(laptop)
 }
 

@@ -13,7 +13,7 @@ use crate::{cache, process};
 /// Raised when something below changes what is made, so that old caches are not used.
 const RECIPE: u32 = 1;
 
-const PACKAGES: [&str; 9] = [
+const PACKAGES: [&str; 11] = [
     "systemd-sysv",
     "udev",
     "dbus",
@@ -23,6 +23,10 @@ const PACKAGES: [&str; 9] = [
     "iproute2",
     "e2fsprogs",
     "procps",
+    // What stiefel's package recommends: a stick can be written there.
+    "systemd-boot-efi",
+    // A firewall, which nobody has switched on.
+    "nftables",
 ];
 
 /// What no test looks at, and what only takes time and room.

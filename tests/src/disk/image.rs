@@ -154,6 +154,26 @@ impl LaptopDisk {
     pub fn read_file(&self, path: &str) -> Result<Vec<u8>, DiskError> {
         inspect::read_file(&self.path, path)
     }
+
+    /// As [`Self::boot`], with the initrd that is on the disk now, while no machine runs from it. Not with [`Layout::Btrfs`].
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn boot_its_own_initrd(&self, args: &[&str]) -> Result<Boot, DiskError> {
+        let mut boot = self.boot(args);
+        if let Boot::Kernel { initrd, .. } = &mut boot {
+            // Only with an ext4 is /boot in the root file system; else it is the first partition.
+            let folder = if self.layout == Layout::Ext4 { "/boot" } else { "" };
+            let path = format!("{folder}/initrd.img-{}", self.installed.version);
+            *initrd = vec![Content::Bytes(inspect::read_file(&self.path, &path)?)];
+        }
+        Ok(boot)
+    }
+
+    /// The version of its kernel.
+    pub fn kernel_version(&self) -> &str {
+        &self.installed.version
+    }
 }
 
 impl LaptopDiskBuilder {

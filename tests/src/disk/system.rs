@@ -78,6 +78,12 @@ impl System {
         }
     }
 
+    /// Another release than Debian 12, as `trixie`.
+    pub fn suite(mut self, suite: &str) -> Self {
+        suite.clone_into(&mut self.suite);
+        self
+    }
+
     /// One more package.
     pub fn package(mut self, name: &str) -> Self {
         self.packages.push(name.to_owned());

@@ -190,9 +190,19 @@ pub(crate) fn link_faults(bench: &Bench, way: Way) -> Result<(), Failure> {
          networkctl reconfigure stiefel0; systemctl restart systemd-networkd",
     )?;
     session.load_goes_on("after systemd-networkd took every link down")?;
+    desktop.run_ok(FIREWALL)?;
+    session.load_goes_on("behind a firewall that lets only answers in")?;
+    wire.set_cut(true)?;
+    sleep(Duration::from_secs(20));
+    wire.set_cut(false)?;
+    session.load_goes_on("behind a firewall, after the cable was out for 20 s")?;
     session.load_is_right()?;
     session.end()
 }
+
+/// What ufw and firewalld come to.
+const FIREWALL: &str = "nft 'table inet strict { chain input { type filter hook input priority 0; policy drop; \
+     iif lo accept; meta l4proto ipv6-icmp accept; ct state established,related accept; }; }'";
 
 /// systemd-networkd, told to take every interface there is.
 fn networkd() -> Vec<ExtraFile> {

@@ -13,6 +13,7 @@ mod interlocks;
 mod journey;
 mod link;
 mod runner;
+mod setup;
 mod systems;
 mod target;
 mod tiny;
@@ -175,6 +176,22 @@ fn tests() -> Vec<Test> {
     );
     tests.long("btrfs_subvolumes_boot_by_dracut_and_come_home_clean", systems::btrfs);
     tests.long("xfs_root_boots_by_dracut_and_comes_home_clean", systems::xfs);
+    tests.add(
+        "package_sets_a_debian_up_and_leaves_no_trace (ext4, initramfs-tools)",
+        |bench| setup::plain(bench, "bookworm"),
+    );
+    tests.long("package_sets_a_debian_up_and_leaves_no_trace (debian 13)", |bench| {
+        setup::plain(bench, "trixie")
+    });
+    tests.long(
+        "package_sets_a_debian_up_and_leaves_no_trace (luks and lvm, initramfs-tools)",
+        setup::luks_and_lvm,
+    );
+    tests.long(
+        "package_sets_a_debian_up_and_leaves_no_trace (btrfs, dracut)",
+        setup::btrfs,
+    );
+    tests.long("package_sets_a_debian_up_and_leaves_no_trace (xfs, dracut)", setup::xfs);
     tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
     tests.add(
         "desktop_with_a_disk_of_the_same_uuid_is_not_booted",

@@ -20,7 +20,7 @@ const BOOT: &str = "findmnt --noheadings --output SOURCE /boot | grep -x /dev/nv
 const REPAIRS: &str = "recovery (required|complete)|orphan cleanup|(starting|ending) recovery|log replay";
 
 /// One installed system for all layouts: dracut's initrd, and NetworkManager.
-fn dracut(layout: Layout) -> System {
+pub(crate) fn dracut(layout: Layout) -> System {
     System::new(layout, Initrd::Dracut).package("network-manager")
 }
 
