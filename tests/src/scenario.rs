@@ -127,7 +127,13 @@ pub fn plug_and_serve(laptop: &Vm, cable: &Netdev) -> Result<Duration, Failure> 
     stop::pause(ABSENT)?;
     let plugged = Instant::now();
     laptop.plug_usb_nic("cable", cable, DEDICATED_MAC)?;
-    wait_until_serving(laptop)?;
+    if let Err(failure) = wait_until_serving(laptop) {
+        // A laptop that stayed in its system says why.
+        return Err(match laptop.run("journalctl --no-pager -n 40 -u stiefel-autokexec") {
+            Ok(said) => format!("{failure}\nits service says:\n{}", said.output).into(),
+            Err(_) => failure,
+        });
+    }
     Ok(plugged.elapsed())
 }
 
