@@ -52,6 +52,8 @@ enum Command {
     Autokexec(AutokexecArgs),
     /// Leave this system and serve its disk now.
     Serve(ServeArgs),
+    /// Stop the countdown after a plug or a wake: this laptop stays in its system. For root, and for who sits in front of it.
+    Cancel,
     /// Show what the desktop would boot, and why.
     Payload(PayloadArgs),
     /// Show how the session is, on a desktop that runs from a laptop's disk.
@@ -440,6 +442,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Key(command) => commands::key::key(&command),
         Command::Autokexec(args) => commands::serve::autokexec(config, &args),
         Command::Serve(args) => commands::serve::serve(config, &args),
+        Command::Cancel => commands::serve::cancel(),
         Command::Payload(args) => commands::serve::payload(config, &args),
         Command::Status(args) => commands::status::status(&args),
         Command::Nbd(args) => commands::nbd::nbd(&args),

@@ -249,4 +249,11 @@ mod tests {
         // This would hide /lib/modules, which the overlay is made from.
         assert!(!UNIT_TEXT.lines().any(|line| line.starts_with("ProtectKernelModules")));
     }
+
+    #[test]
+    fn the_unit_has_the_folder_of_the_control_socket() {
+        let name = crate::autokexec::CONTROL_FOLDER.strip_prefix("/run/").unwrap();
+        let line = format!("RuntimeDirectory={name}");
+        assert!(UNIT_TEXT.lines().any(|found| found == line), "{line}");
+    }
 }
