@@ -9,6 +9,7 @@ mod keys;
 mod leave;
 mod log;
 mod nics;
+mod notify;
 mod plug;
 mod resume;
 mod sessions;
@@ -32,6 +33,7 @@ use control::{Control, Wish};
 use leave::Step;
 pub use leave::{LeaveError, Mode};
 use nics::{Interface, Known, NetEvent, Nics};
+pub use notify::notify;
 use plug::Moment;
 use wake::Wake;
 
