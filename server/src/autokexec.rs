@@ -2,7 +2,7 @@
 //!
 //! Counterpart: `init` in the ramdisk. Specification: design.md, "The way of a boot" 1–4. It never polls: uevents, datagrams and
 //! the wall clock's jumps wake it. Each decision is one line in the journal. A trigger while one is followed is ignored. People hear
-//! of it, and can stop it, by the [control socket](control).
+//! of it, and can stop it, by the control socket (`control`).
 
 mod control;
 mod keys;

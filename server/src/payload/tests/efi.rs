@@ -183,7 +183,10 @@ fn on_a_desktop_the_firmwares_variables_are_not_believed() {
 fn a_root_on_a_device_of_the_link_is_a_desktop_too() {
     let desktop = Laptop::arch("/boot");
     desktop.loader("LoaderEntryDefault", "arch-linux-lts.conf");
-    desktop.file("/proc/self/mountinfo", "22 1 43:1 / / rw - ext4 /dev/nbd0p1 rw\n");
+    desktop.file(
+        "/proc/self/mountinfo",
+        "22 1 43:1 / / rw - ext4 /dev/nbd0p1 rw\n23 22 43:2 / /boot rw - vfat /dev/nbd0p2 rw\n",
+    );
     desktop.file("/sys/class/block/nbd0/nbd0p1/partition", "1\n");
     fs::create_dir_all(desktop.dir.path().join("dev")).unwrap();
     desktop.file("/dev/nbd0p1", "");
