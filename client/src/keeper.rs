@@ -6,6 +6,7 @@
 //! - It holds the network namespace of the NIC: the kernel would give the NIC back without it.
 //! - When the distribution mounts its own /run (which hides what was there before), it writes the guards that keep
 //!   network managers off the link, and puts the [shutdown program](crate::goodbye) into /run/initramfs.
+//! - When somebody mounts the desktop's firmware's variables, it makes them read-only.
 //! - When the NIC is plugged in again, it brings it back to its place and points the tunnel at it; when somebody takes the
 //!   link's address or state away, it restores them (`mend`). It has the NIC's firmware for that.
 //! - When the kernel says that NBD's connection died, it makes a new one and hands it over: I/O that waited goes on. (NVMe
@@ -31,13 +32,14 @@ use stiefel_shared::bundle::{AttachSession, Transport};
 use stiefel_shared::handover::{LinkMode, secret_json};
 use stiefel_sys::console::Console;
 use stiefel_sys::link::{LinkError, LinkMonitor};
-use stiefel_sys::mount;
+use stiefel_sys::mount::{self, MountEntry};
 use stiefel_sys::nbd::{NbdError, Watch};
 use stiefel_sys::netns::Namespace;
 use stiefel_sys::process;
 
 use crate::attach::{self, HOME, KEEPER_ARG0};
 use crate::disk::{self, NBD_INDEX};
+use crate::firmware_variables::Variables;
 use crate::leave::{self, Wishes};
 use crate::life::{Life, News};
 use crate::link::Place;
@@ -127,6 +129,10 @@ struct Keeper {
     asked: Option<Option<Instant>>,
     /// Whether the guards are written.
     guarded: bool,
+    /// Whether something may have been mounted since the table was read.
+    mounted: bool,
+    /// The desktop's firmware's, where it has any.
+    variables: Option<Variables>,
     /// Since when NBD's connection is dead.
     dead: Option<Instant>,
     /// When the kernel last said so.
@@ -173,6 +179,8 @@ impl Keeper {
             status: first_status(&session),
             asked: None,
             guarded: false,
+            mounted: true,
+            variables: home("sys/firmware/efi").exists().then(Variables::default),
             dead: None,
             died: None,
             reconnecting: None,
@@ -215,36 +223,69 @@ impl Keeper {
 
     fn keep(&mut self) -> std::convert::Infallible {
         loop {
-            self.guard();
+            self.hear_of_mounts();
             self.hear_of_the_disk();
             self.hear_of_links();
             self.mender.step();
             self.reconnect();
             self.live();
-            if let Err(error) = self.wait() {
-                self.console.error(&format!("the keeper cannot wait for news: {error}"));
-                std::thread::sleep(AGAIN);
+            match self.wait() {
+                Ok(mounted) => self.mounted |= mounted,
+                Err(error) => {
+                    self.console.error(&format!("the keeper cannot wait for news: {error}"));
+                    std::thread::sleep(AGAIN);
+                }
             }
         }
     }
 
-    /// Waits for news, until the next sign of life is due, or until it is time for another try.
-    fn wait(&self) -> rustix::io::Result<()> {
+    /// Waits for news, until the next sign of life is due, or until it is time for another try. Says whether something was
+    /// mounted or unmounted.
+    fn wait(&self) -> rustix::io::Result<bool> {
         let mut fds = vec![
             PollFd::new(&self.links, PollFlags::IN),
             PollFd::new(&self.heart, PollFlags::IN),
         ];
         fds.extend(self.watch.as_ref().map(|watch| PollFd::new(watch, PollFlags::IN)));
-        // mountinfo would report every mount for ever.
-        if !self.guarded {
+        // mountinfo reports every mount for ever, so only as long as it is needed.
+        if !self.guarded || self.variables.is_some() {
             fds.push(PollFd::new(&self.mounts, PollFlags::PRI));
         }
         let again = self.dead.is_some() || self.mender.is_busy() || self.life.lost();
         let rest = self.heart.rest(Instant::now());
         let patience = if again { rest.min(AGAIN) } else { rest };
         match poll(&mut fds, Timespec::try_from(patience).ok().as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            // Nothing else is told as urgent.
+            Ok(_) => Ok(fds.iter().any(|fd| fd.revents().contains(PollFlags::PRI))),
+            Err(rustix::io::Errno::INTR) => Ok(false),
             Err(error) => Err(error),
+        }
+    }
+
+    fn hear_of_mounts(&mut self) {
+        if !std::mem::take(&mut self.mounted) {
+            return;
+        }
+        let table = match self.table() {
+            Ok(table) => table,
+            Err(error) => {
+                self.console
+                    .error(&format!("what is mounted cannot be seen: {error:#}"));
+                self.mounted = true;
+                return;
+            }
+        };
+        if let Some(variables) = &mut self.variables {
+            if let Err(error) = variables.protect(&table, &self.proc) {
+                self.console.warn(&format!(
+                    "the desktop's firmware may be changed by what updates a boot loader; its variables cannot be made \
+                     read-only: {error}"
+                ));
+            }
+            self.mounted = variables.is_waiting();
+        }
+        if !self.guarded && table.iter().any(|entry| entry.mount_point == Path::new("/run")) {
+            self.guard();
         }
     }
 
@@ -349,18 +390,6 @@ impl Keeper {
     /// Writes the guards, once, when a file system is mounted on /run: mount ids change when it is moved into the root, so
     /// it is not looked for again.
     fn guard(&mut self) {
-        if self.guarded {
-            return;
-        }
-        match self.run_is_mounted() {
-            Ok(false) => return,
-            Ok(true) => {}
-            Err(error) => {
-                self.console
-                    .error(&format!("the guards are not written yet: {error:#}"));
-                return;
-            }
-        }
         self.guarded = true;
         if let Err(error) = self.wishes.watch(Path::new("/run")) {
             self.console.warn(&format!("a shutdown will not be seen: {error}"));
@@ -399,16 +428,14 @@ impl Keeper {
         }
     }
 
-    fn run_is_mounted(&mut self) -> anyhow::Result<bool> {
+    fn table(&mut self) -> anyhow::Result<Vec<MountEntry>> {
         self.mounts.rewind()?;
         let mut text = Vec::new();
         (&self.mounts)
             .take(1 << 20)
             .read_to_end(&mut text)
             .context("cannot read the table of mounts")?;
-        Ok(mount::mountinfo(&text)
-            .iter()
-            .any(|entry| entry.mount_point == Path::new("/run")))
+        Ok(mount::mountinfo(&text))
     }
 
     fn hear_of_the_disk(&mut self) {

@@ -12,6 +12,7 @@ pub mod discovery;
 mod disk;
 pub mod fetch;
 mod firmware;
+mod firmware_variables;
 pub mod goodbye;
 mod guards;
 pub mod keeper;

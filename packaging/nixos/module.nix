@@ -81,6 +81,7 @@ in
         RestartSec = "5s";
         RestartPreventExitStatus = 2;
         UMask = "0077";
+        RuntimeDirectory = "stiefel-autokexec";
         CapabilityBoundingSet = "CAP_SYS_BOOT CAP_NET_ADMIN CAP_NET_RAW CAP_SYS_ADMIN";
         NoNewPrivileges = true;
         ProtectSystem = "strict";
@@ -104,6 +105,17 @@ in
         SystemCallErrorNumber = "EPERM";
       };
     };
+
+    # Says in each graphical session when the laptop is about to leave; as hooks/xdg/stiefel-notify.desktop.
+    environment.etc."xdg/autostart/stiefel-notify.desktop".text = ''
+      [Desktop Entry]
+      Type=Application
+      Name=stiefel
+      Exec=${cfg.package}/bin/stiefel notify
+      Icon=computer-laptop
+      Terminal=false
+      NoDisplay=true
+    '';
 
     # Network managers leave the dedicated NIC alone.
     networking.networkmanager.unmanaged = map (mac: "mac:${mac}") macs;

@@ -1,14 +1,18 @@
 //! autokexec: the service that waits for the dedicated NIC or an authenticated wake, and then leaves the laptop's OS.
 //!
 //! Counterpart: `init` in the ramdisk. Specification: design.md, "The way of a boot" 1–4. It never polls: uevents, datagrams and
-//! the wall clock's jumps wake it. Each decision is one line in the journal. A trigger while one is followed is ignored.
+//! the wall clock's jumps wake it. Each decision is one line in the journal. A trigger while one is followed is ignored. People hear
+//! of it, and can stop it, by the control socket (`control`).
 
+mod control;
 mod keys;
 mod leave;
 mod log;
 mod nics;
+mod notify;
 mod plug;
 mod resume;
+mod sessions;
 mod wake;
 
 use std::path::Path;
@@ -23,8 +27,13 @@ use stiefel_sys::uevent::{Monitor, Uevent, UeventError};
 
 use crate::collect::KEYS_DIR;
 use crate::{guards, install};
+pub use control::client::{ControlError, cancel};
+pub use control::{Answer, FOLDER as CONTROL_FOLDER, Notice};
+use control::{Control, Wish};
+use leave::Step;
 pub use leave::{LeaveError, Mode};
 use nics::{Interface, Known, NetEvent, Nics};
+pub use notify::notify;
 use plug::Moment;
 use wake::Wake;
 
@@ -42,6 +51,8 @@ enum Event {
     Keys,
     /// Leaving has ended.
     Left(Result<(), LeaveError>),
+    /// A user wants the laptop to stay.
+    Stay(Wish),
 }
 
 /// Leaves the OS now: `stiefel serve`. When it returns `Ok`, the shutdown has begun, or the dry run has ended.
@@ -51,7 +62,7 @@ enum Event {
 pub fn serve(config: &Config, mode: Mode) -> Result<(), LeaveError> {
     // Nobody else cancels it: the user's Ctrl-C ends the process.
     let (_keep, cancel) = mpsc::channel();
-    leave::leave(config, mode, &cancel)
+    leave::leave(config, mode, &cancel, &|_| {})
 }
 
 /// The service: `stiefel autokexec`. Ends only when it cannot go on, or has nothing to wait for.
@@ -88,12 +99,22 @@ pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
     }
     watch_uevents(monitor, sender.clone())?;
     watch_clock(sender.clone())?;
+    let control = Control::new(Path::new(sessions::SESSIONS));
+    let wishes = sender.clone();
+    let wished = move |wish| drop(wishes.send(Event::Stay(wish)));
+    if let Err(error) = control.listen(Path::new(control::FOLDER), wished) {
+        log::warning(format_args!(
+            "nobody can be told of a countdown, and `stiefel cancel` will not work: there is no socket in {}: {error}",
+            control::FOLDER
+        ));
+    }
     Service {
         config: config.clone(),
         mode,
         nics,
         wake,
         sender,
+        control,
         leaving: None,
     }
     .run(&events)
@@ -179,6 +200,7 @@ struct Service {
     nics: Nics,
     wake: Option<Wake>,
     sender: Sender<Event>,
+    control: Control,
     leaving: Option<Leaving>,
 }
 
@@ -187,6 +209,10 @@ struct Leaving {
     cancel: Sender<String>,
     /// It was triggered by a plug, so unplugging cancels it.
     by_plug: bool,
+    /// Users who want it stopped, and wait for what becomes of that.
+    asked: Vec<Sender<Answer>>,
+    /// The shutdown has begun.
+    gone: bool,
 }
 
 impl Service {
@@ -213,6 +239,7 @@ impl Service {
                     }
                 }
                 Event::Left(result) => self.left(&result),
+                Event::Stay(wish) => self.stay(wish),
             }
         }
         Ok(())
@@ -250,7 +277,14 @@ impl Service {
                 let Some(link) = links.iter().find(|link| link.index == index) else {
                     return;
                 };
-                if let Some(known) = self.nics.appeared(&Interface::of(link), now) {
+                let interface = Interface::of(link);
+                if self.nics.is_news_of_a_stranger(&interface) {
+                    log::debug(format_args!(
+                        "{} has appeared, and means nothing: neither trigger.macs nor trigger.usb in config.yaml names it",
+                        link.name
+                    ));
+                }
+                if let Some(known) = self.nics.appeared(&interface, now) {
                     self.trigger(
                         &format!("the dedicated NIC {known} was plugged in ({})", link.name),
                         true,
@@ -281,11 +315,29 @@ impl Service {
         self.say(State::Waking);
         let (cancel, cancelled) = mpsc::channel();
         let (config, mode, sender) = (self.config.clone(), self.mode, self.sender.clone());
+        let (control, why) = (self.control.clone(), why.to_owned());
         let leave = move || {
-            let _ = sender.send(Event::Left(leave::leave(&config, mode, &cancelled)));
+            let tell = |step| {
+                let why = why.clone();
+                control.tell(&match step {
+                    Step::Countdown(time) => Notice::Countdown {
+                        seconds: time.as_secs(),
+                        why,
+                    },
+                    Step::Leaving => Notice::Leaving { why },
+                });
+            };
+            let _ = sender.send(Event::Left(leave::leave(&config, mode, &cancelled, &tell)));
         };
         match thread::Builder::new().name("leave".to_owned()).spawn(leave) {
-            Ok(_) => self.leaving = Some(Leaving { cancel, by_plug }),
+            Ok(_) => {
+                self.leaving = Some(Leaving {
+                    cancel,
+                    by_plug,
+                    asked: Vec::new(),
+                    gone: false,
+                });
+            }
             Err(error) => {
                 log::error(format_args!("cannot start a thread: {error}"));
                 self.say(State::Asleep);
@@ -293,11 +345,44 @@ impl Service {
         }
     }
 
+    /// A user wants the laptop to stay. What becomes of it is known when leaving has ended.
+    fn stay(&mut self, wish: Wish) {
+        let Wish { who, answer } = wish;
+        let answered = match &mut self.leaving {
+            None => Answer::Idle,
+            Some(leaving) if leaving.gone => Answer::TooLate,
+            Some(leaving) => {
+                // One that has ended already says so by its next event.
+                let _ = leaving.cancel.send(format!("by {who}"));
+                leaving.asked.push(answer);
+                return;
+            }
+        };
+        log::info(format_args!(
+            "{who} wants to stay in this system: {}",
+            match answered {
+                Answer::TooLate => "too late, the shutdown has begun",
+                _ => "nothing had been triggered",
+            }
+        ));
+        let _ = answer.send(answered);
+    }
+
     fn left(&mut self, result: &Result<(), LeaveError>) {
+        let asked = self.leaving.as_mut().map(|leaving| std::mem::take(&mut leaving.asked));
+        let answer = |answer: Answer| {
+            for asked in asked.into_iter().flatten() {
+                let _ = asked.send(answer.clone());
+            }
+        };
         match result {
             // From now on systemd ends us; a new trigger has nothing to add.
-            Ok(()) if self.mode == Mode::Real => return,
-            Ok(()) => {}
+            Ok(()) if self.mode == Mode::Real => {
+                self.leaving.iter_mut().for_each(|leaving| leaving.gone = true);
+                answer(Answer::TooLate);
+                return;
+            }
+            Ok(()) => answer(Answer::TooLate),
             Err(error) => {
                 let mut text = error.to_string();
                 let mut cause = std::error::Error::source(error);
@@ -306,6 +391,16 @@ impl Service {
                     cause = source.source();
                 }
                 log::error(format_args!("staying in this system: {text}"));
+                match error {
+                    LeaveError::Cancelled { why } => {
+                        answer(Answer::Cancelled);
+                        self.control.tell(&Notice::Cancelled { why: why.clone() });
+                    }
+                    _ => {
+                        answer(Answer::StaysAnyway { why: text.clone() });
+                        self.control.tell(&Notice::Refused { why: text });
+                    }
+                }
             }
         }
         self.leaving = None;
@@ -351,7 +446,13 @@ mod tests {
             nics: Nics::new(vec![Known::Mac(config::Mac(mac))], &[nic], long_ago),
             wake: None,
             sender,
-            leaving: Some(Leaving { cancel, by_plug: true }),
+            control: Control::new(Path::new("/nonexistent")),
+            leaving: Some(Leaving {
+                cancel,
+                by_plug: true,
+                asked: Vec::new(),
+                gone: false,
+            }),
         };
         (service, events, cancelled)
     }
@@ -408,5 +509,48 @@ mod tests {
         let (mut service, _events, _cancelled) = leaving(Mode::DryRun);
         service.left(&Ok(()));
         assert!(service.leaving.is_none());
+    }
+
+    /// What a user who wants to stay is told, or not yet.
+    fn wish(service: &mut Service) -> Receiver<Answer> {
+        let (answer, answered) = mpsc::channel();
+        service.stay(Wish {
+            who: "root".to_owned(),
+            answer,
+        });
+        answered
+    }
+
+    #[test]
+    fn a_users_wish_cancels_what_was_triggered_and_is_answered_at_its_end() {
+        let refusal = || LeaveError::Refused { refusals: Vec::new() };
+        for (end, expected) in [
+            (Err(LeaveError::Cancelled { why: "by root".into() }), Answer::Cancelled),
+            (
+                Err(refusal()),
+                Answer::StaysAnyway {
+                    why: refusal().to_string(),
+                },
+            ),
+            (Ok(()), Answer::TooLate),
+        ] {
+            let (mut service, _events, cancelled) = leaving(Mode::Real);
+            let (first, second) = (wish(&mut service), wish(&mut service));
+            assert_eq!(cancelled.try_recv().unwrap(), "by root");
+            assert!(first.try_recv().is_err(), "not known yet");
+            service.left(&end);
+            assert_eq!(first.try_recv().unwrap(), expected);
+            assert_eq!(second.try_recv().unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn a_users_wish_without_a_trigger_or_after_the_shutdown_has_begun_is_answered_at_once() {
+        let (mut service, _events, _cancelled) = leaving(Mode::Real);
+        service.left(&Ok(()));
+        assert_eq!(wish(&mut service).try_recv().unwrap(), Answer::TooLate);
+        let (mut service, _events, _cancelled) = leaving(Mode::Real);
+        service.left(&Err(LeaveError::Cancelled { why: "x".into() }));
+        assert_eq!(wish(&mut service).try_recv().unwrap(), Answer::Idle);
     }
 }

@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::tree::Tree;
 pub use inhibitors::Inhibitor;
+pub use packages::Sign;
 
 /// Why the laptop stays in its OS; each message says what to do next.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize)]
@@ -47,12 +48,12 @@ pub enum Refusal {
         why: String,
     },
     /// Software is being installed.
-    #[error("{program} is installing software ({lock} is locked)\n  next: wait for it to end")]
+    #[error("{program} is installing software ({sign})\n  next: wait for it to end")]
     PackageManager {
         /// Which.
         program: &'static str,
-        /// Its lock file.
-        lock: &'static str,
+        /// What shows it.
+        sign: Sign,
     },
     /// The battery would not last.
     #[error(

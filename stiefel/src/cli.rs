@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use stiefel_server::autokexec;
 use stiefel_server::nbd::Upper;
 use stiefel_server::target::Writable;
 use stiefel_shared::config::ConfigError;
@@ -52,6 +53,11 @@ enum Command {
     Autokexec(AutokexecArgs),
     /// Leave this system and serve its disk now.
     Serve(ServeArgs),
+    /// Stop the countdown after a plug or a wake: this laptop stays in its system. For root, and for who sits in front of it.
+    Cancel,
+    /// Say in this graphical session when the laptop is about to leave, with a button that cancels it, and when it stays. `install`
+    /// has it started in each session.
+    Notify,
     /// Show what the desktop would boot, and why.
     Payload(PayloadArgs),
     /// Show how the session is, on a desktop that runs from a laptop's disk.
@@ -440,6 +446,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Key(command) => commands::key::key(&command),
         Command::Autokexec(args) => commands::serve::autokexec(config, &args),
         Command::Serve(args) => commands::serve::serve(config, &args),
+        Command::Cancel => commands::serve::cancel(),
+        Command::Notify => autokexec::notify(),
         Command::Payload(args) => commands::serve::payload(config, &args),
         Command::Status(args) => commands::status::status(&args),
         Command::Nbd(args) => commands::nbd::nbd(&args),

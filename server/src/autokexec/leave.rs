@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::Duration;
 
 use stiefel_shared::config::Config;
 use stiefel_shared::handover::ramdisk_cmdline;
@@ -67,20 +68,32 @@ pub enum Mode {
     DryRun,
 }
 
+/// What people are told while it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The countdown begins.
+    Countdown(Duration),
+    /// It is not cancelled any more.
+    Leaving,
+}
+
 /// Leaves the OS. When it returns `Ok`, the shutdown has begun ([`Mode::Real`]).
 ///
-/// `cancel` ends the countdown with a reason; its other end must live for as long.
+/// `cancel` ends the countdown with a reason; its other end must live for as long. `tell` hears how far it is.
 ///
 /// # Errors
 /// [`LeaveError`]; the OS goes on as if nothing had been.
-pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(), LeaveError> {
+pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>, tell: &dyn Fn(Step)) -> Result<(), LeaveError> {
     guard(config)?;
+    log::info(format_args!(
+        "nothing speaks against leaving: no inhibitor, no package manager at work, no hibernation image, enough battery, kexec allowed"
+    ));
     if mode == Mode::Real {
         if !config.trigger.countdown.0.is_zero() {
             // What cannot work is told before the wait; what counts is collected after it.
             collect::collect(Path::new("/"), config)?;
         }
-        count_down(config, cancel)?;
+        count_down(config, cancel, tell)?;
     }
     let collected = collect::collect(Path::new("/"), config)?;
     log::info(format_args!(
@@ -111,6 +124,7 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>) -> Result<(
     // Collecting took its time: an upgrade may have begun, or the NIC be gone.
     not_cancelled(cancel)?;
     guard(config)?;
+    tell(Step::Leaving);
     kexec::load(kernel.as_fd(), Some(image.initrd.as_fd()), &cmdline)?;
     // The kernel has its own copy: free ours, the shutdown needs memory too.
     drop(image);
@@ -149,10 +163,14 @@ fn describe(image: &Image, version: &str, cmdline: &str) {
     }
 }
 
-fn count_down(config: &Config, cancel: &Receiver<String>) -> Result<(), LeaveError> {
+fn count_down(config: &Config, cancel: &Receiver<String>, tell: &dyn Fn(Step)) -> Result<(), LeaveError> {
     let countdown = config.trigger.countdown.0;
     if !countdown.is_zero() {
-        log::notice(format_args!("leaving in {} s", countdown.as_secs()));
+        log::notice(format_args!(
+            "leaving in {} s; `stiefel cancel` stops it",
+            countdown.as_secs()
+        ));
+        tell(Step::Countdown(countdown));
     }
     match cancel.recv_timeout(countdown) {
         Ok(why) => Err(LeaveError::Cancelled { why }),
@@ -194,8 +212,8 @@ fn shut_down() -> Result<(), LeaveError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
     use std::sync::mpsc;
-    use std::time::Duration;
     use stiefel_shared::config::Seconds;
 
     fn counting(seconds: u64) -> Config {
@@ -208,15 +226,25 @@ mod tests {
     fn a_cancelled_countdown_ends_at_once_with_its_reason() {
         let (sender, receiver) = mpsc::channel();
         sender.send("the NIC was unplugged".to_owned()).unwrap();
-        let error = count_down(&counting(3600), &receiver).unwrap_err();
+        let error = count_down(&counting(3600), &receiver, &|_| {}).unwrap_err();
         assert_eq!(error.to_string(), "cancelled: the NIC was unplugged");
+    }
+
+    #[test]
+    fn people_are_told_of_a_countdown_only_where_there_is_one() {
+        for (seconds, expected) in [(0, None), (1, Some(Step::Countdown(Duration::from_secs(1))))] {
+            let (_sender, receiver) = mpsc::channel();
+            let told = Cell::new(None);
+            count_down(&counting(seconds), &receiver, &|step| told.set(Some(step))).unwrap();
+            assert_eq!(told.get(), expected);
+        }
     }
 
     #[test]
     fn a_service_that_ends_does_not_leave() {
         let (sender, receiver) = mpsc::channel::<String>();
         drop(sender);
-        assert!(count_down(&counting(3600), &receiver).is_err());
+        assert!(count_down(&counting(3600), &receiver, &|_| {}).is_err());
     }
 
     #[test]

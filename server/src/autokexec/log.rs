@@ -2,6 +2,11 @@
 
 use std::fmt::Arguments;
 
+/// Says what was looked at, and meant nothing.
+pub fn debug(text: Arguments<'_>) {
+    print(7, text);
+}
+
 /// Says what happened.
 pub fn info(text: Arguments<'_>) {
     print(6, text);

@@ -67,6 +67,8 @@ impl Interface {
 #[derive(Debug, Default)]
 pub struct Nics {
     nics: Vec<Nic>,
+    /// Interfaces that are no dedicated NIC, of which that was said.
+    strangers: BTreeSet<u32>,
 }
 
 #[derive(Debug)]
@@ -114,6 +116,7 @@ impl Nics {
         };
         Self {
             nics: known.into_iter().map(nic).collect(),
+            strangers: BTreeSet::new(),
         }
     }
 
@@ -145,8 +148,14 @@ impl Nics {
         plugged
     }
 
+    /// Whether an interface has appeared that is no dedicated NIC; once for each (they are renamed).
+    pub fn is_news_of_a_stranger(&mut self, interface: &Interface) -> bool {
+        !self.nics.iter().any(|nic| interface.is(&nic.known)) && self.strangers.insert(interface.index)
+    }
+
     /// The interface with this number is gone.
     pub fn disappeared(&mut self, index: u32, now: Moment) {
+        self.strangers.remove(&index);
         for nic in &mut self.nics {
             if nic.present.remove(&index) && nic.present.is_empty() {
                 log::info(format_args!("the dedicated NIC {} is unplugged", nic.known));
@@ -167,6 +176,7 @@ impl Nics {
             .collect();
         gone.into_iter().for_each(|index| self.disappeared(index, now));
         for nic in &mut self.nics {
+            let was_absent = nic.present.is_empty();
             nic.present = here
                 .values()
                 .filter(|found| found.is(&nic.known))
@@ -174,6 +184,12 @@ impl Nics {
                 .collect();
             if !nic.present.is_empty() {
                 let _ = nic.plug.appeared(now);
+            }
+            if was_absent && !nic.present.is_empty() {
+                log::info(format_args!(
+                    "the dedicated NIC {} has come while events were lost, which is no plug; unplug it once",
+                    nic.known
+                ));
             }
         }
     }
@@ -264,6 +280,21 @@ mod tests {
         nics.disappeared(3, at(30));
         assert!(!nics.any_present());
         assert!(nics.appeared(&adapter(4), at(40)).is_some());
+    }
+
+    #[test]
+    fn a_nic_that_is_not_dedicated_is_told_of_once() {
+        let mut nics = Nics::new(trigger(&["00:e0:4c:68:01:02"], &[]), &[], at(0));
+        let stranger = |index| Interface {
+            macs: vec![[2, 0, 0, 0, 0, 9]],
+            ..adapter(index)
+        };
+        assert!(nics.is_news_of_a_stranger(&stranger(3)));
+        assert!(!nics.is_news_of_a_stranger(&stranger(3)), "renamed");
+        assert!(nics.is_news_of_a_stranger(&stranger(4)), "another one");
+        assert!(!nics.is_news_of_a_stranger(&adapter(5)), "the dedicated one");
+        nics.disappeared(3, at(10));
+        assert!(nics.is_news_of_a_stranger(&stranger(3)), "plugged in anew");
     }
 
     #[test]

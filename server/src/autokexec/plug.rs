@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// Where systemd-logind describes sessions: sd-login(3); `MONOTONIC` is what sd_session_get_start_time(3) is made from.
-const SESSIONS: &str = "/run/systemd/sessions";
+use super::sessions;
+
 /// How long an interface must have been absent.
 pub const ABSENCE: Duration = Duration::from_secs(10);
 /// For how long after a resume nothing counts.
@@ -51,7 +51,7 @@ impl Moment {
         Self {
             awake: read(ClockId::Monotonic),
             boot: read(ClockId::Boottime),
-            login: last_login(Path::new(SESSIONS)),
+            login: last_login(Path::new(sessions::SESSIONS)),
         }
     }
 
@@ -62,18 +62,12 @@ impl Moment {
 }
 
 /// The latest graphical login of a user (not of the login screen itself), by CLOCK_MONOTONIC.
-fn last_login(sessions: &Path) -> Option<Duration> {
-    let names = std::fs::read_dir(sessions).into_iter().flatten().flatten();
-    // Beside each session's file lies a FIFO (`1.ref`): who reads that waits until the session ends.
-    let files = names.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
-    let logins = files.filter_map(|entry| {
-        let text = std::fs::read_to_string(entry.path()).ok()?;
-        let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-        let graphical = matches!(value("TYPE")?, "x11" | "wayland" | "mir") && value("CLASS")? == "user";
-        let at = value("MONOTONIC")?.parse().ok()?;
-        graphical.then(|| Duration::from_micros(at))
-    });
-    logins.max()
+fn last_login(folder: &Path) -> Option<Duration> {
+    let sessions = sessions::list(folder).into_iter();
+    sessions
+        .filter(|session| session.is_graphical && session.is_users)
+        .filter_map(|session| session.begun)
+        .max()
 }
 
 /// What an appearance means.
@@ -311,25 +305,12 @@ mod tests {
         let session = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
         assert_eq!(last_login(dir.path()), None);
         session("1", "UID=0\nTYPE=tty\nCLASS=user\nMONOTONIC=9000000\n");
-        session("c1", "TYPE=wayland\nCLASS=greeter\nMONOTONIC=8000000\n");
+        session("c1", "UID=7\nTYPE=wayland\nCLASS=greeter\nMONOTONIC=8000000\n");
         assert_eq!(last_login(dir.path()), None);
-        session("3", "TYPE=x11\nCLASS=user\nREALTIME=1\nMONOTONIC=5000000\n");
-        session("4", "TYPE=wayland\nCLASS=user\nMONOTONIC=7000000\n");
+        session("3", "UID=7\nTYPE=x11\nCLASS=user\nREALTIME=1\nMONOTONIC=5000000\n");
+        session("4", "UID=7\nTYPE=wayland\nCLASS=user\nMONOTONIC=7000000\n");
         assert_eq!(last_login(dir.path()), Some(Duration::from_secs(7)));
         assert_eq!(last_login(Path::new("/nonexistent")), None);
-    }
-
-    #[test]
-    fn what_lies_beside_the_sessions_is_not_waited_for() {
-        use rustix::fs::{CWD, FileType, Mode, mknodat};
-        let dir = tempfile::tempdir().unwrap();
-        let fifo = dir.path().join("1.ref");
-        mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        std::fs::write(dir.path().join("1"), "TYPE=x11\nCLASS=user\nMONOTONIC=5000000\n").unwrap();
-        let (done, login) = std::sync::mpsc::channel();
-        std::thread::spawn(move || done.send(last_login(dir.path())));
-        let login = login.recv_timeout(Duration::from_secs(60));
-        assert_eq!(login, Ok(Some(Duration::from_secs(5))));
     }
 
     #[test]

@@ -24,15 +24,16 @@ pub struct Inhibitor {
     pub who: String,
     /// Why.
     pub why: String,
-    /// `block` or `delay`.
+    /// `block`, `block-weak` (since systemd 257) or `delay`.
     pub mode: String,
 }
 
 impl Inhibitor {
-    /// Whether it stands against a shutdown.
+    /// Whether it stands against a shutdown. Who may override a weak one is a person who decides to, which we are not: systemd
+    /// calls so what `block` was before its version 257.
     #[must_use]
     pub fn blocks_shutdown(&self) -> bool {
-        self.mode == "block" && self.what.split(':').any(|what| what == "shutdown")
+        matches!(self.mode.as_str(), "block" | "block-weak") && self.what.split(':').any(|what| what == "shutdown")
     }
 }
 
@@ -114,6 +115,34 @@ mod tests {
             why: "Upgrading".into(),
         };
         assert_eq!(refusals(parse(ANSWER.as_bytes()).unwrap()), [expected]);
+    }
+
+    #[test]
+    fn each_way_to_block_a_shutdown_is_a_reason() {
+        let inhibitor = |what: &str, mode: &str| Inhibitor {
+            what: what.into(),
+            who: "x".into(),
+            why: "y".into(),
+            mode: mode.into(),
+        };
+        for (what, mode) in [
+            ("shutdown", "block"),
+            ("shutdown", "block-weak"),
+            // As fwupd asks while it writes a firmware.
+            ("shutdown:sleep:idle:handle-power-key:handle-lid-switch", "block"),
+            ("sleep:shutdown", "block"),
+        ] {
+            assert_eq!(refusals(vec![inhibitor(what, mode)]).len(), 1, "{what} {mode}");
+        }
+        for (what, mode) in [
+            ("shutdown", "delay"),
+            ("sleep:idle", "block"),
+            ("handle-lid-switch", "block"),
+            ("", "block"),
+            ("shutdowns", "block"),
+        ] {
+            assert_eq!(refusals(vec![inhibitor(what, mode)]), [], "{what} {mode}");
+        }
     }
 
     /// What is said with a `busctl` that runs this script.

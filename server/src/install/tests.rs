@@ -124,6 +124,7 @@ fn everything_is_put_in_place_with_its_mode() {
     for (path, mode) in [
         ("usr/local/bin/stiefel", 0o755),
         ("etc/systemd/system/stiefel-autokexec.service", 0o644),
+        ("etc/xdg/autostart/stiefel-notify.desktop", 0o644),
         ("etc/stiefel/config.yaml", 0o644),
         ("etc/stiefel/keys", 0o700),
         ("etc/stiefel/keys/stick.key", 0o600),

@@ -26,6 +26,10 @@ pub const UNIT: &str = "stiefel-autokexec.service";
 /// The key that a first install makes.
 const FIRST_KEY: &str = "stick";
 
+/// Starts `stiefel notify` in graphical sessions (Desktop Application Autostart Specification).
+const AUTOSTART: &str = "/etc/xdg/autostart/stiefel-notify.desktop";
+
+const AUTOSTART_TEXT: &str = include_str!("../../../hooks/xdg/stiefel-notify.desktop");
 const UNIT_TEXT: &str = include_str!("../../../hooks/systemd/stiefel-autokexec.service");
 /// Stands in the files of `hooks/` for the place of the program.
 pub const PROGRAM_WORD: &str = "@PROGRAM@";
@@ -121,6 +125,11 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
             0o777,
             Fate::RemoveUnchanged,
             "starts the service at boot",
+        ),
+        Wanted::text(
+            AUTOSTART,
+            AUTOSTART_TEXT.replace(PROGRAM_WORD, program),
+            "says in graphical sessions when the laptop is about to leave",
         ),
     ];
     if program == PROGRAM {
@@ -248,5 +257,13 @@ mod tests {
         assert!(UNIT_TEXT.contains(&format!("ExecStart={PROGRAM_WORD} autokexec\n")));
         // This would hide /lib/modules, which the overlay is made from.
         assert!(!UNIT_TEXT.lines().any(|line| line.starts_with("ProtectKernelModules")));
+        assert!(AUTOSTART_TEXT.contains(&format!("Exec={PROGRAM_WORD} notify\n")));
+    }
+
+    #[test]
+    fn the_unit_has_the_folder_of_the_control_socket() {
+        let name = crate::autokexec::CONTROL_FOLDER.strip_prefix("/run/").unwrap();
+        let line = format!("RuntimeDirectory={name}");
+        assert!(UNIT_TEXT.lines().any(|found| found == line), "{line}");
     }
 }

@@ -1,11 +1,18 @@
 //! What started this system: boot loaders and firmware leave it in variables.
 //!
+//! Not believed in a session: they are the desktop's then, which was started from the stick, and say nothing of what the laptop's
+//! firmware and boot loader would start.
+//!
 //! Specification: systemd.io/BOOT_LOADER_INTERFACE; UEFI, 3.3 ("Globally Defined Variables"). Parsed by
 //! `stiefel_shared::loader::efi`.
 
 use stiefel_shared::loader::efi::{self, GLOBAL, LOADER, LoadOption, MAX_VARIABLE};
 
 use crate::tree::Tree;
+
+/// What is to be said where [`Booted::elsewhere`] was used.
+pub(super) const ELSEWHERE: &str = "this system runs on a desktop, whose firmware's variables do not tell what the laptop would boot; \
+    they were not looked at. An entry that is chosen there (LoaderEntryDefault, BootOrder) counts at home again";
 
 /// What started this system, as far as it is told; all empty where the firmware is no EFI.
 #[derive(Debug, Default)]
@@ -37,6 +44,14 @@ pub(super) enum Loader<'a> {
 }
 
 impl Booted {
+    /// On a desktop that runs from the laptop's disk. Which kind of firmware the laptop has is not known; of GRUB's entries few ask.
+    pub fn elsewhere(tree: &Tree) -> Self {
+        Self {
+            efi: tree.is_folder("/sys/firmware/efi"),
+            ..Self::default()
+        }
+    }
+
     pub fn read(tree: &Tree) -> Self {
         let variable = |name: &str, space: &str| {
             let path = format!("/sys/firmware/efi/efivars/{name}-{space}");

@@ -29,6 +29,7 @@ use stiefel_shared::kernel::{Arch, Format, is_release};
 use stiefel_shared::loader::cmdline;
 use stiefel_shared::loader::uki::Section;
 
+use crate::guards;
 use crate::tree::Tree;
 use booted::{Booted, Loader};
 
@@ -127,10 +128,7 @@ pub fn find(root: &Path, load: &Load) -> Result<FoundPayload, PayloadError> {
     let tree = Tree::new(root);
     let mut candidate = match load.kernel.given() {
         Some(kernel) => configured(&tree, kernel),
-        None => match by_loader(&tree) {
-            Ok(candidate) => candidate,
-            Err(why) => running::find(&tree, &why)?,
-        },
+        None => would_boot(&tree, guards::on_a_link(root).is_some())?,
     };
     let mut overridden = Vec::new();
     if let Some(initrds) = load.initrd.given() {
@@ -151,19 +149,31 @@ pub fn find(root: &Path, load: &Load) -> Result<FoundPayload, PayloadError> {
     complete(&tree, candidate, &load.append.0)
 }
 
+/// What the boot loader would start, else what runs. `elsewhere`: this system runs on a desktop, from the laptop's disk.
+fn would_boot(tree: &Tree, elsewhere: bool) -> Result<Candidate, PayloadError> {
+    let booted = match elsewhere {
+        true => Booted::elsewhere(tree),
+        false => Booted::read(tree),
+    };
+    let mut candidate = by_loader(tree, &booted).or_else(|why| running::find(tree, &why))?;
+    if elsewhere {
+        candidate.notes.push(booted::ELSEWHERE.to_owned());
+    }
+    Ok(candidate)
+}
+
 /// The default entry of the boot loader that started this system; where nothing says which did, of one that is there.
 ///
 /// # Errors
 /// Why there is none, in words.
-fn by_loader(tree: &Tree) -> Result<Candidate, String> {
-    let booted = Booted::read(tree);
+fn by_loader(tree: &Tree, booted: &Booted) -> Result<Candidate, String> {
     match booted.loader() {
-        Loader::SystemdBoot => sdboot::find(tree, &booted),
-        Loader::Grub => grub::find(tree, &booted),
-        Loader::Firmware(option) => firmware::find(tree, &booted, option),
+        Loader::SystemdBoot => sdboot::find(tree, booted),
+        Loader::Grub => grub::find(tree, booted),
+        Loader::Firmware(option) => firmware::find(tree, booted, option),
         Loader::Other(name) => Err(format!("the boot loader {name} is not known to stiefel")),
-        Loader::Unknown => grub::find(tree, &booted)
-            .or_else(|why| sdboot::find(tree, &booted).map_err(|other| format!("{why}; {other}"))),
+        Loader::Unknown => grub::find(tree, booted)
+            .or_else(|why| sdboot::find(tree, booted).map_err(|other| format!("{why}; {other}"))),
     }
 }
 

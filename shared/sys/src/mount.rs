@@ -8,8 +8,10 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use std::os::fd::AsFd;
+
 pub use rustix::mount::MountFlags;
-use rustix::mount::UnmountFlags;
+use rustix::mount::{FsPickFlags, UnmountFlags, fsconfig_reconfigure, fsconfig_set_flag, fspick};
 
 /// The longest table of mounts taken, in bytes.
 const MAX_TABLE: usize = 16 << 20;
@@ -79,6 +81,17 @@ pub fn mount(from: &str, target: &Path, fstype: &str, flags: MountFlags, data: O
     };
     let data = data.map(CString::new).transpose().map_err(|nul| failed(nul.into()))?;
     rustix::mount::mount(from, target, fstype, flags, data.as_deref()).map_err(|errno| failed(errno.into()))
+}
+
+/// Makes the file system that is mounted at `path` (relative to the folder `at`) read-only wherever it is mounted: fspick(2),
+/// since Linux 5.2. Unlike mount(2) it needs no path from this process's own root.
+///
+/// # Errors
+/// The kernel's answer; `ResourceBusy` while a file of it is open for writing.
+pub fn make_read_only(at: impl AsFd, path: &Path) -> io::Result<()> {
+    let context = fspick(at, path, FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_NO_AUTOMOUNT)?;
+    fsconfig_set_flag(&context, "ro")?;
+    Ok(fsconfig_reconfigure(&context)?)
 }
 
 /// Unmounts what is topmost on `target`; `lazy` takes it out of the tree now and lets go when nothing uses it.

@@ -1,9 +1,9 @@
-//! `stiefel autokexec`, `serve` and `payload`: what the laptop does while its own system runs.
+//! `stiefel autokexec`, `serve`, `cancel` and `payload`: what the laptop does while its own system runs.
 
 use std::path::Path;
 
 use anyhow::bail;
-use stiefel_server::autokexec::{self, Mode};
+use stiefel_server::autokexec::{self, Answer, CONTROL_FOLDER, ControlError, Mode};
 use stiefel_server::payload;
 
 use super::{ask, config, config_or_default};
@@ -25,6 +25,18 @@ pub(crate) fn serve(path: Option<&Path>, args: &ServeArgs) -> anyhow::Result<()>
         bail!("nothing was done");
     }
     Ok(autokexec::serve(&config, mode(args.dry_run))?)
+}
+
+/// Has the service stay in this system.
+pub(crate) fn cancel() -> anyhow::Result<()> {
+    match autokexec::cancel(Path::new(CONTROL_FOLDER))? {
+        Answer::Cancelled => println!("cancelled: this laptop stays in its system"),
+        Answer::StaysAnyway { why } => println!("this laptop stays in its system anyway: {why}"),
+        Answer::Idle => bail!("there is nothing to cancel: no plug and no wake is being followed"),
+        Answer::TooLate => bail!("it is too late: the shutdown has begun"),
+        Answer::Denied => return Err(ControlError::Denied.into()),
+    }
+    Ok(())
 }
 
 /// Shows what would be booted.

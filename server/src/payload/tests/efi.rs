@@ -139,6 +139,63 @@ fn the_wishes_of_loader_conf_and_the_firmwares_variables_count() {
 }
 
 #[test]
+fn on_a_desktop_the_firmwares_variables_are_not_believed() {
+    // As the desktop's firmware tells of itself: another boot loader, an entry of its own system, a wish for the next boot.
+    let wishes = |laptop: &Laptop| {
+        laptop.loader("LoaderEntryDefault", "arch-linux-lts.conf");
+        laptop.loader("LoaderEntryOneShot", "arch-linux-lts.conf");
+        laptop.loader("LoaderEntrySelected", "arch-linux-lts.conf");
+        laptop.boot_entry("/EFI/Linux/stiefel.efi", "");
+    };
+    let at_home = Laptop::arch("/boot");
+    wishes(&at_home);
+    let found = at_home.find().unwrap();
+    assert_eq!(found.version, LTS);
+    assert!(
+        !found.notes.iter().any(|note| note.contains("desktop")),
+        "{:?}",
+        found.notes
+    );
+
+    for loader in ["systemd-boot 256", "rEFInd 0.14", "GRUB 2.12"] {
+        let desktop = Laptop::arch("/boot");
+        wishes(&desktop);
+        desktop.loader("LoaderInfo", loader);
+        desktop.file(
+            "/proc/cmdline",
+            &format!("root=UUID={ROOT_UUID} rw rdinit=/stiefel/stiefel noresume\n"),
+        );
+        let found = desktop.find().unwrap();
+        assert_eq!(found.version, RELEASE, "{loader}: {}", found.reason);
+        assert!(
+            found.reason.contains("the first entry of systemd-boot's menu"),
+            "{loader}: {}",
+            found.reason
+        );
+        assert!(found.notes.iter().any(|note| note.contains("runs on a desktop")));
+        // What lies on the laptop's own disk counts.
+        desktop.file("/boot/loader/loader.conf", "default arch-linux-lts.conf\n");
+        assert_eq!(desktop.find().unwrap().version, LTS, "{loader}");
+    }
+}
+
+#[test]
+fn a_root_on_a_device_of_the_link_is_a_desktop_too() {
+    let desktop = Laptop::arch("/boot");
+    desktop.loader("LoaderEntryDefault", "arch-linux-lts.conf");
+    desktop.file(
+        "/proc/self/mountinfo",
+        "22 1 43:1 / / rw - ext4 /dev/nbd0p1 rw\n23 22 43:2 / /boot rw - vfat /dev/nbd0p2 rw\n",
+    );
+    desktop.file("/sys/class/block/nbd0/nbd0p1/partition", "1\n");
+    fs::create_dir_all(desktop.dir.path().join("dev")).unwrap();
+    desktop.file("/dev/nbd0p1", "");
+    desktop.link("nbd0/nbd0p1", "/sys/class/block/nbd0p1");
+    let found = desktop.find().unwrap();
+    assert_eq!(found.version, RELEASE, "{}", found.reason);
+}
+
+#[test]
 fn the_saved_entry_and_counters_are_honoured() {
     let laptop = Laptop::arch("/boot");
     laptop.file("/boot/loader/loader.conf", "default @saved\n");
