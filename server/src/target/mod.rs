@@ -12,6 +12,7 @@ mod clients;
 mod closed;
 mod desk;
 mod listing;
+mod lives;
 mod names;
 mod pick;
 mod role;

@@ -433,11 +433,11 @@ pub(super) fn wanted(
         if !by_name && options.all == 0 {
             continue;
         }
-        let refused = match &survey.root_unknown {
+        let refused = match &survey.unknown {
             _ if options.all >= 2 => None,
             _ if *system => Some("the running system lives on it; --all twice lends it all the same".to_owned()),
-            Some(root) if !by_name => Some(format!(
-                "it may be one of the running system's ({root}); name it, or say --all twice"
+            Some(part) if !by_name => Some(format!(
+                "it may be one of the running system's ({part}); name it, or say --all twice"
             )),
             _ => None,
         };
@@ -590,7 +590,7 @@ mod tests {
     fn the_systems_disk_is_lent_only_when_asked_for_twice() {
         let survey = Survey {
             disks: vec![candidate("sda", true), candidate("sdb", false)],
-            root_unknown: None,
+            unknown: None,
         };
         let all = |all| Options {
             all,
@@ -609,7 +609,7 @@ mod tests {
     fn where_the_root_is_unknown_only_named_disks_are_lent() {
         let survey = Survey {
             disks: vec![candidate("sda", false)],
-            root_unknown: Some("zfs on rpool".into()),
+            unknown: Some("zfs on rpool".into()),
         };
         let options = Options {
             all: 1,
