@@ -479,6 +479,7 @@ mod tests {
             removable: false,
             read_only: false,
             rotational: false,
+            sequence: None,
         }
     }
 

@@ -15,12 +15,12 @@ use stiefel_sys::shield;
 use tokio::sync::mpsc;
 
 use super::desk::{Desk, Hosted, OnOffer};
+use super::grant::Grants;
 use super::listing::LeftOut;
-use super::names::{Names, machine};
+use super::names::machine;
 use super::pick::{self, Named};
 use super::role::{Press, Sure};
 use super::run::{self, Event, LOOK, SETTLE, Signals};
-use super::share::Source;
 use super::{Options, run::wanted, tunnel};
 use crate::nbd::{self, Limits, Server};
 use crate::tree::Tree;
@@ -177,6 +177,7 @@ fn follow_links() -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
 /// What people have been shown.
 struct Shown {
     named: Vec<Named>,
+    grants: Grants,
     machine: String,
     hostname: String,
     text: String,
@@ -187,8 +188,10 @@ impl Shown {
     fn new(options: &Options, hostname: String) -> anyhow::Result<Self> {
         let root = Path::new("/");
         let named = options.devices.iter().map(|path| pick::named(root, path));
+        let named = named.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Self {
-            named: named.collect::<anyhow::Result<Vec<_>>>()?,
+            grants: run::grants(options, &named)?,
+            named,
             machine: machine(&Tree::new(root)),
             hostname,
             text: String::new(),
@@ -200,24 +203,19 @@ impl Shown {
     fn update(&mut self, options: &Options, desk: &Desk) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        let (wanted, left_out) = wanted(options, &self.named, &survey, &|disk| run::sequence(root, disk));
-        let mut on_offer: Vec<OnOffer> = Vec::new();
-        for want in wanted {
-            let taken = |key: &str| on_offer.iter().any(|other| other.names.key == key);
-            let names = match &want.source {
-                Source::Disk(disk) => Names::of_disk(&self.machine, disk, &taken),
-                Source::File { path, .. } => {
-                    let name = path.file_name().unwrap_or_default().to_string_lossy();
-                    Names::of_file(&self.machine, &name, &taken)
-                }
-            };
-            on_offer.push(OnOffer {
-                mode: run::mode(options, &want.source, &names),
+        for words in self.grants.look(&survey) {
+            eprintln!("stiefel: {words}");
+        }
+        let (wanted, left_out) = wanted(options, &self.named, &survey);
+        let on_offer = run::with_names(&self.machine, wanted)
+            .into_iter()
+            .map(|(want, names)| OnOffer {
+                mode: run::mode(options, &self.grants, &want.source),
                 source: want.source,
                 users: want.users,
                 names,
             });
-        }
+        let mut on_offer: Vec<OnOffer> = on_offer.collect();
         // In the order of the desk's names: the screen's numbers are the keys.
         on_offer.sort_by(|a, b| a.names.key.cmp(&b.names.key));
         let text = match options.json {

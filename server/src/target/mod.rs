@@ -11,6 +11,7 @@ mod catalog;
 mod clients;
 mod closed;
 mod desk;
+mod grant;
 mod listing;
 mod lives;
 mod names;
@@ -43,6 +44,8 @@ pub struct Options {
     pub all: u8,
     /// Disks that one initiator may write: their name, device or path.
     pub writable: Vec<Writable>,
+    /// These are names of disks that may appear later; else one that is not there is an error.
+    pub awaited: bool,
     /// All others can be written, too, but what is written is thrown away at the end.
     pub snapshot: bool,
     /// Without the kernel's NVMe target.

@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 use super::Options;
 use super::catalog::Catalog;
 use super::clients::{self, Who};
+use super::grant::Grants;
 use super::listing::{LeftOut, Listing, places};
 use super::names::{Names, machine};
 use super::pick::{self, Candidate, Named, Survey};
@@ -174,12 +175,14 @@ struct Lender<'a> {
     catalog: Arc<Catalog>,
     server: Arc<Server>,
     shelf: Option<Shelf>,
-    /// By their names; each with the disk's number of appearance.
-    shares: BTreeMap<String, (Share, Option<u64>)>,
+    /// Who may write what.
+    grants: Grants,
+    /// By their names.
+    shares: BTreeMap<String, Share>,
     /// Names of those that are being let go of.
     closing: BTreeSet<String>,
     /// Sources that could not be lent, and why: not tried again until they change.
-    failed: Vec<(Source, Option<u64>, String)>,
+    failed: Vec<(Source, String)>,
     tell: mpsc::UnboundedSender<Event>,
     shown: String,
     who: BTreeMap<Who, usize>,
@@ -214,6 +217,7 @@ impl<'a> Lender<'a> {
         let server = Server::start(listener, gate, limits)?;
         Ok(Self {
             options,
+            grants: grants(options, &named)?,
             named,
             machine: machine(&Tree::new(root)),
             catalog,
@@ -243,31 +247,23 @@ impl<'a> Lender<'a> {
     fn reconcile(&mut self) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        let (wanted, mut left_out) = wanted(self.options, &self.named, &survey, &|disk| sequence(root, disk));
-        let gone: Vec<String> = self
-            .shares
-            .iter()
-            .filter(|(_, (share, number))| {
-                !wanted
-                    .iter()
-                    .any(|want| want.source == share.source && want.sequence == *number)
-            })
-            .map(|(name, _)| name.clone())
-            .collect();
+        for words in self.grants.look(&survey) {
+            eprintln!("stiefel: {words}");
+        }
+        let (wanted, mut left_out) = wanted(self.options, &self.named, &survey);
+        let is_wanted = |source: &Source| wanted.iter().any(|want| want.source == *source);
+        let gone = self.shares.iter().filter(|(_, share)| !is_wanted(&share.source));
+        let gone: Vec<String> = gone.map(|(name, _)| name.clone()).collect();
         for name in gone {
             eprintln!("stiefel: {name} has gone");
             self.take_back(&name);
         }
-        self.failed.retain(|(source, number, _)| {
-            wanted
-                .iter()
-                .any(|want| want.source == *source && want.sequence == *number)
-        });
+        self.failed.retain(|(source, _)| is_wanted(source));
         for want in wanted {
-            let lent = self.shares.values_mut().find(|(share, _)| share.source == want.source);
-            if let Some((share, _)) = lent {
+            let lent = self.shares.values_mut().find(|share| share.source == want.source);
+            if let Some(share) = lent {
                 share.users = want.users;
-            } else if let Some((_, _, why)) = self.failed.iter().find(|(source, ..)| *source == want.source) {
+            } else if let Some((_, why)) = self.failed.iter().find(|(source, _)| *source == want.source) {
                 left_out.push(LeftOut {
                     device: want.source.path().display().to_string(),
                     why: why.clone(),
@@ -281,36 +277,25 @@ impl<'a> Lender<'a> {
 
     /// Lends a disk; what is to be said if that fails.
     fn lend(&mut self, want: Wanted) -> Option<LeftOut> {
-        let Wanted {
-            source,
-            users,
-            sequence,
-        } = want;
-        let taken = |key: &str| self.shares.contains_key(key);
-        let names = match &source {
-            Source::Disk(disk) => Names::of_disk(&self.machine, disk, &taken),
-            Source::File { path, .. } => {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                Names::of_file(&self.machine, &name, &taken)
-            }
-        };
+        let Wanted { source, users } = want;
+        let names = Names::of(&self.machine, &source, &|key: &str| self.shares.contains_key(key));
         if self.closing.contains(&names.key) {
             // Plugged in again at once: tried again when the earlier one has been let go of.
             return None;
         }
-        let mode = mode(self.options, &source, &names);
+        let mode = mode(self.options, &self.grants, &source);
         let device = source.path().display().to_string();
         match Share::open(source.clone(), names, mode, users, self.shelf.as_ref()) {
             Ok(share) => {
                 if let Some(export) = &share.export {
                     self.catalog.insert(Arc::clone(export));
                 }
-                self.shares.insert(share.names.key.clone(), (share, sequence));
+                self.shares.insert(share.names.key.clone(), share);
                 None
             }
             Err(error) => {
                 let why = format!("{error:#}");
-                self.failed.push((source, sequence, why.clone()));
+                self.failed.push((source, why.clone()));
                 Some(LeftOut { device, why })
             }
         }
@@ -318,7 +303,7 @@ impl<'a> Lender<'a> {
 
     /// Lets go of a disk, on a thread of its own: it may hang.
     fn take_back(&mut self, name: &str) {
-        let Some((share, _)) = self.shares.remove(name) else {
+        let Some(share) = self.shares.remove(name) else {
             return;
         };
         self.catalog.remove(name);
@@ -345,8 +330,7 @@ impl<'a> Lender<'a> {
     /// Shows what is lent, if that has changed.
     fn show(&mut self, left_out: &[LeftOut]) -> anyhow::Result<()> {
         let places = places()?;
-        let shares = self.shares.values().map(|(share, _)| share);
-        let listing = Listing::new(shares, left_out, &places, self.options.nbd_port);
+        let listing = Listing::new(self.shares.values(), left_out, &places, self.options.nbd_port);
         let text = if self.options.json {
             listing.json() + "\n"
         } else {
@@ -373,7 +357,7 @@ impl<'a> Lender<'a> {
             eprintln!("stiefel: {words}");
         }
         self.who = now;
-        for (name, (share, _)) in &self.shares {
+        for (name, share) in &self.shares {
             let Some(export) = &share.export else { continue };
             let now = export.stats();
             let before = self.stats.insert(name.clone(), now).unwrap_or_default();
@@ -392,7 +376,7 @@ impl<'a> Lender<'a> {
         };
         let mut threads = Vec::new();
         for name in names {
-            if let Some((share, _)) = self.shares.remove(&name) {
+            if let Some(share) = self.shares.remove(&name) {
                 self.catalog.remove(&name);
                 let server = Arc::clone(&self.server);
                 threads.push(std::thread::spawn(move || (name, share.close(Some(&server)))));
@@ -416,17 +400,10 @@ impl<'a> Lender<'a> {
 pub(super) struct Wanted {
     pub(super) source: Source,
     pub(super) users: Vec<String>,
-    /// Tells a disk from one that was plugged into the same place later (Linux 5.15).
-    sequence: Option<u64>,
 }
 
 /// Which disks are to be lent, and which are not, with the reason.
-pub(super) fn wanted(
-    options: &Options,
-    named: &[Named],
-    survey: &Survey,
-    sequence: &dyn Fn(&str) -> Option<u64>,
-) -> (Vec<Wanted>, Vec<LeftOut>) {
+pub(super) fn wanted(options: &Options, named: &[Named], survey: &Survey) -> (Vec<Wanted>, Vec<LeftOut>) {
     let (mut wanted, mut left_out) = (Vec::new(), Vec::new());
     for Candidate { disk, system, users } in &survey.disks {
         let by_name = named.contains(&Named::Disk(disk.name.clone()));
@@ -447,7 +424,6 @@ pub(super) fn wanted(
                 why,
             }),
             None => wanted.push(Wanted {
-                sequence: sequence(&disk.name),
                 source: Source::Disk(disk.clone()),
                 users: users.clone(),
             }),
@@ -463,31 +439,43 @@ pub(super) fn wanted(
                     size: metadata.len(),
                 },
                 users: Vec::new(),
-                sequence: None,
             });
         }
     }
     (wanted, left_out)
 }
 
-pub(super) fn mode(options: &Options, source: &Source, names: &Names) -> Mode {
-    let path = source.path().to_string_lossy();
-    let is_meant = |disk: &str| {
-        let by_link = || std::fs::canonicalize(disk).is_ok_and(|found| found == source.path());
-        disk == names.key || disk == path || path.strip_prefix("/dev/") == Some(disk) || by_link()
-    };
-    let writable = options.writable.iter().find(|writable| is_meant(&writable.disk));
-    match writable {
-        Some(writable) => Mode::ReadWrite {
-            host: writable.host.clone(),
+/// Which of what is there now may be written.
+///
+/// # Errors
+/// In words: what the user named is not there.
+pub(super) fn grants(options: &Options, named: &[Named]) -> anyhow::Result<Grants> {
+    let survey = pick::survey(Path::new("/"))?;
+    let (wanted, _) = wanted(options, named, &survey);
+    let lent = with_names("", wanted);
+    Grants::new(options, lent.iter().map(|(want, names)| (&want.source, names)), &survey)
+}
+
+/// Gives each its name.
+pub(super) fn with_names(machine: &str, wanted: Vec<Wanted>) -> Vec<(Wanted, Names)> {
+    let mut all: Vec<(Wanted, Names)> = Vec::new();
+    for want in wanted {
+        let names = Names::of(machine, &want.source, &|key: &str| {
+            all.iter().any(|(_, names)| names.key == key)
+        });
+        all.push((want, names));
+    }
+    all
+}
+
+pub(super) fn mode(options: &Options, grants: &Grants, source: &Source) -> Mode {
+    match grants.of(source) {
+        Some(grant) => Mode::ReadWrite {
+            host: grant.host.clone(),
         },
         None if options.snapshot => Mode::Snapshot,
         None => Mode::ReadOnly,
     }
-}
-
-pub(super) fn sequence(root: &Path, disk: &str) -> Option<u64> {
-    Tree::new(root).line(format!("/sys/block/{disk}/diskseq"))?.parse().ok()
 }
 
 /// Listens on all addresses of both families; where IPv6 is off, on IPv4's.
@@ -574,6 +562,7 @@ mod tests {
                 removable: false,
                 read_only: false,
                 rotational: false,
+                sequence: None,
             },
             system,
             users: Vec::new(),
@@ -581,7 +570,7 @@ mod tests {
     }
 
     fn lent(options: &Options, named: &[Named], survey: &Survey) -> (Vec<String>, Vec<String>) {
-        let (wanted, left) = wanted(options, named, survey, &|_| Some(1));
+        let (wanted, left) = wanted(options, named, survey);
         let devices = wanted.iter().map(|want| want.source.path().display().to_string());
         (devices.collect(), left.into_iter().map(|left| left.why).collect())
     }
@@ -624,26 +613,29 @@ mod tests {
 
     #[test]
     fn disks_are_read_only_unless_named() {
-        let source = Source::Disk(candidate("sda", false).disk);
-        let Source::Disk(disk) = &source else { unreachable!() };
-        let names = Names::of_disk("m", disk, &|_| false);
-        let with = |disk: &str| Options {
-            writable: vec![disk.parse().unwrap()],
-            ..Options::default()
+        let survey = Survey {
+            disks: vec![candidate("sda", false)],
+            unknown: None,
         };
-        assert_eq!(mode(&Options::default(), &source, &names), Mode::ReadOnly);
+        let with = |disk: Option<&str>, snapshot| {
+            let options = Options {
+                writable: disk.iter().map(|disk| disk.parse().unwrap()).collect(),
+                all: 1,
+                snapshot,
+                ..Options::default()
+            };
+            let lent = with_names("m", wanted(&options, &[], &survey).0);
+            let sources = lent.iter().map(|(want, names)| (&want.source, names));
+            let grants = Grants::new(&options, sources, &survey).unwrap();
+            mode(&options, &grants, &lent[0].0.source)
+        };
         for word in ["sda", "/dev/sda", "serial-sda"] {
-            assert_eq!(
-                mode(&with(word), &source, &names),
-                Mode::ReadWrite { host: None },
-                "{word}"
-            );
+            for snapshot in [false, true] {
+                let granted = Mode::ReadWrite { host: None };
+                assert_eq!(with(Some(word), snapshot), granted, "{word}");
+            }
         }
-        assert_eq!(mode(&with("sdb"), &source, &names), Mode::ReadOnly);
-        let snapshot = Options {
-            snapshot: true,
-            ..with("sdb")
-        };
-        assert_eq!(mode(&snapshot, &source, &names), Mode::Snapshot);
+        assert_eq!(with(None, false), Mode::ReadOnly);
+        assert_eq!(with(None, true), Mode::Snapshot);
     }
 }

@@ -12,6 +12,7 @@ use stiefel_sys::shield::Shield;
 
 use super::names::Names;
 use crate::nbd::{Export, ExportOptions, Server, Upper, open_base, open_guest};
+use crate::tree::Tree;
 
 /// How long a disk may take to be let go of, each by NBD and by NVMe.
 const LET_GO: Duration = Duration::from_secs(20);
@@ -131,6 +132,8 @@ impl Share {
             _ => None,
         };
         let export = mode.by_nbd().then(|| export(&source, &names, &mode)).transpose()?;
+        // What is open now stays what it is; before, another disk may have got its name.
+        same_disk(&source)?;
         let mut share = Self {
             names,
             source,
@@ -262,6 +265,19 @@ impl Share {
         }
         result
     }
+}
+
+/// Whether the device that was just opened by its name is still the disk that was meant.
+fn same_disk(source: &Source) -> anyhow::Result<()> {
+    let Source::Disk(disk) = source else { return Ok(()) };
+    let now = Tree::new(Path::new("/")).line(format!("/sys/block/{}/diskseq", disk.name));
+    let now = now.and_then(|number| number.parse().ok());
+    anyhow::ensure!(
+        disk.sequence == now,
+        "{} has become another disk while it was opened; plug it in again",
+        disk.path.display()
+    );
+    Ok(())
 }
 
 fn export(source: &Source, names: &Names, mode: &Mode) -> anyhow::Result<Arc<Export>> {
