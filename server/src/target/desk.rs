@@ -17,6 +17,7 @@ use stiefel_shared::lend::{Ask, DiskInfo, Lent, Loan, PartInfo};
 use stiefel_shared::seal;
 use stiefel_shared::session::SessionName;
 use stiefel_sys::block;
+use stiefel_sys::netns::Namespace;
 use stiefel_sys::nvmet::{CONFIGFS, NQN_PREFIX, Port, Shelf};
 
 use super::names::Names;
@@ -280,11 +281,19 @@ impl Desk {
             "{disk} is lent for reading only; whoever sits there must start `stiefel target` with --read-write {disk}"
         );
         let session = begin.session.to_string();
-        let (tunnel, link) = Tunnel::make(GRACE.as_secs())?;
         let by_nbd_only = on_offer.mode == Mode::Snapshot || matches!(on_offer.source, Source::File { .. });
         let nvme = nvme && self.nvme && !(read_write && by_nbd_only);
+        let place = match nvme {
+            // Without one it comes by NBD.
+            true => Namespace::new()
+                .inspect_err(|error| eprintln!("stiefel: no NVMe for this loan: {error}"))
+                .ok(),
+            false => None,
+        };
+        let nvme = place.is_some();
+        let (tunnel, link) = Tunnel::make(GRACE.as_secs(), place)?;
         let (share, transport) = match nvme {
-            true => self.by_nvme(&on_offer, &session, read_write, &link)?,
+            true => tunnel.inside(|| self.by_nvme(&on_offer, &session, read_write, &link))?,
             false => by_nbd(&on_offer, read_write)?,
         };
         let control = ControlKey::generate()?;
@@ -329,6 +338,7 @@ impl Desk {
         Ok(Loan::Attached(Box::new(lent)))
     }
 
+    /// What it publishes listens in the network namespace of the calling thread.
     fn by_nvme(
         &self,
         disk: &OnOffer,
