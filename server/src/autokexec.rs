@@ -4,7 +4,7 @@
 //! the wall clock's jumps wake it. Each decision is one line in the journal. A trigger while one is followed is ignored.
 
 mod keys;
-mod leave;
+pub(crate) mod leave;
 mod log;
 mod nics;
 mod plug;

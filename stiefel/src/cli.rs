@@ -294,16 +294,22 @@ pub(crate) struct NbdArgs {
 #[derive(Args)]
 pub(crate) struct TargetArgs {
     /// Disks or files to lend.
-    #[arg(value_name = "DEVICE", required_unless_present = "all")]
+    #[arg(value_name = "DEVICE", required_unless_present_any = ["all", "reboot"])]
     pub(crate) devices: Vec<PathBuf>,
     /// Every disk but those that the running system lives on; given twice, these, too.
     #[arg(long, short, action = clap::ArgAction::Count, conflicts_with = "devices")]
     pub(crate) all: u8,
+    /// Leave this system for the ramdisk, which lends all disks, also this system's; `q` on its keyboard starts the system again.
+    #[arg(long, conflicts_with_all = ["devices", "no_nvme", "port", "json"])]
+    pub(crate) reboot: bool,
+    /// With --reboot: do not ask.
+    #[arg(long, short, requires = "reboot")]
+    pub(crate) yes: bool,
     /// Lend to everybody, in clear, by NVMe over TCP and NBD, like systemd-storagetm.
     #[arg(long)]
     pub(crate) open: bool,
-    /// A disk (its name here or device) that one initiator may write; may be given several times. With the NQN of the only
-    /// host by NVMe, else by NBD.
+    /// A disk that is there (its name here or device) that one initiator may write; may be given several times. It is followed
+    /// wherever it is plugged in. With the NQN of the only host by NVMe, else by NBD.
     #[arg(long, value_name = "DISK[=HOSTNQN]")]
     pub(crate) read_write: Vec<Writable>,
     /// All other disks can be written, too; what is written is thrown away at the end. By NBD only.
@@ -443,7 +449,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Payload(args) => commands::serve::payload(config, &args),
         Command::Status(args) => commands::status::status(&args),
         Command::Nbd(args) => commands::nbd::nbd(&args),
-        Command::Target(args) => commands::target::target(&args),
+        Command::Target(args) => commands::target::target(config, &args),
         Command::Attach(args) => commands::attach::attach(&args),
         Command::Detach(args) => commands::attach::detach(&args),
         Command::Copy(args) => commands::copy::copy(&args),

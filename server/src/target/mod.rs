@@ -16,6 +16,7 @@ mod listing;
 mod lives;
 mod names;
 mod pick;
+mod reboot;
 mod role;
 mod run;
 mod share;
@@ -24,6 +25,7 @@ mod tunnel;
 use std::path::PathBuf;
 
 pub use closed::run_closed;
+pub use reboot::{Reboot, RebootOptions};
 pub use role::run_role;
 pub use run::run;
 

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use super::closed::{self, Seat};
 use super::desk::Desk;
-use super::{Options, run};
+use super::{Options, Writable, run};
 
 /// Within this time the second press of a key counts.
 const SURE: Duration = Duration::from_secs(5);
@@ -25,11 +25,7 @@ const SURE: Duration = Duration::from_secs(5);
 /// # Errors
 /// Nothing can be lent at all, or something was not ended in order.
 pub async fn run_role(console: &'static Console, handover: &TargetHandover) -> anyhow::Result<()> {
-    let options = Options {
-        all: 2,
-        nbd_port: stiefel_shared::nbd::PORT,
-        ..Options::default()
-    };
+    let options = options(handover);
     // In the ramdisk nobody else sets the NICs up.
     std::thread::Builder::new().name("nics".to_owned()).spawn(move || {
         let tell = |event: LinkEvent| {
@@ -52,6 +48,22 @@ pub async fn run_role(console: &'static Console, handover: &TargetHandover) -> a
         names.join(", ")
     ));
     closed::follow(&options, &handover.keys, keys(console)).await
+}
+
+/// Everything, for nothing of it is in use; disks that may be written are known by the names that stay.
+fn options(handover: &TargetHandover) -> Options {
+    let writable = handover.read_write.iter().map(|disk| Writable {
+        disk: disk.clone(),
+        host: None,
+    });
+    Options {
+        all: 2,
+        writable: writable.collect(),
+        awaited: true,
+        snapshot: handover.snapshot,
+        nbd_port: stiefel_shared::nbd::PORT,
+        ..Options::default()
+    }
 }
 
 /// The keys that people press; none are heard where there is no keyboard.
@@ -168,6 +180,19 @@ mod tests {
             Press::Done("disk-img is lent again".into())
         );
         assert!(!desk.is_withheld("disk-img"));
+    }
+
+    #[test]
+    fn what_the_handover_says_is_lent_so() {
+        let handover = TargetHandover {
+            keys: Vec::new(),
+            open: false,
+            read_write: vec!["ssd-980".to_owned()],
+            snapshot: true,
+        };
+        let options = options(&handover);
+        assert_eq!((options.all, options.snapshot, options.awaited), (2, true, true));
+        assert_eq!(options.writable, ["ssd-980".parse().unwrap()]);
     }
 
     #[test]

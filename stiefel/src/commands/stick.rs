@@ -35,6 +35,8 @@ pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<(
         true => Handover::Target(TargetHandover {
             keys: vec![key],
             open: args.open,
+            read_write: Vec::new(),
+            snapshot: false,
         }),
         false => Handover::Client(ClientHandover {
             key,
