@@ -178,7 +178,8 @@ pub(crate) struct UninstallArgs {
 
 #[derive(Args)]
 pub(crate) struct StickArgs {
-    /// An image file to create, or the USB stick's device, such as /dev/sdb.
+    /// An image file to create, or the USB stick's device, such as /dev/sdb; a name that ends in .efi becomes one file for any
+    /// UEFI firmware, boot entry or iPXE.
     pub(crate) target: PathBuf,
     /// The key to put on it: a name below /etc/stiefel/keys, or a file.
     #[arg(long, value_name = "NAME|FILE", default_value = "stick")]
@@ -193,8 +194,15 @@ pub(crate) struct StickArgs {
     #[arg(long = "target", conflicts_with = "encrypted_only")]
     pub(crate) target_mode: bool,
     /// With --target: lend to everybody, in clear.
-    #[arg(long, requires = "target_mode")]
+    #[arg(long, requires = "target_mode", conflicts_with = "key")]
     pub(crate) open: bool,
+    /// With --target: a disk that one borrower may write, by the name that `stiefel target` lists it by, such as ssd-980-s64d; may
+    /// be given several times.
+    #[arg(long, value_name = "NAME", requires = "target_mode", value_parser = target_disk)]
+    pub(crate) read_write: Vec<String>,
+    /// With --target: all other disks can be written, too; what is written is thrown away at the end.
+    #[arg(long, requires = "target_mode")]
+    pub(crate) snapshot: bool,
     /// Refuse a laptop that would send its disk in clear (`link.encryption: none`).
     #[arg(long)]
     pub(crate) encrypted_only: bool,
@@ -404,6 +412,15 @@ pub(crate) struct BakeArgs {
     /// Where the kernels' modules are.
     #[arg(long, value_name = "DIR", default_value = "/lib/modules")]
     pub(crate) modules: PathBuf,
+}
+
+/// A disk's name as `stiefel target` lists it; not the kernel's, which may be another disk's on another machine.
+fn target_disk(name: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || name.len() > 80 || !name.chars().all(plain) {
+        return Err("give the name that `stiefel target` lists, of lower-case letters, digits and dashes".to_owned());
+    }
+    Ok(name.to_owned())
 }
 
 /// Runs the user's command.
