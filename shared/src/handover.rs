@@ -60,6 +60,9 @@ pub struct TargetHandover {
     /// All others can be written, too, but what is written is thrown away at the end.
     #[serde(default)]
     pub snapshot: bool,
+    /// What the machine is called; `None` if that is not known.
+    #[serde(default)]
+    pub hostname: Option<String>,
 }
 
 /// What the laptop's ramdisk is told by the laptop's OS.

@@ -82,6 +82,7 @@ mod tests {
             open,
             read_write: vec!["ssd-980".to_owned()],
             snapshot: true,
+            hostname: Some("laptop".to_owned()),
         }
     }
 

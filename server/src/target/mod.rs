@@ -15,12 +15,15 @@ mod grant;
 mod listing;
 mod lives;
 mod names;
+mod parts;
 mod pick;
+mod qr;
 mod reboot;
 mod role;
 mod run;
 mod share;
 mod tunnel;
+mod wanted;
 
 use std::path::PathBuf;
 
@@ -54,6 +57,8 @@ pub struct Options {
     pub no_nvme: bool,
     /// TCP port of the NBD server.
     pub nbd_port: u16,
+    /// What this machine is called, if not as the kernel says.
+    pub hostname: Option<String>,
     /// Print JSON, one line for each change.
     pub json: bool,
 }

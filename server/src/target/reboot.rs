@@ -16,7 +16,8 @@ use super::pick::{self, Survey};
 use super::share::Source;
 use super::{Writable, grant};
 use crate::autokexec::leave;
-use crate::collect::{TargetImage, image_for_target};
+use crate::collect::{TargetImage, hostname, image_for_target};
+use crate::tree::Tree;
 
 /// Everything that is needed to leave.
 pub struct Reboot {
@@ -47,7 +48,8 @@ impl Reboot {
         leave::guard(config)?;
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        let handover = handover(options, &survey)?;
+        let mut handover = handover(options, &survey)?;
+        handover.hostname = Some(hostname(&Tree::new(root)));
         Ok(Self {
             words: words(&handover, &survey),
             image: image_for_target(root, &handover)?,
@@ -93,6 +95,7 @@ fn handover(options: RebootOptions, survey: &Survey) -> anyhow::Result<TargetHan
         open,
         read_write,
         snapshot,
+        hostname: None,
     })
 }
 

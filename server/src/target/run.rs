@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -22,11 +22,15 @@ use tokio::sync::mpsc;
 use super::Options;
 use super::catalog::Catalog;
 use super::clients::{self, Who};
+use super::closed::Seat;
 use super::grant::Grants;
 use super::listing::{LeftOut, Listing, places};
 use super::names::{Names, machine};
-use super::pick::{self, Candidate, Named, Survey};
-use super::share::{Mode, Share, Source};
+use super::pick::{self, Named};
+use super::qr::{self, Room};
+use super::role::{Lending, Press};
+use super::share::{Share, Source};
+use super::wanted::{Wanted, grants, mode, wanted};
 use crate::nbd::{self, Limits, Server, Stats};
 use crate::tree::Tree;
 
@@ -55,19 +59,20 @@ pub(super) enum Event {
 /// Nothing can be lent at all, or a disk was not let go of in order.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let ended = runtime.block_on(follow(options));
+    let ended = runtime.block_on(follow(options, Seat::default()));
     runtime.shutdown_background();
     ended
 }
 
-pub(super) async fn follow(options: &Options) -> anyhow::Result<()> {
+pub(super) async fn follow(options: &Options, mut seat: Seat) -> anyhow::Result<()> {
     // Before anyone is told that it runs, so that a signal never finds it unprepared.
     let mut ended = Signals::new()?;
     let (tell, mut events) = mpsc::unbounded_channel();
     watch(&tell)?;
     let mut lender = Lender::new(options, tell)?;
+    lender.numbered = seat.keys.is_some();
     lender.warn();
-    let served = serve(&mut lender, &mut events, &mut ended).await;
+    let served = serve(&mut lender, &mut events, &mut ended, &mut seat).await;
     eprintln!("stiefel: taking all disks back");
     while !lender.closing.is_empty() {
         match tokio::time::timeout(PARTING, events.recv()).await {
@@ -107,13 +112,22 @@ async fn serve(
     lender: &mut Lender<'_>,
     events: &mut mpsc::UnboundedReceiver<Event>,
     ended: &mut Signals,
+    seat: &mut Seat,
 ) -> anyhow::Result<()> {
     lender.reconcile()?;
     let mut look = tokio::time::interval(LOOK);
     loop {
         tokio::select! {
             () = ended.any() => return Ok(()),
-            _ = look.tick() => lender.look(),
+            _ = look.tick() => lender.look()?,
+            key = seat.key() => match seat.sure.press(key, Instant::now(), lender) {
+                Press::End => return Ok(()),
+                Press::Done(words) | Press::Warned(words) => {
+                    eprintln!("stiefel: {words}");
+                    lender.reconcile()?;
+                }
+                Press::Nothing => {}
+            },
             Some(event) = events.recv() => {
                 if let Event::Closed(name, result) = event {
                     lender.closed(&name, result);
@@ -181,6 +195,11 @@ struct Lender<'a> {
     shares: BTreeMap<String, Share>,
     /// Names of those that are being let go of.
     closing: BTreeSet<String>,
+    /// Names of those that the person at the machine has taken back.
+    withheld: BTreeSet<String>,
+    /// Keys take disks back: the listing says which.
+    numbered: bool,
+    left_out: Vec<LeftOut>,
     /// Sources that could not be lent, and why: not tried again until they change.
     failed: Vec<(Source, String)>,
     tell: mpsc::UnboundedSender<Event>,
@@ -225,6 +244,9 @@ impl<'a> Lender<'a> {
             shelf,
             shares: BTreeMap::new(),
             closing: BTreeSet::new(),
+            withheld: BTreeSet::new(),
+            numbered: false,
+            left_out: Vec::new(),
             failed: Vec::new(),
             tell,
             shown: String::new(),
@@ -272,15 +294,16 @@ impl<'a> Lender<'a> {
                 left_out.push(why);
             }
         }
-        self.show(&left_out)
+        self.left_out = left_out;
+        self.show()
     }
 
     /// Lends a disk; what is to be said if that fails.
     fn lend(&mut self, want: Wanted) -> Option<LeftOut> {
         let Wanted { source, users } = want;
         let names = Names::of(&self.machine, &source, &|key: &str| self.shares.contains_key(key));
-        if self.closing.contains(&names.key) {
-            // Plugged in again at once: tried again when the earlier one has been let go of.
+        if self.withheld.contains(&names.key) || self.closing.contains(&names.key) {
+            // Taken back; or plugged in again at once: tried again when the earlier one has been let go of.
             return None;
         }
         let mode = mode(self.options, &self.grants, &source);
@@ -327,44 +350,50 @@ impl<'a> Lender<'a> {
         }
     }
 
-    /// Shows what is lent, if that has changed.
-    fn show(&mut self, left_out: &[LeftOut]) -> anyhow::Result<()> {
+    /// Shows what is lent and who has it, if that has changed.
+    fn show(&mut self) -> anyhow::Result<()> {
         let places = places()?;
-        let listing = Listing::new(self.shares.values(), left_out, &places, self.options.nbd_port);
-        let text = if self.options.json {
-            listing.json() + "\n"
-        } else {
-            listing.words()
+        let mut listing = Listing::new(self.shares.values(), &self.left_out, &places, self.options.nbd_port);
+        listing.add_clients(self.who.keys());
+        let text = match (self.options.json, self.numbered) {
+            (true, _) => listing.json() + "\n",
+            (false, true) => listing.numbered(&self.withheld),
+            (false, false) => listing.words(),
         };
-        if text != self.shown {
-            let mut out = std::io::stdout().lock();
-            let gap = if self.options.json || self.shown.is_empty() {
-                ""
-            } else {
-                "\n"
-            };
-            out.write_all(format!("{gap}{text}").as_bytes())?;
-            out.flush()?;
-            self.shown = text;
+        if text == self.shown {
+            return Ok(());
         }
+        let mut out = std::io::stdout().lock();
+        if !self.options.json && !self.shown.is_empty() {
+            writeln!(out)?;
+        }
+        out.write_all(text.as_bytes())?;
+        if let Some(room) = Room::of_stdout().filter(|_| !self.options.json)
+            && let Some(code) = qr::code(&listing.shortest(), room.below(text.lines().count()))
+        {
+            out.write_all(code.as_bytes())?;
+        }
+        out.flush()?;
+        self.shown = text;
         Ok(())
     }
 
     /// Says who is connected and what they do.
-    fn look(&mut self) {
+    fn look(&mut self) -> anyhow::Result<()> {
         let now = clients::connected(&self.server, &Tree::new(Path::new("/")));
-        for words in clients::changes(&self.who, &now) {
+        let changes = clients::changes(&self.who, &now);
+        for words in &changes {
             eprintln!("stiefel: {words}");
         }
         self.who = now;
         for (name, share) in &self.shares {
-            let Some(export) = &share.export else { continue };
-            let now = export.stats();
+            let now = share.stats();
             let before = self.stats.insert(name.clone(), now).unwrap_or_default();
             if let Some(words) = clients::traffic(name, before, now, LOOK.as_secs()) {
                 eprintln!("stiefel: {words}");
             }
         }
+        if changes.is_empty() { Ok(()) } else { self.show() }
     }
 
     /// Takes everything back.
@@ -396,85 +425,30 @@ impl<'a> Lender<'a> {
     }
 }
 
-/// What is to be lent.
-pub(super) struct Wanted {
-    pub(super) source: Source,
-    pub(super) users: Vec<String>,
-}
-
-/// Which disks are to be lent, and which are not, with the reason.
-pub(super) fn wanted(options: &Options, named: &[Named], survey: &Survey) -> (Vec<Wanted>, Vec<LeftOut>) {
-    let (mut wanted, mut left_out) = (Vec::new(), Vec::new());
-    for Candidate { disk, system, users } in &survey.disks {
-        let by_name = named.contains(&Named::Disk(disk.name.clone()));
-        if !by_name && options.all == 0 {
-            continue;
-        }
-        let refused = match &survey.unknown {
-            _ if options.all >= 2 => None,
-            _ if *system => Some("the running system lives on it; --all twice lends it all the same".to_owned()),
-            Some(part) if !by_name => Some(format!(
-                "it may be one of the running system's ({part}); name it, or say --all twice"
-            )),
-            _ => None,
-        };
-        match refused {
-            Some(why) => left_out.push(LeftOut {
-                device: disk.path.display().to_string(),
-                why,
-            }),
-            None => wanted.push(Wanted {
-                source: Source::Disk(disk.clone()),
-                users: users.clone(),
-            }),
-        }
+impl Lending for Lender<'_> {
+    fn names(&self) -> Vec<String> {
+        let all: BTreeSet<&String> = self.shares.keys().chain(&self.withheld).collect();
+        all.into_iter().cloned().collect()
     }
-    for file in named {
-        if let Named::File(path) = file
-            && let Ok(metadata) = std::fs::metadata(path)
-        {
-            wanted.push(Wanted {
-                source: Source::File {
-                    path: path.clone(),
-                    size: metadata.len(),
-                },
-                users: Vec::new(),
-            });
+
+    fn users_of(&self, disk: &str) -> usize {
+        let by_nvme = self.shares.get(disk).is_some_and(Share::by_nvme);
+        // Which disk a host has by NVMe the kernel does not say: it may be this one.
+        let has = |name: &Option<String>| name.as_deref().map_or(by_nvme, |name| name == disk);
+        self.who.keys().filter(|(name, _)| has(name)).count()
+    }
+
+    fn users(&self) -> usize {
+        self.who.len()
+    }
+
+    fn withhold(&mut self, disk: &str) -> bool {
+        if self.withheld.remove(disk) {
+            return false;
         }
-    }
-    (wanted, left_out)
-}
-
-/// Which of what is there now may be written.
-///
-/// # Errors
-/// In words: what the user named is not there.
-pub(super) fn grants(options: &Options, named: &[Named]) -> anyhow::Result<Grants> {
-    let survey = pick::survey(Path::new("/"))?;
-    let (wanted, _) = wanted(options, named, &survey);
-    let lent = with_names("", wanted);
-    Grants::new(options, lent.iter().map(|(want, names)| (&want.source, names)), &survey)
-}
-
-/// Gives each its name.
-pub(super) fn with_names(machine: &str, wanted: Vec<Wanted>) -> Vec<(Wanted, Names)> {
-    let mut all: Vec<(Wanted, Names)> = Vec::new();
-    for want in wanted {
-        let names = Names::of(machine, &want.source, &|key: &str| {
-            all.iter().any(|(_, names)| names.key == key)
-        });
-        all.push((want, names));
-    }
-    all
-}
-
-pub(super) fn mode(options: &Options, grants: &Grants, source: &Source) -> Mode {
-    match grants.of(source) {
-        Some(grant) => Mode::ReadWrite {
-            host: grant.host.clone(),
-        },
-        None if options.snapshot => Mode::Snapshot,
-        None => Mode::ReadOnly,
+        self.withheld.insert(disk.to_owned());
+        self.take_back(disk);
+        true
     }
 }
 
@@ -540,102 +514,4 @@ fn shelf() -> anyhow::Result<Shelf> {
     // After what an earlier process had published was taken back.
     shield::sweep(Path::new("/sys"), Path::new("/dev"));
     Ok(shelf)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use stiefel_sys::block::Disk;
-
-    fn candidate(name: &str, system: bool) -> Candidate {
-        Candidate {
-            disk: Disk {
-                name: name.into(),
-                path: format!("/dev/{name}").into(),
-                device: (8, 0),
-                size: 1 << 20,
-                logical_block_size: 512,
-                physical_block_size: 512,
-                model: None,
-                serial: Some(format!("serial {name}")),
-                wwid: None,
-                removable: false,
-                read_only: false,
-                rotational: false,
-                sequence: None,
-            },
-            system,
-            users: Vec::new(),
-        }
-    }
-
-    fn lent(options: &Options, named: &[Named], survey: &Survey) -> (Vec<String>, Vec<String>) {
-        let (wanted, left) = wanted(options, named, survey);
-        let devices = wanted.iter().map(|want| want.source.path().display().to_string());
-        (devices.collect(), left.into_iter().map(|left| left.why).collect())
-    }
-
-    #[test]
-    fn the_systems_disk_is_lent_only_when_asked_for_twice() {
-        let survey = Survey {
-            disks: vec![candidate("sda", true), candidate("sdb", false)],
-            unknown: None,
-        };
-        let all = |all| Options {
-            all,
-            ..Options::default()
-        };
-        let (devices, why) = lent(&all(1), &[], &survey);
-        assert_eq!(devices, ["/dev/sdb"]);
-        assert!(why[0].contains("running system"), "{why:?}");
-        assert_eq!(lent(&all(2), &[], &survey).0, ["/dev/sda", "/dev/sdb"]);
-        // Also by its name, for a slip of the finger is enough.
-        assert!(lent(&all(0), &[Named::Disk("sda".into())], &survey).0.is_empty());
-        assert_eq!(lent(&all(0), &[Named::Disk("sdb".into())], &survey).0, ["/dev/sdb"]);
-    }
-
-    #[test]
-    fn where_the_root_is_unknown_only_named_disks_are_lent() {
-        let survey = Survey {
-            disks: vec![candidate("sda", false)],
-            unknown: Some("zfs on rpool".into()),
-        };
-        let options = Options {
-            all: 1,
-            ..Options::default()
-        };
-        assert!(lent(&options, &[], &survey).0.is_empty());
-        assert_eq!(
-            lent(&Options::default(), &[Named::Disk("sda".into())], &survey).0,
-            ["/dev/sda"]
-        );
-    }
-
-    #[test]
-    fn disks_are_read_only_unless_named() {
-        let survey = Survey {
-            disks: vec![candidate("sda", false)],
-            unknown: None,
-        };
-        let with = |disk: Option<&str>, snapshot| {
-            let options = Options {
-                writable: disk.iter().map(|disk| disk.parse().unwrap()).collect(),
-                all: 1,
-                snapshot,
-                ..Options::default()
-            };
-            let lent = with_names("m", wanted(&options, &[], &survey).0);
-            let sources = lent.iter().map(|(want, names)| (&want.source, names));
-            let grants = Grants::new(&options, sources, &survey).unwrap();
-            mode(&options, &grants, &lent[0].0.source)
-        };
-        for word in ["sda", "/dev/sda", "serial-sda"] {
-            for snapshot in [false, true] {
-                let granted = Mode::ReadWrite { host: None };
-                assert_eq!(with(Some(word), snapshot), granted, "{word}");
-            }
-        }
-        assert_eq!(with(None, false), Mode::ReadOnly);
-        assert_eq!(with(None, true), Mode::Snapshot);
-    }
 }

@@ -85,6 +85,7 @@ fn handover(args: &StickArgs) -> anyhow::Result<Handover> {
         open: args.open,
         read_write: args.read_write.clone(),
         snapshot: args.snapshot,
+        hostname: None,
     }))
 }
 

@@ -21,6 +21,7 @@ pub(crate) fn target(config: Option<&Path>, args: &TargetArgs) -> anyhow::Result
         snapshot: args.snapshot,
         no_nvme: args.no_nvme,
         nbd_port: args.port,
+        hostname: None,
         json: args.json,
     };
     if args.open {
