@@ -15,14 +15,15 @@ use stiefel_sys::shield;
 use tokio::sync::mpsc;
 
 use super::desk::{Desk, Hosted, OnOffer};
+use super::follow::Chosen;
 use super::grant::Grants;
 use super::listing::LeftOut;
 use super::names::machine;
-use super::pick::{self, Named};
+use super::pick;
 use super::qr::{self, Room};
 use super::role::{Press, Sure};
 use super::run::{self, Event, LOOK, SETTLE, Signals};
-use super::wanted::{grants, mode, wanted, with_names};
+use super::wanted::{look_up, mode, wanted, with_names};
 use super::{Options, tunnel};
 use crate::nbd::{self, Limits, Server};
 use crate::tree::Tree;
@@ -182,7 +183,7 @@ fn follow_links() -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
 
 /// What people have been shown.
 struct Shown {
-    named: Vec<Named>,
+    chosen: Chosen,
     grants: Grants,
     machine: String,
     hostname: String,
@@ -193,13 +194,11 @@ struct Shown {
 
 impl Shown {
     fn new(options: &Options, hostname: String) -> anyhow::Result<Self> {
-        let root = Path::new("/");
-        let named = options.devices.iter().map(|path| pick::named(root, path));
-        let named = named.collect::<anyhow::Result<Vec<_>>>()?;
+        let (chosen, grants) = look_up(options)?;
         Ok(Self {
-            grants: grants(options, &named)?,
-            named,
-            machine: machine(&Tree::new(root)),
+            chosen,
+            grants,
+            machine: machine(&Tree::new(Path::new("/"))),
             hostname,
             text: String::new(),
             borrowers: Vec::new(),
@@ -210,10 +209,10 @@ impl Shown {
     fn update(&mut self, options: &Options, desk: &Desk) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        for words in self.grants.look(&survey) {
+        for words in self.grants.look(&survey).iter().chain(&self.chosen.look(&survey)) {
             eprintln!("stiefel: {words}");
         }
-        let (wanted, left_out) = wanted(options, &self.named, &survey);
+        let (wanted, left_out) = wanted(options, &self.chosen, &survey);
         let on_offer = with_names(&self.machine, wanted)
             .into_iter()
             .map(|(want, names)| OnOffer {

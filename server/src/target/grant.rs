@@ -1,14 +1,10 @@
-//! Which disks may be written: bound to the disk itself, never to the kernel's name of it, which another disk may get later.
-//!
-//! What the user typed is looked up once, at the start. From then on the disk is followed by the name that it has by itself
-//! (model, serial number or world-wide name) and its size, wherever it is plugged in; one that has no such name, or shares it
-//! with another, only until it is unplugged. So a disk that comes later is never taken for one of two twins.
+//! Which disks may be written, by whom: looked up once, at the start, and followed from then on ([`super::follow`]).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, bail};
-use stiefel_sys::block::Disk;
 
+use super::follow::Followed;
 use super::names::{Names, own_key};
 use super::pick::Survey;
 use super::share::Source;
@@ -23,24 +19,7 @@ pub(super) struct Grants(Vec<Grant>);
 pub(super) struct Grant {
     /// The only host's NQN, if it is to be written by NVMe.
     pub(super) host: Option<String>,
-    /// What the user called it.
-    word: String,
-    to: To,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum To {
-    /// The only disk that calls itself so; `size` in bytes, if it was there when it was named; `last` is its latest number.
-    Own {
-        key: String,
-        size: Option<u64>,
-        last: Option<u64>,
-    },
-    /// What has this number, until it is unplugged.
-    Plugged(u64),
-    File(PathBuf),
-    /// Nothing any more.
-    Nobody,
+    disk: Followed,
 }
 
 impl Grants {
@@ -54,25 +33,23 @@ impl Grants {
         survey: &Survey,
     ) -> anyhow::Result<Self> {
         let grant = |writable: &Writable| {
-            let is_meant = |(source, names): &(&'a Source, &'a Names)| is_called(&writable.disk, source, names);
-            let to = match lent.clone().find(is_meant) {
-                _ if options.awaited => To::Own {
-                    key: writable.disk.clone(),
-                    size: None,
-                    last: None,
-                },
-                Some((Source::Disk(disk), _)) => bind(disk, survey)?,
-                Some((Source::File { path, .. }, _)) => To::File(path.clone()),
+            let word = &writable.disk;
+            let is_meant = |(source, names): &(&'a Source, &'a Names)| is_called(word, source, names);
+            let disk = match lent.clone().find(is_meant) {
+                _ if options.awaited => Followed::awaited(word),
+                Some((Source::Disk(disk), _)) => Followed::disk(word, disk, survey).with_context(|| {
+                    format!(
+                        "--read-write {word}: it has no serial number of its own, so another disk could be taken for it later (this \
+                         kernel does not number disks; Linux 5.15 does); lend it read-only"
+                    )
+                })?,
+                Some((Source::File { path, .. }, _)) => Followed::file(word, path),
                 None => bail!(
-                    "--read-write {0}: no disk {0} is there to be lent; name one that is (`lsblk` lists them)",
-                    writable.disk
+                    "--read-write {word}: no disk {word} is there to be lent; name one that is (`lsblk` lists them)"
                 ),
             };
-            anyhow::Ok(Grant {
-                host: writable.host.clone(),
-                word: writable.disk.clone(),
-                to,
-            })
+            let host = writable.host.clone();
+            anyhow::Ok(Grant { host, disk })
         };
         let grants = options.writable.iter().map(grant).collect::<anyhow::Result<_>>()?;
         Ok(Self(grants))
@@ -80,71 +57,20 @@ impl Grants {
 
     /// Follows the disks; what is to be said.
     pub(super) fn look(&mut self, survey: &Survey) -> Vec<String> {
-        let mut said = Vec::new();
-        for grant in &mut self.0 {
-            let To::Own { key, size, last } = &mut grant.to else {
-                continue;
+        let said = |grant: &mut Grant| {
+            let rest = match grant.disk.look(survey)? {
+                false => "none of them can be written",
+                true => "only the one that was here before can be written, until it is unplugged",
             };
-            let mut called = survey
-                .disks
-                .iter()
-                .map(|found| &found.disk)
-                .filter(|disk| is_own(disk, key, *size));
-            let next = match (called.next(), called.next()) {
-                (None, _) => continue,
-                (Some(only), None) => {
-                    *last = only.sequence;
-                    continue;
-                }
-                // Twins: only the one that was here before.
-                (Some(_), Some(_)) => last.map_or(To::Nobody, To::Plugged),
-            };
-            let rest = match next {
-                To::Nobody => "none of them can be written",
-                _ => "only the one that was here before can be written, until it is unplugged",
-            };
-            said.push(format!("several disks are called {}: {rest}", grant.word));
-            grant.to = next;
-        }
-        said
+            Some(format!("several disks are called {}: {rest}", grant.disk.word()))
+        };
+        self.0.iter_mut().filter_map(said).collect()
     }
 
     /// Who may write this; `None`: nobody.
     pub(super) fn of(&self, source: &Source) -> Option<&Grant> {
-        self.0.iter().find(|grant| match (&grant.to, source) {
-            (To::Own { key, size, .. }, Source::Disk(disk)) => is_own(disk, key, *size),
-            (To::Plugged(number), Source::Disk(disk)) => disk.sequence == Some(*number),
-            (To::File(granted), Source::File { path, .. }) => granted == path,
-            _ => false,
-        })
+        self.0.iter().find(|grant| grant.disk.is(source))
     }
-}
-
-fn is_own(disk: &Disk, key: &str, size: Option<u64>) -> bool {
-    own_key(disk).is_some_and(|own| own == key) && size.is_none_or(|size| size == disk.size)
-}
-
-/// What stays true of a disk that is there now.
-fn bind(disk: &Disk, survey: &Survey) -> anyhow::Result<To> {
-    let twins = |key: &str| {
-        let called = survey
-            .disks
-            .iter()
-            .filter(|found| is_own(&found.disk, key, Some(disk.size)));
-        called.count() > 1
-    };
-    if let Some(key) = own_key(disk).filter(|key| !twins(key)) {
-        let (size, last) = (Some(disk.size), disk.sequence);
-        return Ok(To::Own { key, size, last });
-    }
-    let number = disk.sequence.with_context(|| {
-        format!(
-            "--read-write {}: it has no serial number of its own, so another disk could be taken for it later (this kernel does \
-             not number disks; Linux 5.15 does); lend it read-only",
-            disk.path.display()
-        )
-    })?;
-    Ok(To::Plugged(number))
 }
 
 /// Whether the user means this: by the name that is listed, the kernel's name, or a path.
@@ -184,6 +110,7 @@ mod tests {
     use super::super::pick::Candidate;
     use super::*;
     use proptest::prelude::*;
+    use stiefel_sys::block::Disk;
 
     fn disk(name: &str, serial: Option<&str>, sequence: Option<u64>) -> Disk {
         Disk {

@@ -11,6 +11,7 @@ mod catalog;
 mod clients;
 mod closed;
 mod desk;
+mod follow;
 mod grant;
 mod listing;
 mod lives;

@@ -126,10 +126,10 @@ mod tests {
     fn the_first_text_that_has_room_is_shown() {
         let (long, short) = ("x".repeat(400), "stiefel attach".to_owned());
         let both = [long.clone(), short.clone()];
-        assert_eq!(code(&both, LARGE), code(&[long.clone()], LARGE));
+        assert_eq!(code(&both, LARGE), code(std::slice::from_ref(&long), LARGE));
         // A text console.
         let small = Room { columns: 80, rows: 25 };
-        assert_eq!(code(&both, small), code(&[short.clone()], LARGE));
+        assert_eq!(code(&both, small), code(std::slice::from_ref(&short), LARGE));
         assert!(code(&both, small.below(10)).is_none());
         assert!(code(&[long], small).is_none() && code(&[], LARGE).is_none());
         // More than any code holds.

@@ -23,14 +23,15 @@ use super::Options;
 use super::catalog::Catalog;
 use super::clients::{self, Who};
 use super::closed::Seat;
+use super::follow::Chosen;
 use super::grant::Grants;
 use super::listing::{LeftOut, Listing, places};
 use super::names::{Names, machine};
-use super::pick::{self, Named};
+use super::pick;
 use super::qr::{self, Room};
 use super::role::{Lending, Press};
 use super::share::{Share, Source};
-use super::wanted::{Wanted, grants, mode, wanted};
+use super::wanted::{Wanted, look_up, mode, wanted};
 use crate::nbd::{self, Limits, Server, Stats};
 use crate::tree::Tree;
 
@@ -184,7 +185,7 @@ pub(super) fn watch(tell: &mpsc::UnboundedSender<Event>) -> anyhow::Result<()> {
 /// Everything that is lent.
 struct Lender<'a> {
     options: &'a Options,
-    named: Vec<Named>,
+    chosen: Chosen,
     machine: String,
     catalog: Arc<Catalog>,
     server: Arc<Server>,
@@ -213,8 +214,7 @@ struct Lender<'a> {
 impl<'a> Lender<'a> {
     fn new(options: &'a Options, tell: mpsc::UnboundedSender<Event>) -> anyhow::Result<Self> {
         let root = Path::new("/");
-        let named = options.devices.iter().map(|path| pick::named(root, path));
-        let named = named.collect::<anyhow::Result<Vec<_>>>()?;
+        let (chosen, grants) = look_up(options)?;
         let shelf = match options.no_nvme {
             true => None,
             false => shelf()
@@ -236,8 +236,8 @@ impl<'a> Lender<'a> {
         let server = Server::start(listener, gate, limits)?;
         Ok(Self {
             options,
-            grants: grants(options, &named)?,
-            named,
+            grants,
+            chosen,
             machine: machine(&Tree::new(root)),
             catalog,
             server: Arc::new(server),
@@ -269,10 +269,10 @@ impl<'a> Lender<'a> {
     fn reconcile(&mut self) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        for words in self.grants.look(&survey) {
+        for words in self.grants.look(&survey).iter().chain(&self.chosen.look(&survey)) {
             eprintln!("stiefel: {words}");
         }
-        let (wanted, mut left_out) = wanted(self.options, &self.named, &survey);
+        let (wanted, mut left_out) = wanted(self.options, &self.chosen, &survey);
         let is_wanted = |source: &Source| wanted.iter().any(|want| want.source == *source);
         let gone = self.shares.iter().filter(|(_, share)| !is_wanted(&share.source));
         let gone: Vec<String> = gone.map(|(name, _)| name.clone()).collect();

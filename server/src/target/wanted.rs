@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use super::Options;
+use super::follow::Chosen;
 use super::grant::Grants;
 use super::listing::LeftOut;
 use super::names::Names;
-use super::pick::{self, Candidate, Named, Survey};
+use super::pick::{self, Candidate, Survey};
 use super::share::{Mode, Source};
 
 /// What is to be lent.
@@ -16,10 +17,10 @@ pub(super) struct Wanted {
 }
 
 /// Which disks are to be lent, and which are not, with the reason.
-pub(super) fn wanted(options: &Options, named: &[Named], survey: &Survey) -> (Vec<Wanted>, Vec<LeftOut>) {
+pub(super) fn wanted(options: &Options, chosen: &Chosen, survey: &Survey) -> (Vec<Wanted>, Vec<LeftOut>) {
     let (mut wanted, mut left_out) = (Vec::new(), Vec::new());
     for Candidate { disk, system, users } in &survey.disks {
-        let by_name = named.contains(&Named::Disk(disk.name.clone()));
+        let by_name = chosen.has(disk);
         if !by_name && options.all == 0 {
             continue;
         }
@@ -42,13 +43,11 @@ pub(super) fn wanted(options: &Options, named: &[Named], survey: &Survey) -> (Ve
             }),
         }
     }
-    for file in named {
-        if let Named::File(path) = file
-            && let Ok(metadata) = std::fs::metadata(path)
-        {
+    for path in chosen.files() {
+        if let Ok(metadata) = std::fs::metadata(path) {
             wanted.push(Wanted {
                 source: Source::File {
-                    path: path.clone(),
+                    path: path.to_owned(),
                     size: metadata.len(),
                 },
                 users: Vec::new(),
@@ -58,15 +57,20 @@ pub(super) fn wanted(options: &Options, named: &[Named], survey: &Survey) -> (Ve
     (wanted, left_out)
 }
 
-/// Which of what is there now may be written.
+/// What the user has named of what is there now, to be lent, and to be written.
 ///
 /// # Errors
-/// In words: what the user named is not there.
-pub(super) fn grants(options: &Options, named: &[Named]) -> anyhow::Result<Grants> {
-    let survey = pick::survey(Path::new("/"))?;
-    let (wanted, _) = wanted(options, named, &survey);
-    let lent = with_names("", wanted);
-    Grants::new(options, lent.iter().map(|(want, names)| (&want.source, names)), &survey)
+/// In words: it is not there, or not one that can be lent.
+pub(super) fn look_up(options: &Options) -> anyhow::Result<(Chosen, Grants)> {
+    let root = Path::new("/");
+    let named = options.devices.iter().map(|path| pick::named(root, path));
+    let named = named.collect::<anyhow::Result<Vec<_>>>()?;
+    let survey = pick::survey(root)?;
+    let chosen = Chosen::new(&named, &survey);
+    let lent = with_names("", wanted(options, &chosen, &survey).0);
+    let sources = lent.iter().map(|(want, names)| (&want.source, names));
+    let grants = Grants::new(options, sources, &survey)?;
+    Ok((chosen, grants))
 }
 
 /// Gives each its name.
@@ -93,6 +97,7 @@ pub(super) fn mode(options: &Options, grants: &Grants, source: &Source) -> Mode 
 
 #[cfg(test)]
 mod tests {
+    use super::super::pick::Named;
     use super::*;
     use stiefel_sys::block::Disk;
 
@@ -119,7 +124,7 @@ mod tests {
     }
 
     fn lent(options: &Options, named: &[Named], survey: &Survey) -> (Vec<String>, Vec<String>) {
-        let (wanted, left) = wanted(options, named, survey);
+        let (wanted, left) = wanted(options, &Chosen::new(named, survey), survey);
         let devices = wanted.iter().map(|want| want.source.path().display().to_string());
         (devices.collect(), left.into_iter().map(|left| left.why).collect())
     }
@@ -173,7 +178,7 @@ mod tests {
                 snapshot,
                 ..Options::default()
             };
-            let lent = with_names("m", wanted(&options, &[], &survey).0);
+            let lent = with_names("m", wanted(&options, &Chosen::default(), &survey).0);
             let sources = lent.iter().map(|(want, names)| (&want.source, names));
             let grants = Grants::new(&options, sources, &survey).unwrap();
             mode(&options, &grants, &lent[0].0.source)
