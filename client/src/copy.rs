@@ -1,13 +1,16 @@
 //! Copies a disk or an image to another, with all that can go wrong in between: it can be interrupted and gone on with, leaves
 //! zeroes out, and is read back and compared at the end.
 //!
-//! The copy goes in pieces of [`PIECE`] bytes. What is known of it lies in a file of state: a header, then the SHA-256 of each
-//! piece that is on the medium. A copy that is begun again goes on behind them, if source and target are still the same.
+//! The copy goes in pieces of [`PIECE`] bytes. What is known of it lies in a file of state (`state`): the SHA-256 of each piece
+//! that is on the medium, and what could not be read. A copy that is begun again goes on behind them, if source and target are
+//! still the same.
 //!
 //! Refused: a target that is smaller, in use, or the source itself; a file of state that belongs to another source.
 
+mod state;
+
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -15,6 +18,8 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use anyhow::{Context, bail};
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use sha2::{Digest, Sha256};
+
+use state::State;
 
 /// Bytes copied at a time.
 pub const PIECE: usize = 4 << 20;
@@ -24,11 +29,10 @@ const SECTOR: usize = 4096;
 const SYNC_EVERY: u64 = 32;
 /// Pieces read ahead of the writer.
 const AHEAD: usize = 2;
-const MAGIC: &[u8; 16] = b"stiefel-copy-1\n\0";
-/// Magic, the source's size, the first piece's hash.
-const HEADER: u64 = 16 + 8 + 32;
 
 type Hash = [u8; 32];
+/// Offset and length in bytes.
+type Range = (u64, u64);
 
 /// What is to be copied.
 #[derive(Debug, Clone)]
@@ -62,7 +66,7 @@ pub struct Report {
     /// Of these so many were there from an earlier try.
     pub resumed: u64,
     /// Where the source could not be read: offset and length in bytes.
-    pub unreadable: Vec<(u64, u64)>,
+    pub unreadable: Vec<Range>,
     /// SHA-256 of the whole target, as `sha256sum` says it.
     pub sha256: String,
 }
@@ -80,9 +84,10 @@ pub fn copy(job: &Copy<'_>, progress: &mut dyn FnMut(Progress)) -> anyhow::Resul
     let resumed = state.hashes.len() as u64;
     check_last(&state, &target, size)?;
     progress(Progress::Copied((resumed * PIECE as u64).min(size), size));
-    let (zeroes, unreadable) = transfer(job, source, size, &target, &mut state, progress)?;
+    let zeroes = transfer(job, source, size, &target, &mut state, progress)?;
     target.sync().context("cannot bring the copy onto its medium")?;
     let sha256 = compare(&target, size, &state.hashes, progress)?;
+    let unreadable = std::mem::take(&mut state.unreadable);
     state.finish()?;
     Ok(Report {
         size,
@@ -188,75 +193,16 @@ impl Target {
     }
 }
 
-/// The file of state.
-struct State {
-    file: File,
-    path: PathBuf,
-    hashes: Vec<Hash>,
-}
-
-impl State {
-    fn open(path: &Path, size: u64, first: Hash) -> anyhow::Result<Self> {
-        let failed = || format!("cannot keep the state of the copy in {}", path.display());
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .with_context(failed)?;
-        let mut bytes = Vec::new();
-        let most = HEADER + size.div_ceil(PIECE as u64) * 32;
-        (&file).take(most).read_to_end(&mut bytes).with_context(failed)?;
-        let header = [&MAGIC[..], &size.to_be_bytes(), &first].concat();
-        let hashes = match bytes.split_at_checked(header.len()) {
-            Some((known, hashes)) if known == header => {
-                hashes.chunks_exact(32).filter_map(|h| h.try_into().ok()).collect()
-            }
-            _ if bytes.is_empty() => Vec::new(),
-            _ => bail!(
-                "{} belongs to a copy of another source; delete it to begin anew, or name another with --state",
-                path.display()
-            ),
-        };
-        let state = Self {
-            file,
-            path: path.to_owned(),
-            hashes,
-        };
-        // What was written half is cut off.
-        state
-            .file
-            .set_len(state_length(state.hashes.len()))
-            .with_context(failed)?;
-        state.file.write_all_at(&header, 0).with_context(failed)?;
-        state.file.sync_data().with_context(failed)?;
-        Ok(state)
-    }
-
-    /// Notes pieces whose bytes are on the medium.
-    fn add(&mut self, hashes: &[Hash]) -> io::Result<()> {
-        self.file
-            .write_all_at(&hashes.concat(), state_length(self.hashes.len()))?;
-        self.file.sync_data()?;
-        self.hashes.extend_from_slice(hashes);
-        Ok(())
-    }
-
-    fn finish(self) -> anyhow::Result<()> {
-        std::fs::remove_file(&self.path)
-            .with_context(|| format!("the copy is complete; delete {}", self.path.display()))
-    }
-}
-
-/// The length of the file of state with so many hashes.
-const fn state_length(hashes: usize) -> u64 {
-    HEADER + hashes as u64 * 32
-}
-
 fn hash(bytes: &[u8]) -> Hash {
     Sha256::digest(bytes).into()
+}
+
+/// Adds a range behind others, and to the last one if it begins where that ends.
+fn push(ranges: &mut Vec<Range>, (at, length): Range) {
+    match ranges.last_mut() {
+        Some((begin, known)) if *begin + *known == at => *known += length,
+        _ => ranges.push((at, length)),
+    }
 }
 
 fn length_at(offset: u64, size: u64) -> usize {
@@ -277,7 +223,7 @@ fn read_piece(
     offset: u64,
     piece: &mut [u8],
     skip: bool,
-    unreadable: &mut Vec<(u64, u64)>,
+    unreadable: &mut Vec<Range>,
 ) -> anyhow::Result<()> {
     match source.read_exact_at(piece, offset) {
         Err(error) if !skip => Err(error).with_context(|| {
@@ -290,10 +236,7 @@ fn read_piece(
                 let length = sector.len() as u64;
                 if source.read_exact_at(sector, at).is_err() {
                     sector.fill(0);
-                    match unreadable.last_mut() {
-                        Some((begin, known)) if *begin + *known == at => *known += length,
-                        _ => unreadable.push((at, length)),
-                    }
+                    push(unreadable, (at, length));
                 }
                 at += length;
             }
@@ -328,10 +271,10 @@ struct Piece {
     bytes: Vec<u8>,
     hash: Hash,
     zero: bool,
-    unreadable: Vec<(u64, u64)>,
+    unreadable: Vec<Range>,
 }
 
-/// Copies what is missing; how many bytes were zeroes, and what could not be read.
+/// Copies what is missing; how many bytes were zeroes.
 fn transfer(
     job: &Copy<'_>,
     source: File,
@@ -339,7 +282,7 @@ fn transfer(
     target: &Target,
     state: &mut State,
     progress: &mut dyn FnMut(Progress),
-) -> anyhow::Result<(u64, Vec<(u64, u64)>)> {
+) -> anyhow::Result<u64> {
     let begin = state.hashes.len() as u64 * PIECE as u64;
     let skip = job.skip_errors;
     let (send, receive) = sync_channel::<anyhow::Result<Piece>>(AHEAD);
@@ -379,9 +322,9 @@ fn write_pieces(
     target: &Target,
     state: &mut State,
     progress: &mut dyn FnMut(Progress),
-) -> anyhow::Result<(u64, Vec<(u64, u64)>)> {
-    let (mut zeroes, mut unreadable) = (0, Vec::new());
-    let mut fresh: Vec<Hash> = Vec::new();
+) -> anyhow::Result<u64> {
+    let mut zeroes = 0;
+    let mut fresh: Vec<(Hash, Vec<Range>)> = Vec::new();
     let mut result = Ok(());
     for piece in pieces {
         let step = piece.and_then(|piece| {
@@ -389,8 +332,7 @@ fn write_pieces(
             let written = target.write(piece.offset, &piece.bytes, piece.zero);
             written.with_context(|| format!("cannot write the copy at byte {}", piece.offset))?;
             zeroes += if piece.zero { length } else { 0 };
-            unreadable.extend(piece.unreadable);
-            fresh.push(piece.hash);
+            fresh.push((piece.hash, piece.unreadable));
             progress(Progress::Copied(piece.offset + length, size));
             Ok(())
         });
@@ -408,10 +350,10 @@ fn write_pieces(
     if state.hashes.len() as u64 != size.div_ceil(PIECE as u64) {
         bail!("reading the source ended early; the same call goes on");
     }
-    Ok((zeroes, unreadable))
+    Ok(zeroes)
 }
 
-fn note(target: &Target, state: &mut State, fresh: &mut Vec<Hash>) -> anyhow::Result<()> {
+fn note(target: &Target, state: &mut State, fresh: &mut Vec<(Hash, Vec<Range>)>) -> anyhow::Result<()> {
     target.sync().context("cannot bring the copy onto its medium")?;
     state.add(fresh).context("cannot note what was copied")?;
     fresh.clear();
@@ -472,6 +414,7 @@ pub fn sync_folder(target: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::fs;
+    use std::io::Write;
 
     struct Place(tempfile::TempDir);
 
@@ -537,11 +480,16 @@ mod tests {
         file.set_len(bytes.len() as u64).unwrap();
         file.write_all_at(&bytes[..2 * PIECE], 0).unwrap();
         let mut state = State::open(&place.path("state"), bytes.len() as u64, hash(&bytes[..PIECE])).unwrap();
+        let lost = vec![(PIECE as u64 + 4096, 8192), (2 * PIECE as u64 - 4096, 4096)];
         state
-            .add(&[hash(&bytes[..PIECE]), hash(&bytes[PIECE..2 * PIECE])])
+            .add(&[
+                (hash(&bytes[..PIECE]), Vec::new()),
+                (hash(&bytes[PIECE..2 * PIECE]), lost),
+            ])
             .unwrap();
         // Torn in the middle of the third.
-        state.file.write_all_at(&[1; 7], HEADER + 64).unwrap();
+        let file = fs::File::options().append(true).open(place.path("state")).unwrap();
+        (&file).write_all(&[1; 7]).unwrap();
     }
 
     #[test]
@@ -551,7 +499,24 @@ mod tests {
         interrupted(&place, &bytes);
         let report = place.copy().unwrap();
         assert_eq!(report.resumed, 2 * PIECE as u64);
+        // What the earlier try could not read is said again.
+        let piece = PIECE as u64;
+        assert_eq!(report.unreadable, [(piece + 4096, 8192), (2 * piece - 4096, 4096)]);
         assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
+    }
+
+    #[test]
+    fn what_cannot_be_read_becomes_zeroes_and_the_rest_is_kept() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; 3 * SECTOR]).unwrap();
+        // Behind its end nothing can be read, as on a bad sector.
+        let mut piece = vec![1; 5 * SECTOR];
+        let mut unreadable = Vec::new();
+        assert!(read_piece(&file, 0, &mut piece, false, &mut Vec::new()).is_err());
+        read_piece(&file, 0, &mut piece, true, &mut unreadable).unwrap();
+        assert_eq!(unreadable, [(3 * SECTOR as u64, 2 * SECTOR as u64)]);
+        assert!(piece[..3 * SECTOR].iter().all(|&byte| byte == 7));
+        assert!(piece[3 * SECTOR..].iter().all(|&byte| byte == 0));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! program (see `uki`). Firmware starts that name from removable disks without any configuration.
 //! Specification: UEFI 2.10, sections 3.5 (removable media), 5 (GPT), 13.3 (FAT).
 //!
+//! Or that program alone, as one file: for a boot entry of the firmware's, iPXE, or an EFI system partition that is there.
+//!
 //! The image holds the stick's key: it is 0600, and wiped from memory. The boot code of the protective MBR and the sectors up
 //! to the first MiB stay free for a BIOS loader. Nothing is written before everything was checked; the partition table comes
 //! last, so that an interrupted write leaves no stick that seems whole.
@@ -222,19 +224,59 @@ pub fn write_image(
     progress: Progress,
 ) -> Result<StickReport, StickError> {
     check_image_path(path, overwrite)?;
+    let content = Content::new(options, esp::Sector::S512)?;
+    create(path, overwrite, |file, failed| {
+        file.set_len(content.disk_bytes()).map_err(failed)?;
+        content.write(file, path, progress)
+    })?;
+    Ok(content.report())
+}
+
+/// Writes the EFI program alone, as one file, 0600; an existing one only if `overwrite`.
+///
+/// # Errors
+/// See [`StickError`]. The file is written beside, synced and renamed: it is whole or not there.
+pub fn write_program(
+    options: &StickOptions,
+    path: &Path,
+    overwrite: bool,
+    progress: Progress,
+) -> Result<StickReport, StickError> {
+    check_image_path(path, overwrite)?;
+    let program = program(options)?;
+    let total = program.len() as u64;
+    create(path, overwrite, |file, failed| {
+        let mut done = 0;
+        for chunk in program.chunks(CHUNK) {
+            file.write_all(chunk).map_err(failed)?;
+            done += chunk.len() as u64;
+            progress(done, total);
+        }
+        file.sync_all().map_err(failed)
+    })?;
+    Ok(StickReport {
+        bytes: total,
+        program_bytes: total,
+    })
+}
+
+/// Lets `fill` write a file beside `path`, which also syncs it, and gives it its name.
+fn create(
+    path: &Path,
+    overwrite: bool,
+    fill: impl FnOnce(&mut File, &dyn Fn(io::Error) -> StickError) -> Result<(), StickError>,
+) -> Result<(), StickError> {
     let failed = |source| StickError::Write {
         path: path.to_owned(),
         source,
     };
-    let content = Content::new(options, esp::Sector::S512)?;
     let dir = folder_of(path);
     // A temporary file is 0600 from the beginning, and stays so.
     let mut file = tempfile::Builder::new()
         .prefix(".stiefel-")
         .tempfile_in(dir)
         .map_err(failed)?;
-    file.as_file().set_len(content.disk_bytes()).map_err(failed)?;
-    content.write(file.as_file_mut(), path, progress)?;
+    fill(file.as_file_mut(), &failed)?;
     let renamed = if overwrite {
         file.persist(path)
     } else {
@@ -244,8 +286,7 @@ pub fn write_image(
         io::ErrorKind::AlreadyExists => StickError::Exists { path: path.to_owned() },
         _ => failed(error.error),
     })?;
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
-    Ok(content.report())
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)
 }
 
 /// Writes to a whole block device: all that was on it is lost. `shown` is what [`describe`] said and the user agreed to;
@@ -306,33 +347,7 @@ struct Content {
 
 impl Content {
     fn new(options: &StickOptions, sector: esp::Sector) -> Result<Self, StickError> {
-        let stub = read(STUB, options.stub.as_deref().unwrap_or(Path::new(DEFAULT_STUB)))?;
-        let kernel = read(KERNEL, &options.kernel)?;
-        let ramdisk = read(RAMDISK, &options.ramdisk)?;
-        if !ramdisk.starts_with(&ZSTD_MAGIC) {
-            return Err(StickError::NotARamdisk {
-                path: options.ramdisk.clone(),
-            });
-        }
-        if let Some(source) = cpio::Reader::new(&options.handover).find_map(Result::err) {
-            return Err(StickError::BadHandover { source });
-        }
-        let os_release = concat!(
-            "ID=stiefel\nNAME=stiefel\nPRETTY_NAME=\"stiefel ",
-            env!("CARGO_PKG_VERSION"),
-            "\"\nVERSION_ID=",
-            env!("CARGO_PKG_VERSION"),
-            "\n"
-        );
-        let initrd = [ramdisk.as_slice(), options.handover.as_slice()];
-        let uki = Uki {
-            stub: &stub,
-            os_release,
-            cmdline: &options.cmdline,
-            initrd: &initrd,
-            kernel: &kernel,
-        };
-        let program = uki.assemble()?;
+        let program = program(options)?;
         let name = match uki::machine(&program)? {
             0x8664 => "BOOTX64.EFI",
             0xaa64 => "BOOTAA64.EFI",
@@ -411,6 +426,37 @@ impl Content {
         GPT::write_protective_mbr_into(disk, sector).map_err(broken)?;
         disk.sync_all().map_err(failed)
     }
+}
+
+/// Kernel, ramdisk, handover and command line in one EFI program.
+fn program(options: &StickOptions) -> Result<Zeroizing<Vec<u8>>, StickError> {
+    let stub = read(STUB, options.stub.as_deref().unwrap_or(Path::new(DEFAULT_STUB)))?;
+    let kernel = read(KERNEL, &options.kernel)?;
+    let ramdisk = read(RAMDISK, &options.ramdisk)?;
+    if !ramdisk.starts_with(&ZSTD_MAGIC) {
+        return Err(StickError::NotARamdisk {
+            path: options.ramdisk.clone(),
+        });
+    }
+    if let Some(source) = cpio::Reader::new(&options.handover).find_map(Result::err) {
+        return Err(StickError::BadHandover { source });
+    }
+    let os_release = concat!(
+        "ID=stiefel\nNAME=stiefel\nPRETTY_NAME=\"stiefel ",
+        env!("CARGO_PKG_VERSION"),
+        "\"\nVERSION_ID=",
+        env!("CARGO_PKG_VERSION"),
+        "\n"
+    );
+    let initrd = [ramdisk.as_slice(), options.handover.as_slice()];
+    let uki = Uki {
+        stub: &stub,
+        os_release,
+        cmdline: &options.cmdline,
+        initrd: &initrd,
+        kernel: &kernel,
+    };
+    Ok(uki.assemble()?)
 }
 
 fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, StickError> {

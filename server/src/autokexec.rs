@@ -6,7 +6,7 @@
 
 mod control;
 mod keys;
-mod leave;
+pub(crate) mod leave;
 mod log;
 mod nics;
 mod notify;

@@ -9,6 +9,7 @@ mod boot;
 mod image;
 pub(crate) mod keys;
 mod root;
+mod target;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use crate::tree::Tree;
 
 pub use image::Image;
 pub use root::{RootStack, disks_of_root};
+pub use target::{TargetImage, image_for_target};
 
 /// Where the ramdisk lies.
 pub const STATE_DIR: &str = "/var/lib/stiefel";
@@ -47,6 +49,12 @@ pub enum CollectError {
         /// Which.
         kernel: String,
     },
+    /// The ramdisk cannot make the tunnel that disks are lent through.
+    #[error(
+        "the ramdisk has no WireGuard, through which disks are lent to the holders of a key\n  \
+         next: have `wireguard` among `modules` and run `stiefel install`; or lend them to everybody, in clear, with --open"
+    )]
+    NoTunnelToLend,
     /// A kernel cannot do NVMe over TCP.
     #[error(
         "disk.transport is nvme-tcp, but {lacks}\n  next: set it to auto, or have `nvme` among `modules` and run `stiefel install`"
@@ -479,6 +487,7 @@ mod tests {
             removable: false,
             read_only: false,
             rotational: false,
+            sequence: None,
         }
     }
 

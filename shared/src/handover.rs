@@ -54,6 +54,15 @@ pub struct TargetHandover {
     /// Everybody may, in clear.
     #[serde(default)]
     pub open: bool,
+    /// The disks that one borrower may write, by the names that `stiefel target` lists them by.
+    #[serde(default)]
+    pub read_write: Vec<String>,
+    /// All others can be written, too, but what is written is thrown away at the end.
+    #[serde(default)]
+    pub snapshot: bool,
+    /// What the machine is called; `None` if that is not known.
+    #[serde(default)]
+    pub hostname: Option<String>,
 }
 
 /// What the laptop's ramdisk is told by the laptop's OS.

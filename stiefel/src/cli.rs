@@ -184,7 +184,8 @@ pub(crate) struct UninstallArgs {
 
 #[derive(Args)]
 pub(crate) struct StickArgs {
-    /// An image file to create, or the USB stick's device, such as /dev/sdb.
+    /// An image file to create, or the USB stick's device, such as /dev/sdb; a name that ends in .efi becomes one file for any
+    /// UEFI firmware, boot entry or iPXE.
     pub(crate) target: PathBuf,
     /// The key to put on it: a name below /etc/stiefel/keys, or a file.
     #[arg(long, value_name = "NAME|FILE", default_value = "stick")]
@@ -199,8 +200,15 @@ pub(crate) struct StickArgs {
     #[arg(long = "target", conflicts_with = "encrypted_only")]
     pub(crate) target_mode: bool,
     /// With --target: lend to everybody, in clear.
-    #[arg(long, requires = "target_mode")]
+    #[arg(long, requires = "target_mode", conflicts_with = "key")]
     pub(crate) open: bool,
+    /// With --target: a disk that one borrower may write, by the name that `stiefel target` lists it by, such as ssd-980-s64d; may
+    /// be given several times.
+    #[arg(long, value_name = "NAME", requires = "target_mode", value_parser = target_disk)]
+    pub(crate) read_write: Vec<String>,
+    /// With --target: all other disks can be written, too; what is written is thrown away at the end.
+    #[arg(long, requires = "target_mode")]
+    pub(crate) snapshot: bool,
     /// Refuse a laptop that would send its disk in clear (`link.encryption: none`).
     #[arg(long)]
     pub(crate) encrypted_only: bool,
@@ -300,16 +308,22 @@ pub(crate) struct NbdArgs {
 #[derive(Args)]
 pub(crate) struct TargetArgs {
     /// Disks or files to lend.
-    #[arg(value_name = "DEVICE", required_unless_present = "all")]
+    #[arg(value_name = "DEVICE", required_unless_present_any = ["all", "reboot"])]
     pub(crate) devices: Vec<PathBuf>,
     /// Every disk but those that the running system lives on; given twice, these, too.
     #[arg(long, short, action = clap::ArgAction::Count, conflicts_with = "devices")]
     pub(crate) all: u8,
+    /// Leave this system for the ramdisk, which lends all disks, also this system's; `q` on its keyboard starts the system again.
+    #[arg(long, conflicts_with_all = ["devices", "no_nvme", "port", "json"])]
+    pub(crate) reboot: bool,
+    /// With --reboot: do not ask.
+    #[arg(long, short, requires = "reboot")]
+    pub(crate) yes: bool,
     /// Lend to everybody, in clear, by NVMe over TCP and NBD, like systemd-storagetm.
     #[arg(long)]
     pub(crate) open: bool,
-    /// A disk (its name here or device) that one initiator may write; may be given several times. With the NQN of the only
-    /// host by NVMe, else by NBD.
+    /// A disk that is there (its name here or device) that one initiator may write; may be given several times. It is followed
+    /// wherever it is plugged in. With the NQN of the only host by NVMe, else by NBD.
     #[arg(long, value_name = "DISK[=HOSTNQN]")]
     pub(crate) read_write: Vec<Writable>,
     /// All other disks can be written, too; what is written is thrown away at the end. By NBD only.
@@ -406,6 +420,15 @@ pub(crate) struct BakeArgs {
     pub(crate) modules: PathBuf,
 }
 
+/// A disk's name as `stiefel target` lists it; not the kernel's, which may be another disk's on another machine.
+fn target_disk(name: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || name.len() > 80 || !name.chars().all(plain) {
+        return Err("give the name that `stiefel target` lists, of lower-case letters, digits and dashes".to_owned());
+    }
+    Ok(name.to_owned())
+}
+
 /// Runs the user's command.
 pub(crate) fn run() -> ExitCode {
     let cli = Cli::parse();
@@ -451,7 +474,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Payload(args) => commands::serve::payload(config, &args),
         Command::Status(args) => commands::status::status(&args),
         Command::Nbd(args) => commands::nbd::nbd(&args),
-        Command::Target(args) => commands::target::target(&args),
+        Command::Target(args) => commands::target::target(config, &args),
         Command::Attach(args) => commands::attach::attach(&args),
         Command::Detach(args) => commands::attach::detach(&args),
         Command::Copy(args) => commands::copy::copy(&args),

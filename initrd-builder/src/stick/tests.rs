@@ -107,6 +107,31 @@ fn image_is_a_gpt_disk_with_one_aligned_efi_partition_for_its_owner_only() {
 }
 
 #[test]
+fn the_program_alone_is_the_one_on_the_stick() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, _) = image(dir.path());
+    let path = dir.path().join("target.efi");
+    let mut steps = Vec::new();
+    let report = write_program(&options(dir.path()), &path, false, &mut |done, total| {
+        steps.push((done, total))
+    })
+    .unwrap();
+    let program = fs::read(&path).unwrap();
+    assert!(program == program_in(partition(&image)), "another program");
+    assert_eq!(
+        (report.bytes, report.program_bytes),
+        (program.len() as u64, program.len() as u64)
+    );
+    assert_eq!(steps.last(), Some(&(report.bytes, report.bytes)));
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    // Whole or not there, and kept unless it may be replaced.
+    let again = write_program(&options(dir.path()), &path, false, &mut |_, _| {});
+    assert!(matches!(again, Err(StickError::Exists { .. })), "{again:?}");
+    write_program(&options(dir.path()), &path, true, &mut |_, _| {}).unwrap();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 5);
+}
+
+#[test]
 fn existing_file_is_kept_unless_overwriting_is_allowed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("stick.img");

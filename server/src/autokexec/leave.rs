@@ -117,17 +117,27 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>, tell: &dyn 
         ));
         return Ok(());
     }
-    let kernel = File::open(&collected.kernel).map_err(|source| LeaveError::Kernel {
-        path: collected.kernel.clone(),
-        source,
-    })?;
+    let kernel = kernel(&collected.kernel)?;
     // Collecting took its time: an upgrade may have begun, or the NIC be gone.
     not_cancelled(cancel)?;
     guard(config)?;
     tell(Step::Leaving);
-    kexec::load(kernel.as_fd(), Some(image.initrd.as_fd()), &cmdline)?;
+    kexec_into(&kernel, image.initrd, &cmdline)
+}
+
+/// Opens the ramdisk's kernel.
+pub(crate) fn kernel(path: &Path) -> Result<File, LeaveError> {
+    File::open(path).map_err(|source| LeaveError::Kernel {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Loads the ramdisk and begins the shutdown into it; `initrd` holds secrets. Nothing stays loaded after an error.
+pub(crate) fn kexec_into(kernel: &File, initrd: File, cmdline: &str) -> Result<(), LeaveError> {
+    kexec::load(kernel.as_fd(), Some(initrd.as_fd()), cmdline)?;
     // The kernel has its own copy: free ours, the shutdown needs memory too.
-    drop(image);
+    drop(initrd);
     log::notice(format_args!("leaving: the ramdisk is loaded, the shutdown begins"));
     let begun = shut_down();
     if begun.is_err()
@@ -141,7 +151,8 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>, tell: &dyn 
     begun
 }
 
-fn guard(config: &Config) -> Result<(), LeaveError> {
+/// Asks the guards.
+pub(crate) fn guard(config: &Config) -> Result<(), LeaveError> {
     let kernel = Path::new(STATE_DIR).join(stiefel_initrd_builder::ramdisk::KERNEL);
     let refusals = guards::check(Path::new("/"), config.trigger.battery.0, &kernel);
     if refusals.is_empty() {

@@ -112,13 +112,13 @@ impl Collected {
 }
 
 /// Files, or parts of them, that are read one after the other, each beginning at a multiple of 4.
-struct Source {
+pub(super) struct Source {
     reader: Box<dyn Read>,
-    len: u64,
+    pub(super) len: u64,
 }
 
 impl Source {
-    fn open(pieces: &[Piece]) -> Result<Self, CollectError> {
+    pub(super) fn open(pieces: &[Piece]) -> Result<Self, CollectError> {
         let mut source = Self {
             reader: Box::new(io::empty()),
             len: 0,
@@ -154,18 +154,23 @@ fn open(piece: &Piece) -> io::Result<(File, u64)> {
     Ok((file, section.len))
 }
 
+/// Writes the ramdisk and, behind it, the handover's document; returns how long both are.
+pub(super) fn begin(out: &mut impl Write, mut ramdisk: Source, document: &SecretBytes) -> io::Result<u64> {
+    let written = io::copy(&mut ramdisk.reader, out)?;
+    let written = written + cpio::pad_to(out, written, 4)?;
+    out.write_all(&document.0)?;
+    Ok(written + document.0.len() as u64)
+}
+
 /// Writes the image; returns its length.
 fn write(
     out: &mut impl Write,
-    mut ramdisk: Source,
+    ramdisk: Source,
     document: &SecretBytes,
     [mut kernel, mut initrd]: [Source; 2],
     overlay: &[u8],
 ) -> io::Result<u64> {
-    let written = io::copy(&mut ramdisk.reader, out)?;
-    let written = written + cpio::pad_to(out, written, 4)?;
-    out.write_all(&document.0)?;
-    let written = written + document.0.len() as u64;
+    let written = begin(out, ramdisk, document)?;
     let written = written + cpio::pad_to(out, written, 4)?;
     // Its folder `stiefel` is made by the document's archive.
     let mut archive = cpio::Writer::new(out);

@@ -60,6 +60,21 @@ fn address_of(digits: &str) -> Option<IpAddr> {
     }
 }
 
+/// What was done on a block device, of the text of its `stat` (Documentation/block/stat.rst): it counts 512 bytes, whatever the
+/// device's blocks are.
+pub(super) fn done(text: &str) -> Option<Stats> {
+    let mut fields = text.split_ascii_whitespace().map(str::parse::<u64>);
+    let mut next = |skip| fields.nth(skip)?.ok();
+    let (reads, read) = (next(0)?, next(1)?);
+    let (writes, written) = (next(1)?, next(1)?);
+    Some(Stats {
+        bytes_read: read.checked_mul(512)?,
+        bytes_written: written.checked_mul(512)?,
+        requests: reads.checked_add(writes)?,
+        errors: 0,
+    })
+}
+
 /// What changed between two looks, in words.
 pub(super) fn changes(before: &BTreeMap<Who, usize>, now: &BTreeMap<Who, usize>) -> Vec<String> {
     let name = |disk: &Option<String>| disk.clone().unwrap_or_else(|| "a disk by NVMe".to_owned());
@@ -132,6 +147,18 @@ mod tests {
     }
 
     #[test]
+    fn what_was_done_on_a_device_is_read() {
+        let stats =
+            done("     117       4     6162      20       5       0       16       3        0       24\n").unwrap();
+        assert_eq!(
+            (stats.bytes_read, stats.bytes_written, stats.requests),
+            (6162 * 512, 16 * 512, 122)
+        );
+        assert_eq!(done("1 2 3"), None);
+        assert_eq!(done("1 0 18446744073709551615 0 0 0 0"), None);
+    }
+
+    #[test]
     fn errors_are_said_loudly_and_silence_is_not_said() {
         let before = Stats::default();
         assert_eq!(traffic("a", before, before, 2), None);
@@ -153,6 +180,7 @@ mod tests {
         fn any_table_is_read(text in ".{0,200}") {
             let _ = peers_of(&text, 4420);
             let _ = address_of(&text);
+            let _ = done(&text);
         }
     }
 }

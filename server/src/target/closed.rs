@@ -15,13 +15,16 @@ use stiefel_sys::shield;
 use tokio::sync::mpsc;
 
 use super::desk::{Desk, Hosted, OnOffer};
+use super::follow::Chosen;
+use super::grant::Grants;
 use super::listing::LeftOut;
-use super::names::{Names, machine};
-use super::pick::{self, Named};
+use super::names::machine;
+use super::pick;
+use super::qr::{self, Room};
 use super::role::{Press, Sure};
 use super::run::{self, Event, LOOK, SETTLE, Signals};
-use super::share::Source;
-use super::{Options, run::wanted, tunnel};
+use super::wanted::{look_up, mode, wanted, with_names};
+use super::{Options, tunnel};
 use crate::nbd::{self, Limits, Server};
 use crate::tree::Tree;
 use crate::{discovery, http};
@@ -55,7 +58,7 @@ pub(super) struct Seat {
 }
 
 impl Seat {
-    async fn key(&mut self) -> char {
+    pub(super) async fn key(&mut self) -> char {
         if let Some(keys) = &mut self.keys
             && let Some(key) = keys.recv().await
         {
@@ -71,7 +74,8 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
     let mut ended = Signals::new()?;
     let (tell, mut events) = mpsc::unbounded_channel();
     run::watch(&tell)?;
-    let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let own = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let hostname = options.hostname.clone().unwrap_or_else(own);
     let nvme = !options.no_nvme && run::load_target().is_ok();
     let desk = Arc::new(Desk::new(hostname.clone(), nvme));
     let gate: Arc<dyn nbd::Gate> = Arc::<Desk>::clone(&desk);
@@ -103,7 +107,7 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
                 () = ended.any() => return Ok(()),
                 never = &mut web => match never {},
                 () = &mut answers => anyhow::bail!("discovery ended"),
-                key = seat.key() => match seat.sure.press(key, Instant::now(), &desk) {
+                key = seat.key() => match seat.sure.press(key, Instant::now(), &mut Arc::clone(&desk)) {
                     Press::End => return Ok(()),
                     Press::Done(words) | Press::Warned(words) => {
                         eprintln!("stiefel: {words}");
@@ -113,7 +117,10 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
                 },
                 _ = look.tick() => {
                     desk.look(Instant::now());
-                    show.loans(&desk);
+                    desk.traffic(LOOK.as_secs()).iter().for_each(|words| eprintln!("stiefel: {words}"));
+                    if desk.borrowers() != show.borrowers {
+                        show.update(options, &desk)?;
+                    }
                 }
                 Some(Event::Changed) = events.recv() => {
                     tokio::time::sleep(SETTLE).await;
@@ -176,23 +183,25 @@ fn follow_links() -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
 
 /// What people have been shown.
 struct Shown {
-    named: Vec<Named>,
+    chosen: Chosen,
+    grants: Grants,
     machine: String,
     hostname: String,
     text: String,
-    loans: Vec<String>,
+    /// Who had what.
+    borrowers: Vec<(String, String)>,
 }
 
 impl Shown {
     fn new(options: &Options, hostname: String) -> anyhow::Result<Self> {
-        let root = Path::new("/");
-        let named = options.devices.iter().map(|path| pick::named(root, path));
+        let (chosen, grants) = look_up(options)?;
         Ok(Self {
-            named: named.collect::<anyhow::Result<Vec<_>>>()?,
-            machine: machine(&Tree::new(root)),
+            chosen,
+            grants,
+            machine: machine(&Tree::new(Path::new("/"))),
             hostname,
             text: String::new(),
-            loans: Vec::new(),
+            borrowers: Vec::new(),
         })
     }
 
@@ -200,56 +209,74 @@ impl Shown {
     fn update(&mut self, options: &Options, desk: &Desk) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        let (wanted, left_out) = wanted(options, &self.named, &survey, &|disk| run::sequence(root, disk));
-        let mut on_offer: Vec<OnOffer> = Vec::new();
-        for want in wanted {
-            let taken = |key: &str| on_offer.iter().any(|other| other.names.key == key);
-            let names = match &want.source {
-                Source::Disk(disk) => Names::of_disk(&self.machine, disk, &taken),
-                Source::File { path, .. } => {
-                    let name = path.file_name().unwrap_or_default().to_string_lossy();
-                    Names::of_file(&self.machine, &name, &taken)
-                }
-            };
-            on_offer.push(OnOffer {
-                mode: run::mode(options, &want.source, &names),
+        for words in self.grants.look(&survey).iter().chain(&self.chosen.look(&survey)) {
+            eprintln!("stiefel: {words}");
+        }
+        let (wanted, left_out) = wanted(options, &self.chosen, &survey);
+        let on_offer = with_names(&self.machine, wanted)
+            .into_iter()
+            .map(|(want, names)| OnOffer {
+                mode: mode(options, &self.grants, &want.source),
                 source: want.source,
                 users: want.users,
                 names,
             });
-        }
+        let mut on_offer: Vec<OnOffer> = on_offer.collect();
         // In the order of the desk's names: the screen's numbers are the keys.
         on_offer.sort_by(|a, b| a.names.key.cmp(&b.names.key));
+        desk.offer(on_offer.clone());
+        self.borrowers = desk.borrowers();
         let text = match options.json {
-            true => json(&self.hostname, &on_offer, &left_out),
-            false => words(&self.hostname, &on_offer, &left_out, desk),
+            true => json(&self.hostname, &on_offer, &left_out, &self.borrowers),
+            false => words(&self.hostname, &on_offer, &left_out, desk, &self.borrowers),
         };
-        desk.offer(on_offer);
         if text != self.text {
             println!("{text}");
+            let room = Room::of_stdout().filter(|_| !options.json);
+            let lent = on_offer.iter().filter(|disk| !desk.is_withheld(&disk.names.key));
+            let commands: Vec<String> = lent.map(|disk| command(&self.hostname, disk)).collect();
+            if let Some(room) = room
+                && let Some(code) = qr::code(&texts(&commands), room.below(text.lines().count()))
+            {
+                print!("{code}");
+            }
             self.text = text;
         }
         Ok(())
     }
+}
 
-    fn loans(&mut self, desk: &Desk) {
-        let now = desk.loans();
-        for words in now.iter().filter(|words| !self.loans.contains(words)) {
-            eprintln!("stiefel: {words}");
-        }
-        self.loans = now;
+/// What others have to type.
+fn command(hostname: &str, disk: &OnOffer) -> String {
+    format!("stiefel attach {hostname}/{}", disk.names.key)
+}
+
+/// What a code may say: all commands, else the one that lists the disks.
+fn texts(commands: &[String]) -> Vec<String> {
+    match commands {
+        [] => Vec::new(),
+        [only] => vec![only.clone()],
+        several => vec![several.join("\n"), "stiefel attach".to_owned()],
     }
 }
 
-fn words(hostname: &str, disks: &[OnOffer], left_out: &[LeftOut], desk: &Desk) -> String {
+fn words(
+    hostname: &str,
+    disks: &[OnOffer],
+    left_out: &[LeftOut],
+    desk: &Desk,
+    borrowers: &[(String, String)],
+) -> String {
     let disk = |(index, disk): (usize, &OnOffer)| {
         let (path, size) = (disk.source.path().display(), disk.source.size() >> 20);
         let (name, number) = (&disk.names.key, index + 1);
         if desk.is_withheld(name) {
             return format!("{number} {name} ({path}, {size} MiB) is taken back");
         }
-        let mode = disk.mode.words();
-        format!("{number} {name} ({path}, {size} MiB): {mode}\n    stiefel attach {hostname}/{name}")
+        let (mode, command) = (disk.mode.words(), command(hostname, disk));
+        let of_it = borrowers.iter().filter(|(lent, _)| lent == name);
+        let lent: String = of_it.map(|(_, words)| format!("\n    {words}")).collect();
+        format!("{number} {name} ({path}, {size} MiB): {mode}\n    {command}{lent}")
     };
     let left = |left: &LeftOut| format!("{} is not lent: {}", left.device, left.why);
     let mut lines: Vec<String> = disks
@@ -266,13 +293,55 @@ fn words(hostname: &str, disks: &[OnOffer], left_out: &[LeftOut], desk: &Desk) -
     lines.join("\n")
 }
 
-fn json(hostname: &str, disks: &[OnOffer], left_out: &[LeftOut]) -> String {
+fn json(hostname: &str, disks: &[OnOffer], left_out: &[LeftOut], borrowers: &[(String, String)]) -> String {
     let disk = |disk: &OnOffer| {
+        let of_it = borrowers.iter().filter(|(lent, _)| *lent == disk.names.key);
+        let lent: Vec<&str> = of_it.map(|(_, words)| words.as_str()).collect();
         serde_json::json!({
             "name": disk.names.key, "device": disk.source.path().display().to_string(), "size": disk.source.size(), "mode": disk.mode,
-            "users": disk.users, "attach": format!("stiefel attach {hostname}/{}", disk.names.key),
+            "users": disk.users, "lent": lent, "attach": command(hostname, disk),
         })
     };
     let disks: Vec<_> = disks.iter().map(disk).collect();
     serde_json::json!({ "disks": disks, "left_out": left_out }).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::names::Names;
+    use super::super::share::{Mode, Source};
+    use super::*;
+
+    fn on_offer(name: &str) -> OnOffer {
+        OnOffer {
+            source: Source::File {
+                path: format!("/nowhere/{name}").into(),
+                size: 3 << 20,
+            },
+            names: Names::of_file("m", name, &|_| false),
+            mode: Mode::ReadOnly,
+            users: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn who_has_a_disk_stands_below_it() {
+        let (a, b) = (on_offer("a"), on_offer("b"));
+        let borrowers = [("b".to_owned(), "lent to fe80::1 (key stick), read-only".to_owned())];
+        let desk = Desk::new("laptop".to_owned(), false);
+        let said = words("laptop", &[a.clone(), b.clone()], &[], &desk, &borrowers);
+        let expected = "2 b (/nowhere/b, 3 MiB): read-only\n    stiefel attach laptop/b\n    lent to fe80::1 (key stick), read-only\n";
+        assert!(said.contains(expected), "{said}");
+        let said: serde_json::Value = serde_json::from_str(&json("laptop", &[a, b], &[], &borrowers)).unwrap();
+        assert_eq!(said["disks"][0]["lent"].as_array().unwrap().len(), 0);
+        assert_eq!(said["disks"][1]["lent"][0], "lent to fe80::1 (key stick), read-only");
+    }
+
+    #[test]
+    fn a_code_says_all_commands_or_the_one_that_lists_the_disks() {
+        assert!(texts(&[]).is_empty());
+        let one = command("laptop", &on_offer("a"));
+        assert_eq!(texts(std::slice::from_ref(&one)), ["stiefel attach laptop/a"]);
+        assert_eq!(texts(&[one.clone(), one]).last().unwrap(), "stiefel attach");
+    }
 }

@@ -16,14 +16,18 @@ use stiefel_shared::handover::DiskIdentity;
 use stiefel_shared::lend::{Ask, DiskInfo, Lent, Loan, PartInfo};
 use stiefel_shared::seal;
 use stiefel_shared::session::SessionName;
-use stiefel_sys::block;
+use stiefel_sys::block::{self, Content};
+use stiefel_sys::netns::Namespace;
 use stiefel_sys::nvmet::{CONFIGFS, NQN_PREFIX, Port, Shelf};
 
+use super::clients;
 use super::names::Names;
+use super::parts::Parts;
+use super::role::Lending;
 use super::share::{Mode, Share, Source};
 use super::tunnel::Tunnel;
 use crate::http::{Begin, Bundle, Refusal, SessionHost};
-use crate::nbd::{Export, Gate, Listed, Server};
+use crate::nbd::{Export, Gate, Listed, Server, Stats};
 use crate::role::disk::uuid;
 
 /// Silence in the tunnel after which a loan is over; a borrower's kernel says something every few seconds.
@@ -53,6 +57,8 @@ struct LoanState {
     tunnel: Tunnel,
     /// What had come through the tunnel when something came last.
     heard: (u64, Instant),
+    /// What it had done when that was said last.
+    told: Stats,
 }
 
 #[derive(Default)]
@@ -68,6 +74,7 @@ pub(super) struct Desk {
     state: Mutex<State>,
     hostname: String,
     nvme: bool,
+    parts: Parts,
     server: Mutex<Weak<Server>>,
     next_port: AtomicU16,
 }
@@ -79,6 +86,8 @@ impl Desk {
             state: Mutex::default(),
             hostname,
             nvme,
+            // What cannot be read is only not shown.
+            parts: Parts::new(|disk| block::contents(Path::new("/sys"), disk).unwrap_or_default()),
             server: Mutex::default(),
             next_port: AtomicU16::new(20000),
         }
@@ -116,36 +125,9 @@ impl Desk {
         }
     }
 
-    /// All disks' names, in their order.
-    pub(super) fn names(&self) -> Vec<String> {
-        self.lock().disks.keys().cloned().collect()
-    }
-
-    /// To how many a disk is lent.
-    pub(super) fn loans_of(&self, disk: &str) -> usize {
-        self.lock().loans.values().filter(|loan| loan.disk == disk).count()
-    }
-
     /// Whether a disk was taken back.
     pub(super) fn is_withheld(&self, disk: &str) -> bool {
         self.lock().withheld.contains(disk)
-    }
-
-    /// Takes a disk back and ends its loans (`true`), or lends it again.
-    pub(super) fn withhold(&self, disk: &str) -> bool {
-        let loans: Vec<String> = {
-            let mut state = self.lock();
-            if state.withheld.remove(disk) {
-                return false;
-            }
-            state.withheld.insert(disk.to_owned());
-            let loans = state.loans.iter().filter(|(_, loan)| loan.disk == disk);
-            loans.map(|(name, _)| name.clone()).collect()
-        };
-        for name in loans {
-            self.end_aside(&name, "it was taken back at the machine");
-        }
-        true
     }
 
     /// Ends the loans from which nothing has come for too long.
@@ -169,28 +151,24 @@ impl Desk {
         }
     }
 
-    /// Who has what, and what was done so far, in words.
-    pub(super) fn loans(&self) -> Vec<String> {
-        let state = self.lock();
+    /// Who has what, in words: the disk's name, and the rest.
+    pub(super) fn borrowers(&self) -> Vec<(String, String)> {
         let words = |loan: &LoanState| {
             let how = if loan.writable { "READ-WRITE" } else { "read-only" };
-            let done = loan.export.as_ref().map(|export| {
-                let stats = export.stats();
-                format!(
-                    ", {} MiB read, {} MiB written, {} errors",
-                    stats.bytes_read >> 20,
-                    stats.bytes_written >> 20,
-                    stats.errors
-                )
-            });
-            format!(
-                "{} is lent to {}, {how}{}",
-                loan.disk,
-                loan.borrower,
-                done.unwrap_or_default()
-            )
+            (loan.disk.clone(), format!("lent to {}, {how}", loan.borrower))
         };
-        state.loans.values().map(words).collect()
+        self.lock().loans.values().map(words).collect()
+    }
+
+    /// What borrowers did since this was asked last, `seconds` ago.
+    pub(super) fn traffic(&self, seconds: u64) -> Vec<String> {
+        let told = |loan: &mut LoanState| {
+            let now = loan.share.stats();
+            let before = std::mem::replace(&mut loan.told, now);
+            let name = format!("{} for {}", loan.disk, loan.borrower);
+            clients::traffic(&name, before, now, seconds)
+        };
+        self.lock().loans.values_mut().filter_map(told).collect()
     }
 
     /// Ends a loan on a thread of its own: its disk may hang.
@@ -212,9 +190,11 @@ impl Desk {
     fn end(&self, name: &str) -> anyhow::Result<bool> {
         let loan = self.lock().loans.remove(name);
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-        loan.map(|loan| close(loan, server.as_deref()))
-            .transpose()
-            .map(|ended| ended.is_some())
+        let Some(loan) = loan else { return Ok(false) };
+        let (disk, borrower) = (loan.disk.clone(), loan.borrower.clone());
+        close(loan, server.as_deref())?;
+        eprintln!("stiefel: the loan of {disk} to {borrower} is over");
+        Ok(true)
     }
 
     /// Ends all.
@@ -244,8 +224,16 @@ impl Desk {
                 .collect(),
         );
         drop(state);
+        let seen = self
+            .parts
+            .look(&disks.iter().filter_map(|disk| disk.source.disk()).collect::<Vec<_>>());
+        let mut seen = seen.into_iter();
         let infos = disks.iter().map(|disk| {
-            let mut info = describe(disk);
+            let parts = match disk.source.disk() {
+                Some(_) => seen.next().flatten(),
+                None => Some(Vec::new()),
+            };
+            let mut info = describe(disk, parts);
             let borrowers = loans.iter().filter(|(name, _)| *name == info.name);
             info.users
                 .extend(borrowers.map(|(_, borrower)| cut(&format!("lent to {borrower}"))));
@@ -280,11 +268,19 @@ impl Desk {
             "{disk} is lent for reading only; whoever sits there must start `stiefel target` with --read-write {disk}"
         );
         let session = begin.session.to_string();
-        let (tunnel, link) = Tunnel::make(GRACE.as_secs())?;
         let by_nbd_only = on_offer.mode == Mode::Snapshot || matches!(on_offer.source, Source::File { .. });
         let nvme = nvme && self.nvme && !(read_write && by_nbd_only);
+        let place = match nvme {
+            // Without one it comes by NBD.
+            true => Namespace::new()
+                .inspect_err(|error| eprintln!("stiefel: no NVMe for this loan: {error}"))
+                .ok(),
+            false => None,
+        };
+        let nvme = place.is_some();
+        let (tunnel, link) = Tunnel::make(GRACE.as_secs(), place)?;
         let (share, transport) = match nvme {
-            true => self.by_nvme(&on_offer, &session, read_write, &link)?,
+            true => tunnel.inside(|| self.by_nvme(&on_offer, &session, read_write, &link))?,
             false => by_nbd(&on_offer, read_write)?,
         };
         let control = ControlKey::generate()?;
@@ -313,6 +309,7 @@ impl Desk {
             share,
             tunnel,
             heard: (0, Instant::now()),
+            told: Stats::default(),
         };
         let mut state = self.lock();
         // Gone, or lent to another, while it was opened.
@@ -329,6 +326,7 @@ impl Desk {
         Ok(Loan::Attached(Box::new(lent)))
     }
 
+    /// What it publishes listens in the network namespace of the calling thread.
     fn by_nvme(
         &self,
         disk: &OnOffer,
@@ -414,16 +412,10 @@ fn cut(text: &str) -> String {
     text
 }
 
-fn describe(disk: &OnOffer) -> DiskInfo {
-    let contents = match &disk.source {
-        Source::Disk(disk) =>
-        // What cannot be read is only not shown.
-        {
-            block::contents(Path::new("/sys"), disk).unwrap_or_default()
-        }
-        Source::File { .. } => Vec::new(),
-    };
-    let part = |content: block::Content| {
+/// `contents` is `None` if the disk does not answer.
+fn describe(disk: &OnOffer, contents: Option<Vec<Content>>) -> DiskInfo {
+    let dying = contents.is_none().then(|| "it does not answer".to_owned());
+    let part = |content: Content| {
         let names = content.claims.iter().filter(|claim| claim.kind.is_name());
         let names = names.map(|claim| cut(&format!("{} {}", claim.kind, claim.value)));
         let formats = content.formats.iter().map(|format| (*format).to_owned());
@@ -438,8 +430,38 @@ fn describe(disk: &OnOffer) -> DiskInfo {
         model: cut(&disk.names.model),
         size: disk.source.size(),
         writable: disk.mode != Mode::ReadOnly,
-        users: disk.users.iter().map(|user| cut(user)).collect(),
-        parts: contents.into_iter().take(128).map(part).collect(),
+        users: disk.users.iter().map(|user| cut(user)).chain(dying).collect(),
+        parts: contents.into_iter().flatten().take(128).map(part).collect(),
+    }
+}
+
+impl Lending for Arc<Desk> {
+    fn names(&self) -> Vec<String> {
+        self.lock().disks.keys().cloned().collect()
+    }
+
+    fn users_of(&self, disk: &str) -> usize {
+        self.lock().loans.values().filter(|loan| loan.disk == disk).count()
+    }
+
+    fn users(&self) -> usize {
+        self.lock().loans.len()
+    }
+
+    fn withhold(&mut self, disk: &str) -> bool {
+        let loans: Vec<String> = {
+            let mut state = self.lock();
+            if state.withheld.remove(disk) {
+                return false;
+            }
+            state.withheld.insert(disk.to_owned());
+            let loans = state.loans.iter().filter(|(_, loan)| loan.disk == disk);
+            loans.map(|(name, _)| name.clone()).collect()
+        };
+        for name in loans {
+            self.end_aside(&name, "it was taken back at the machine");
+        }
+        true
     }
 }
 

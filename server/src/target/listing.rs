@@ -1,5 +1,6 @@
 //! What is lent, where, and by which commands it is reached: for people, and as JSON.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
@@ -8,6 +9,7 @@ use stiefel_shared::bundle::NVME_PORT;
 use stiefel_shared::nbd::PORT as NBD_PORT;
 use stiefel_sys::link::{self, LinkError};
 
+use super::clients::Who;
 use super::share::{Mode, Share};
 
 /// Stands for the initiator's own interface in a link-local address: only the initiator knows it.
@@ -73,6 +75,8 @@ pub(super) struct Listing {
     /// Where all disks are found at once.
     pub(super) discover: Vec<String>,
     pub(super) disks: Vec<Listed>,
+    /// Who is connected by NVMe; the kernel does not say to which disks.
+    pub(super) nvme_clients: Vec<IpAddr>,
     /// Disks that are there and not lent, and why.
     pub(super) left_out: Vec<LeftOut>,
 }
@@ -89,6 +93,8 @@ pub(super) struct Listed {
     pub(super) mode: Mode,
     /// What else uses it.
     pub(super) users: Vec<String>,
+    /// Who is connected to it by NBD.
+    pub(super) clients: Vec<IpAddr>,
     pub(super) nqn: Option<String>,
     pub(super) uuid: String,
     pub(super) no_nvme: Option<String>,
@@ -119,6 +125,7 @@ impl Listing {
         Self {
             discover: discover.collect(),
             disks,
+            nvme_clients: Vec::new(),
             left_out: left_out.to_vec(),
         }
     }
@@ -128,10 +135,51 @@ impl Listing {
         serde_json::to_string(self).unwrap_or_default()
     }
 
+    /// Adds who is connected.
+    pub(super) fn add_clients<'a>(&mut self, who: impl Iterator<Item = &'a Who>) {
+        for (name, address) in who {
+            match name {
+                None => self.nvme_clients.push(*address),
+                Some(name) => {
+                    let disk = self.disks.iter_mut().find(|disk| disk.name == *name);
+                    disk.into_iter().for_each(|disk| disk.clients.push(*address));
+                }
+            }
+        }
+    }
+
+    /// The command that says most in one line, for a code: all disks at once by NVMe, else the first one by NBD.
+    pub(super) fn shortest(&self) -> Vec<String> {
+        let first = |disk: &Listed| disk.nvme.first().or(disk.uris.first()).cloned();
+        let only = (self.disks.len() == 1)
+            .then(|| self.disks.first().and_then(first))
+            .flatten();
+        only.into_iter().chain(self.discover.first().cloned()).collect()
+    }
+
     pub(super) fn words(&self) -> String {
+        self.text(None)
+    }
+
+    /// With the numbers by which disks are taken back, and those that are.
+    pub(super) fn numbered(&self, withheld: &BTreeSet<String>) -> String {
+        self.text(Some(withheld))
+    }
+
+    fn text(&self, withheld: Option<&BTreeSet<String>>) -> String {
         let mut text = String::new();
+        let lent = self.disks.iter().map(|disk| (&disk.name, Some(disk)));
+        let back = withheld.into_iter().flatten().map(|name| (name, None));
+        let all: BTreeMap<&String, Option<&Listed>> = back.chain(lent).collect();
         // Writing to a String cannot fail.
-        for disk in &self.disks {
+        for (index, (name, disk)) in all.into_iter().enumerate() {
+            if withheld.is_some() {
+                let _ = write!(text, "{} ", index + 1);
+            }
+            let Some(disk) = disk else {
+                let _ = writeln!(text, "{name} is taken back");
+                continue;
+            };
             let size = disk.size >> 20;
             let _ = writeln!(
                 text,
@@ -146,6 +194,9 @@ impl Listing {
             if let Some(why) = &disk.no_nvme {
                 let _ = writeln!(text, "  not by NVMe: {why}");
             }
+            for client in &disk.clients {
+                let _ = writeln!(text, "  {client} is connected");
+            }
             for command in disk.nvme.iter().chain(&disk.nbd_client).chain(&disk.uris) {
                 let _ = writeln!(text, "    {command}");
             }
@@ -155,6 +206,9 @@ impl Listing {
             for command in &self.discover {
                 let _ = writeln!(text, "    {command}");
             }
+        }
+        for client in &self.nvme_clients {
+            let _ = writeln!(text, "{client} is connected by NVMe");
         }
         for LeftOut { device, why } in &self.left_out {
             let _ = writeln!(text, "{device} is not lent: {why}");
@@ -204,6 +258,7 @@ impl Listed {
             serial: names.serial.clone(),
             mode: share.mode.clone(),
             users: share.users.clone(),
+            clients: Vec::new(),
             nqn: by_nvme.map(|()| names.nqn.clone()),
             uuid: names.uuid.clone(),
             no_nvme: share.no_nvme.clone(),
@@ -275,6 +330,27 @@ mod tests {
             ["nbd-client 10.0.0.1 7 /dev/nbd0 -N disk-img"]
         );
         assert_eq!(other.disks[0].uris, ["nbd://10.0.0.1:7/disk-img"]);
+    }
+
+    #[test]
+    fn who_is_connected_and_what_was_taken_back_is_shown() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let share = share(&file);
+        let mut listing = Listing::new([&share].into_iter(), &[], &[place("eth0", "10.0.0.1")], 10809);
+        let (a, b) = ("10.0.0.2".parse().unwrap(), "10.0.0.3".parse().unwrap());
+        listing.add_clients([(Some("disk-img".to_owned()), a), (None, b)].iter());
+        let words = listing.words();
+        assert!(
+            words.starts_with("disk-img (") && words.contains("  10.0.0.2 is connected\n"),
+            "{words}"
+        );
+        assert!(words.contains("\n10.0.0.3 is connected by NVMe\n"), "{words}");
+        let words = listing.numbered(&BTreeSet::from(["an-earlier-one".to_owned()]));
+        assert!(
+            words.starts_with("1 an-earlier-one is taken back\n2 disk-img ("),
+            "{words}"
+        );
+        assert_eq!(listing.shortest(), ["nbd://10.0.0.1/disk-img"]);
     }
 
     #[test]

@@ -11,17 +11,25 @@ mod catalog;
 mod clients;
 mod closed;
 mod desk;
+mod follow;
+mod grant;
 mod listing;
+mod lives;
 mod names;
+mod parts;
 mod pick;
+mod qr;
+mod reboot;
 mod role;
 mod run;
 mod share;
 mod tunnel;
+mod wanted;
 
 use std::path::PathBuf;
 
 pub use closed::run_closed;
+pub use reboot::{Reboot, RebootOptions};
 pub use role::run_role;
 pub use run::run;
 
@@ -42,12 +50,16 @@ pub struct Options {
     pub all: u8,
     /// Disks that one initiator may write: their name, device or path.
     pub writable: Vec<Writable>,
+    /// These are names of disks that may appear later; else one that is not there is an error.
+    pub awaited: bool,
     /// All others can be written, too, but what is written is thrown away at the end.
     pub snapshot: bool,
     /// Without the kernel's NVMe target.
     pub no_nvme: bool,
     /// TCP port of the NBD server.
     pub nbd_port: u16,
+    /// What this machine is called, if not as the kernel says.
+    pub hostname: Option<String>,
     /// Print JSON, one line for each change.
     pub json: bool,
 }

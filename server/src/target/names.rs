@@ -8,6 +8,7 @@ use stiefel_shared::session::MachineId;
 use stiefel_sys::block::Disk;
 use stiefel_sys::nvmet::{MAX_MODEL, MAX_SERIAL, TARGET_PREFIX, fitting};
 
+use super::share::Source;
 use crate::tree::Tree;
 
 /// The longest name of a disk in bytes: with what comes before it, an NQN may have 223.
@@ -31,15 +32,24 @@ pub(super) struct Names {
 }
 
 impl Names {
+    /// Of what is lent.
+    pub(super) fn of(machine: &str, source: &Source, taken: &dyn Fn(&str) -> bool) -> Self {
+        match source {
+            Source::Disk(disk) => Self::of_disk(machine, disk, taken),
+            Source::File { path, .. } => {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                Self::of_file(machine, &name, taken)
+            }
+        }
+    }
+
     /// Of a disk of the machine that [`machine`] names. `taken` are the names that others have.
     pub(super) fn of_disk(machine: &str, disk: &Disk, taken: &dyn Fn(&str) -> bool) -> Self {
-        let model = disk.model.as_deref().unwrap_or_default();
-        let key = match (disk.serial.as_deref(), disk.wwid.as_deref()) {
-            (Some(serial), _) => slug(&format!("{model} {serial}")),
-            (None, Some(wwid)) => slug(&format!("{model} {wwid}")),
-            // Nothing tells it from others of its kind: only here the kernel's name is all there is.
-            (None, None) => slug(&format!("{model} {}", disk.name)),
-        };
+        // Nothing tells it from others of its kind: only here the kernel's name is all there is.
+        let key = own_key(disk).unwrap_or_else(|| {
+            let model = disk.model.as_deref().unwrap_or_default();
+            slug(&format!("{model} {}", disk.name))
+        });
         let key = if key.is_empty() { slug(&disk.name) } else { key };
         // Cheap USB cases all have the same serial number.
         let key = if taken(&key) {
@@ -95,6 +105,16 @@ impl Names {
             key,
         }
     }
+}
+
+/// The name that a disk has by itself, in each port and after each boot; `None` if it has neither serial number nor world-wide
+/// name.
+pub(super) fn own_key(disk: &Disk) -> Option<String> {
+    let own = disk.serial.as_deref().or(disk.wwid.as_deref())?;
+    if slug(own).is_empty() {
+        return None;
+    }
+    Some(slug(&format!("{} {own}", disk.model.as_deref().unwrap_or_default())))
 }
 
 /// Lower-case letters, digits and single dashes, cut to [`MAX_KEY`].
@@ -171,6 +191,7 @@ mod tests {
             removable: false,
             read_only: false,
             rotational: false,
+            sequence: None,
         }
     }
 

@@ -4,27 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use stiefel_sys::block::{self, BlockError, Disk};
-use stiefel_sys::mount::{self, MountEntry};
+use stiefel_sys::mount;
 
+use super::lives::{disks_of, lives};
 use crate::tree::Tree;
-
-/// Where the running system lies, if it is there at all. Swap space counts, too.
-const SYSTEM: [&str; 10] = [
-    "/",
-    "/usr",
-    "/boot",
-    "/boot/efi",
-    "/efi",
-    "/var",
-    "/home",
-    "/etc",
-    "/nix",
-    "/opt",
-];
-/// File systems that are on no disk of this machine: a root on one of them lies on none.
-const DISKLESS: [&str; 12] = [
-    "tmpfs", "ramfs", "rootfs", "overlay", "squashfs", "erofs", "nfs", "nfs4", "9p", "virtiofs", "cifs", "fuse",
-];
 
 /// A disk, and what keeps it from being written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,34 +23,26 @@ pub(super) struct Candidate {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Survey {
     pub(super) disks: Vec<Candidate>,
-    /// The running system's root is on a file system whose disks are not known (ZFS): any could be its.
-    pub(super) root_unknown: Option<String>,
+    /// Parts of the running system whose disks are not known (ZFS), in words: any could be its.
+    pub(super) unknown: Option<String>,
 }
 
 /// Looks at the machine below `root`.
 pub(super) fn survey(root: &Path) -> Result<Survey, BlockError> {
     let (sysfs, procfs) = (root.join("sys"), root.join("proc"));
     let mounts = mount::read_mountinfo(&procfs).unwrap_or_default();
+    let lives = lives(root, &mounts);
     let mut users: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    let mut system: BTreeSet<String> = BTreeSet::new();
-    for entry in &mounts {
-        for disk in disks_of(root, &sysfs, entry) {
-            let at = entry.mount_point.display();
-            users
-                .entry(disk.clone())
-                .or_default()
-                .insert(format!("mounted at {at}"));
-            if SYSTEM.iter().any(|place| entry.mount_point == Path::new(place)) {
-                system.insert(disk);
-            }
-        }
-    }
-    for (disk, name) in swaps(root, &sysfs) {
-        users
-            .entry(disk.clone())
-            .or_default()
-            .insert(format!("swap space {name}"));
-        system.insert(disk);
+    let used = mounts.iter().flat_map(|entry| {
+        let at = format!("mounted at {}", entry.mount_point.display());
+        disks_of(root, entry).into_iter().map(move |disk| (disk, at.clone()))
+    });
+    let swaps = lives
+        .swaps
+        .iter()
+        .map(|(disk, name)| (disk.clone(), format!("swap space {name}")));
+    for (disk, user) in used.chain(swaps) {
+        users.entry(disk).or_default().insert(user);
     }
     let disks = block::disks(&sysfs)?
         .into_iter()
@@ -82,7 +57,7 @@ pub(super) fn survey(root: &Path) -> Result<Survey, BlockError> {
                     .map(|holder| format!("held by {holder}")),
             );
             Candidate {
-                system: system.contains(&disk.name),
+                system: lives.disks.contains(&disk.name),
                 users,
                 disk,
             }
@@ -90,7 +65,7 @@ pub(super) fn survey(root: &Path) -> Result<Survey, BlockError> {
         .collect();
     Ok(Survey {
         disks,
-        root_unknown: unknown_root(root, &sysfs, &mounts),
+        unknown: (!lives.unknown.is_empty()).then(|| lives.unknown.into_iter().collect::<Vec<_>>().join(", ")),
     })
 }
 
@@ -99,68 +74,6 @@ fn usb_serial(sysfs: &Path, disk: &str) -> Option<String> {
     let device = sysfs.join("block").join(disk).join("device").canonicalize().ok()?;
     let usb = device.ancestors().find(|folder| folder.join("idVendor").exists())?;
     Tree::new(usb).line("/serial")
-}
-
-/// The names of the whole disks below a mount; all of a btrfs's, not only the one that it was mounted by.
-fn disks_of(root: &Path, sysfs: &Path, entry: &MountEntry) -> BTreeSet<String> {
-    let mut numbers = Vec::new();
-    if entry.device.0 != 0 {
-        numbers.push(entry.device);
-    } else if entry.source.starts_with("/dev/") {
-        numbers.extend(number_of(root, &entry.source));
-    }
-    if entry.fstype == "btrfs" {
-        let first = numbers.first().copied();
-        numbers.extend(first.into_iter().flat_map(|first| btrfs_devices(root, first)));
-    }
-    let found = numbers
-        .into_iter()
-        .flat_map(|number| block::whole_disks_of_device(sysfs, number).unwrap_or_default());
-    found.map(|disk| disk.name).collect()
-}
-
-/// Major and minor number of a device below /dev, as sysfs has it.
-fn number_of(root: &Path, device: &str) -> Option<(u32, u32)> {
-    let tree = Tree::new(root);
-    let name = tree.block_name(device)?;
-    let text = tree.line(format!("/sys/class/block/{name}/dev"))?;
-    let (major, minor) = text.split_once(':')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
-}
-
-/// All devices of the btrfs that `first` belongs to.
-fn btrfs_devices(root: &Path, first: (u32, u32)) -> Vec<(u32, u32)> {
-    let tree = Tree::new(root);
-    for file_system in tree.names("/sys/fs/btrfs") {
-        let devices = tree.names(format!("/sys/fs/btrfs/{file_system}/devices"));
-        let numbers: Vec<_> = devices
-            .iter()
-            .filter_map(|device| {
-                let text = tree.line(format!("/sys/fs/btrfs/{file_system}/devices/{device}/dev"))?;
-                let (major, minor) = text.split_once(':')?;
-                Some((major.parse().ok()?, minor.parse().ok()?))
-            })
-            .collect();
-        if numbers.contains(&first) {
-            return numbers;
-        }
-    }
-    Vec::new()
-}
-
-/// Swap space: the disk and the space's own name.
-fn swaps(root: &Path, sysfs: &Path) -> Vec<(String, String)> {
-    let tree = Tree::new(root);
-    let text = tree.text("/proc/swaps").unwrap_or_default();
-    let paths = text.lines().skip(1).filter_map(|line| line.split_whitespace().next());
-    paths
-        .flat_map(|path| {
-            let number = number_of(root, path);
-            let disks = number.and_then(|number| block::whole_disks_of_device(sysfs, number).ok());
-            let named = disks.unwrap_or_default().into_iter();
-            named.map(|disk| (disk.name, path.to_owned())).collect::<Vec<_>>()
-        })
-        .collect()
 }
 
 /// What stands on a disk or its partitions: `dm-0`, `md127`.
@@ -173,17 +86,6 @@ fn holders(root: &Path, disk: &Disk) -> BTreeSet<String> {
     folders
         .flat_map(|folder| tree.names(format!("{folder}/holders")))
         .collect()
-}
-
-/// Why the disks of the root cannot be told; `None` if they can, or there are none.
-fn unknown_root(root: &Path, sysfs: &Path, mounts: &[MountEntry]) -> Option<String> {
-    // The one mounted last covers the others.
-    let entry = mounts.iter().rev().find(|entry| entry.mount_point == Path::new("/"))?;
-    let remote = DISKLESS
-        .iter()
-        .any(|kind| entry.fstype == *kind || entry.fstype.starts_with("fuse."));
-    let known = remote || !disks_of(root, sysfs, entry).is_empty();
-    (!known).then(|| format!("{} on {}", entry.fstype, entry.source))
 }
 
 /// A device or file that the user named.
@@ -221,18 +123,18 @@ pub(super) fn named(root: &Path, path: &Path) -> anyhow::Result<Named> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod fake {
     use super::*;
     use std::fs;
 
-    struct Machine(tempfile::TempDir);
+    pub(in super::super) struct Machine(tempfile::TempDir);
 
     /// Name, number, partitions with their numbers.
-    type FakeDisk<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+    pub(in super::super) type FakeDisk<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
 
     impl Machine {
         /// Disks (name, number, partitions with numbers), and the table of mounts.
-        fn new(disks: &[FakeDisk], mounts: &str, swaps: &str) -> Self {
+        pub(in super::super) fn new(disks: &[FakeDisk], mounts: &str, swaps: &str) -> Self {
             let dir = tempfile::tempdir().unwrap();
             let put = |path: String, text: &str| {
                 let path = dir.path().join(path);
@@ -266,10 +168,21 @@ mod tests {
             Self(dir)
         }
 
-        fn survey(&self) -> Survey {
+        pub(in super::super) fn root(&self) -> &Path {
+            self.0.path()
+        }
+
+        pub(in super::super) fn survey(&self) -> Survey {
             survey(self.0.path()).unwrap()
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fake::Machine;
+    use super::*;
+    use std::fs;
 
     const ROOT: &str = "22 1 8:2 / / rw - ext4 /dev/sda2 rw\n";
 
@@ -298,18 +211,18 @@ mod tests {
                 ("sdc", true, "swap space /dev/sdc".to_owned()),
             ]
         );
-        assert_eq!(survey.root_unknown, None);
+        assert_eq!(survey.unknown, None);
     }
 
     #[test]
     fn a_disk_in_a_usb_case_has_the_serial_number_of_the_case() {
         let machine = Machine::new(&[("sda", "8:0", &[])], "", "");
-        let case = machine.0.path().join("sys/devices/usb1/1-1");
+        let case = machine.root().join("sys/devices/usb1/1-1");
         fs::create_dir_all(case.join("1-1:1.0/host0/target")).unwrap();
         for (file, text) in [("idVendor", "0951"), ("serial", "CASE42")] {
             fs::write(case.join(file), text).unwrap();
         }
-        let link = machine.0.path().join("sys/block/sda/device");
+        let link = machine.root().join("sys/block/sda/device");
         std::os::unix::fs::symlink(case.join("1-1:1.0/host0/target"), link).unwrap();
         assert_eq!(machine.survey().disks[0].disk.serial.as_deref(), Some("CASE42"));
     }
@@ -317,7 +230,7 @@ mod tests {
     #[test]
     fn what_stands_on_a_partition_holds_its_disk() {
         let machine = Machine::new(&[("sda", "8:0", &[("sda2", "8:2")])], "", "");
-        fs::create_dir_all(machine.0.path().join("sys/block/sda/sda2/holders/dm-0")).unwrap();
+        fs::create_dir_all(machine.root().join("sys/block/sda/sda2/holders/dm-0")).unwrap();
         assert_eq!(machine.survey().disks[0].users, ["held by dm-0"]);
     }
 
@@ -328,7 +241,7 @@ mod tests {
             "22 1 0:30 /@ / rw - btrfs /dev/sda2 rw\n",
             "",
         );
-        let devices = machine.0.path().join("sys/fs/btrfs/some-uuid/devices");
+        let devices = machine.root().join("sys/fs/btrfs/some-uuid/devices");
         for (name, number) in [("sda2", "8:2"), ("sdb", "8:16")] {
             fs::create_dir_all(devices.join(name)).unwrap();
             fs::write(devices.join(name).join("dev"), number).unwrap();
@@ -343,9 +256,9 @@ mod tests {
     #[test]
     fn a_root_whose_disks_cannot_be_seen_is_told() {
         let zfs = Machine::new(&[("sda", "8:0", &[])], "22 1 0:30 / / rw - zfs rpool/ROOT rw\n", "");
-        assert_eq!(zfs.survey().root_unknown.as_deref(), Some("zfs on rpool/ROOT"));
+        assert_eq!(zfs.survey().unknown.as_deref(), Some("zfs on rpool/ROOT at /"));
         let ramdisk = Machine::new(&[("sda", "8:0", &[])], "1 1 0:2 / / rw - rootfs rootfs rw\n", "");
-        assert_eq!(ramdisk.survey().root_unknown, None);
+        assert_eq!(ramdisk.survey().unknown, None);
     }
 
     #[test]

@@ -14,8 +14,9 @@ use stiefel_sys::{SYSFS, wired};
 use tokio::sync::mpsc;
 
 use super::closed::{self, Seat};
-use super::desk::Desk;
-use super::{Options, run};
+use super::names::machine;
+use super::{Options, Writable, run};
+use crate::tree::Tree;
 
 /// Within this time the second press of a key counts.
 const SURE: Duration = Duration::from_secs(5);
@@ -25,11 +26,7 @@ const SURE: Duration = Duration::from_secs(5);
 /// # Errors
 /// Nothing can be lent at all, or something was not ended in order.
 pub async fn run_role(console: &'static Console, handover: &TargetHandover) -> anyhow::Result<()> {
-    let options = Options {
-        all: 2,
-        nbd_port: stiefel_shared::nbd::PORT,
-        ..Options::default()
-    };
+    let options = options(handover, Path::new("/"));
     // In the ramdisk nobody else sets the NICs up.
     std::thread::Builder::new().name("nics".to_owned()).spawn(move || {
         let tell = |event: LinkEvent| {
@@ -44,7 +41,7 @@ pub async fn run_role(console: &'static Console, handover: &TargetHandover) -> a
         });
     })?;
     if handover.open {
-        return run::follow(&options).await;
+        return run::follow(&options, keys(console)).await;
     }
     let names: Vec<&str> = handover.keys.iter().map(|key| key.name.as_str()).collect();
     console.info(&format!(
@@ -52,6 +49,33 @@ pub async fn run_role(console: &'static Console, handover: &TargetHandover) -> a
         names.join(", ")
     ));
     closed::follow(&options, &handover.keys, keys(console)).await
+}
+
+/// Everything, for nothing of it is in use; disks that may be written are known by the names that stay.
+fn options(handover: &TargetHandover, root: &Path) -> Options {
+    let writable = handover.read_write.iter().map(|disk| Writable {
+        disk: disk.clone(),
+        host: None,
+    });
+    Options {
+        all: 2,
+        writable: writable.collect(),
+        awaited: true,
+        snapshot: handover.snapshot,
+        nbd_port: stiefel_shared::nbd::PORT,
+        hostname: Some(
+            handover
+                .hostname
+                .clone()
+                .unwrap_or_else(|| name_of(&machine(&Tree::new(root)))),
+        ),
+        ..Options::default()
+    }
+}
+
+/// What a machine is called of which only its hardware is known: there may be several, and all sticks are the same.
+fn name_of(machine: &str) -> String {
+    format!("stiefel-{}", machine.get(..6).unwrap_or_default())
 }
 
 /// The keys that people press; none are heard where there is no keyboard.
@@ -98,9 +122,21 @@ pub(super) enum Press {
 #[derive(Debug, Default)]
 pub(super) struct Sure(Option<(char, Instant)>);
 
+/// What can be taken back at the machine.
+pub(super) trait Lending {
+    /// All disks' names, in the order in which they are shown.
+    fn names(&self) -> Vec<String>;
+    /// How many have a disk.
+    fn users_of(&self, disk: &str) -> usize;
+    /// How many have any.
+    fn users(&self) -> usize;
+    /// Takes a disk back (`true`), or lends it again.
+    fn withhold(&mut self, disk: &str) -> bool;
+}
+
 impl Sure {
-    /// `loans` answers how many have a disk.
-    pub(super) fn press(&mut self, key: char, now: Instant, desk: &Desk) -> Press {
+    /// What a key that was pressed at `now` does.
+    pub(super) fn press(&mut self, key: char, now: Instant, lending: &mut dyn Lending) -> Press {
         let key = key.to_ascii_lowercase();
         let again = self
             .0
@@ -110,21 +146,21 @@ impl Sure {
             .to_digit(10)
             .and_then(|digit| usize::try_from(digit).ok())
             .filter(|digit| *digit > 0);
-        let name = number.and_then(|number| desk.names().into_iter().nth(number - 1));
-        let (loans, what) = match (&name, key) {
-            (Some(name), _) => (desk.loans_of(name), name.clone()),
-            (None, 'q') => (desk.loans().len(), "everything".to_owned()),
+        let name = number.and_then(|number| lending.names().into_iter().nth(number - 1));
+        let (users, what) = match (&name, key) {
+            (Some(name), _) => (lending.users_of(name), name.clone()),
+            (None, 'q') => (lending.users(), "everything".to_owned()),
             (None, _) => return Press::Nothing,
         };
-        if loans > 0 && !again {
+        if users > 0 && !again {
             self.0 = Some((key, now));
             return Press::Warned(format!(
-                "{what} is in use ({loans} loans): pressed again it is taken back all the same"
+                "{what} is in use ({users} users): pressed again it is taken back all the same"
             ));
         }
         match name {
             None => Press::End,
-            Some(name) => Press::Done(match desk.withhold(&name) {
+            Some(name) => Press::Done(match lending.withhold(&name) {
                 true => format!("{name} is taken back"),
                 false => format!("{name} is lent again"),
             }),
@@ -134,12 +170,13 @@ impl Sure {
 
 #[cfg(test)]
 mod tests {
-    use super::super::desk::OnOffer;
+    use super::super::desk::{Desk, OnOffer};
     use super::super::names::Names;
     use super::super::share::{Mode, Source};
     use super::*;
+    use std::sync::Arc;
 
-    fn desk() -> Desk {
+    fn desk() -> Arc<Desk> {
         let desk = Desk::new("laptop".to_owned(), false);
         let names = Names::of_file("m", "disk.img", &|_| false);
         let source = Source::File {
@@ -152,30 +189,86 @@ mod tests {
             mode: Mode::ReadOnly,
             users: Vec::new(),
         }]);
-        desk
+        Arc::new(desk)
     }
 
     #[test]
     fn a_disk_is_taken_back_and_lent_again_by_its_number() {
-        let (desk, mut sure, now) = (desk(), Sure::default(), Instant::now());
+        let (mut desk, mut sure, now) = (desk(), Sure::default(), Instant::now());
         assert_eq!(
-            sure.press('1', now, &desk),
+            sure.press('1', now, &mut desk),
             Press::Done("disk-img is taken back".into())
         );
         assert!(desk.is_withheld("disk-img"));
         assert_eq!(
-            sure.press('1', now, &desk),
+            sure.press('1', now, &mut desk),
             Press::Done("disk-img is lent again".into())
         );
         assert!(!desk.is_withheld("disk-img"));
     }
 
+    /// One disk that somebody has.
+    struct Used(bool);
+
+    impl Lending for Used {
+        fn names(&self) -> Vec<String> {
+            vec!["disk".to_owned()]
+        }
+
+        fn users_of(&self, _disk: &str) -> usize {
+            usize::from(!self.0)
+        }
+
+        fn users(&self) -> usize {
+            usize::from(!self.0)
+        }
+
+        fn withhold(&mut self, _disk: &str) -> bool {
+            self.0 = !self.0;
+            self.0
+        }
+    }
+
+    #[test]
+    fn what_is_in_use_is_taken_back_when_the_key_is_pressed_again_soon() {
+        let (mut used, mut sure, now) = (Used(false), Sure::default(), Instant::now());
+        assert!(matches!(sure.press('1', now, &mut used), Press::Warned(_)));
+        // Another key, or too late: warned again.
+        assert!(matches!(sure.press('q', now, &mut used), Press::Warned(_)));
+        assert!(matches!(sure.press('1', now, &mut used), Press::Warned(_)));
+        assert!(matches!(sure.press('1', now + SURE, &mut used), Press::Warned(_)));
+        assert!(matches!(sure.press('1', now + SURE, &mut used), Press::Done(_)));
+        assert_eq!(sure.press('q', now + SURE, &mut used), Press::End);
+    }
+
+    #[test]
+    fn what_the_handover_says_is_lent_so() {
+        let handover = TargetHandover {
+            keys: Vec::new(),
+            open: false,
+            read_write: vec!["ssd-980".to_owned()],
+            snapshot: true,
+            hostname: None,
+        };
+        let root = tempfile::tempdir().unwrap();
+        let options = options(&handover, root.path());
+        assert_eq!((options.all, options.snapshot, options.awaited), (2, true, true));
+        assert_eq!(options.writable, ["ssd-980".parse().unwrap()]);
+        let name = options.hostname.unwrap();
+        assert!(name.starts_with("stiefel-") && name.len() == 14, "{name}");
+        let named = TargetHandover {
+            hostname: Some("laptop".to_owned()),
+            ..handover
+        };
+        assert_eq!(super::options(&named, root.path()).hostname.as_deref(), Some("laptop"));
+    }
+
     #[test]
     fn q_ends_and_other_keys_mean_nothing() {
-        let (desk, mut sure, now) = (desk(), Sure::default(), Instant::now());
+        let (mut desk, mut sure, now) = (desk(), Sure::default(), Instant::now());
         for key in ['2', '0', 'x', '\n'] {
-            assert_eq!(sure.press(key, now, &desk), Press::Nothing, "{key:?}");
+            assert_eq!(sure.press(key, now, &mut desk), Press::Nothing, "{key:?}");
         }
-        assert_eq!(sure.press('Q', now, &desk), Press::End);
+        assert_eq!(sure.press('Q', now, &mut desk), Press::End);
     }
 }

@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -22,10 +22,16 @@ use tokio::sync::mpsc;
 use super::Options;
 use super::catalog::Catalog;
 use super::clients::{self, Who};
+use super::closed::Seat;
+use super::follow::Chosen;
+use super::grant::Grants;
 use super::listing::{LeftOut, Listing, places};
 use super::names::{Names, machine};
-use super::pick::{self, Candidate, Named, Survey};
-use super::share::{Mode, Share, Source};
+use super::pick;
+use super::qr::{self, Room};
+use super::role::{Lending, Press};
+use super::share::{Share, Source};
+use super::wanted::{Wanted, look_up, mode, wanted};
 use crate::nbd::{self, Limits, Server, Stats};
 use crate::tree::Tree;
 
@@ -54,19 +60,20 @@ pub(super) enum Event {
 /// Nothing can be lent at all, or a disk was not let go of in order.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let ended = runtime.block_on(follow(options));
+    let ended = runtime.block_on(follow(options, Seat::default()));
     runtime.shutdown_background();
     ended
 }
 
-pub(super) async fn follow(options: &Options) -> anyhow::Result<()> {
+pub(super) async fn follow(options: &Options, mut seat: Seat) -> anyhow::Result<()> {
     // Before anyone is told that it runs, so that a signal never finds it unprepared.
     let mut ended = Signals::new()?;
     let (tell, mut events) = mpsc::unbounded_channel();
     watch(&tell)?;
     let mut lender = Lender::new(options, tell)?;
+    lender.numbered = seat.keys.is_some();
     lender.warn();
-    let served = serve(&mut lender, &mut events, &mut ended).await;
+    let served = serve(&mut lender, &mut events, &mut ended, &mut seat).await;
     eprintln!("stiefel: taking all disks back");
     while !lender.closing.is_empty() {
         match tokio::time::timeout(PARTING, events.recv()).await {
@@ -106,13 +113,22 @@ async fn serve(
     lender: &mut Lender<'_>,
     events: &mut mpsc::UnboundedReceiver<Event>,
     ended: &mut Signals,
+    seat: &mut Seat,
 ) -> anyhow::Result<()> {
     lender.reconcile()?;
     let mut look = tokio::time::interval(LOOK);
     loop {
         tokio::select! {
             () = ended.any() => return Ok(()),
-            _ = look.tick() => lender.look(),
+            _ = look.tick() => lender.look()?,
+            key = seat.key() => match seat.sure.press(key, Instant::now(), lender) {
+                Press::End => return Ok(()),
+                Press::Done(words) | Press::Warned(words) => {
+                    eprintln!("stiefel: {words}");
+                    lender.reconcile()?;
+                }
+                Press::Nothing => {}
+            },
             Some(event) = events.recv() => {
                 if let Event::Closed(name, result) = event {
                     lender.closed(&name, result);
@@ -169,17 +185,24 @@ pub(super) fn watch(tell: &mpsc::UnboundedSender<Event>) -> anyhow::Result<()> {
 /// Everything that is lent.
 struct Lender<'a> {
     options: &'a Options,
-    named: Vec<Named>,
+    chosen: Chosen,
     machine: String,
     catalog: Arc<Catalog>,
     server: Arc<Server>,
     shelf: Option<Shelf>,
-    /// By their names; each with the disk's number of appearance.
-    shares: BTreeMap<String, (Share, Option<u64>)>,
+    /// Who may write what.
+    grants: Grants,
+    /// By their names.
+    shares: BTreeMap<String, Share>,
     /// Names of those that are being let go of.
     closing: BTreeSet<String>,
+    /// Names of those that the person at the machine has taken back.
+    withheld: BTreeSet<String>,
+    /// Keys take disks back: the listing says which.
+    numbered: bool,
+    left_out: Vec<LeftOut>,
     /// Sources that could not be lent, and why: not tried again until they change.
-    failed: Vec<(Source, Option<u64>, String)>,
+    failed: Vec<(Source, String)>,
     tell: mpsc::UnboundedSender<Event>,
     shown: String,
     who: BTreeMap<Who, usize>,
@@ -191,8 +214,7 @@ struct Lender<'a> {
 impl<'a> Lender<'a> {
     fn new(options: &'a Options, tell: mpsc::UnboundedSender<Event>) -> anyhow::Result<Self> {
         let root = Path::new("/");
-        let named = options.devices.iter().map(|path| pick::named(root, path));
-        let named = named.collect::<anyhow::Result<Vec<_>>>()?;
+        let (chosen, grants) = look_up(options)?;
         let shelf = match options.no_nvme {
             true => None,
             false => shelf()
@@ -214,13 +236,17 @@ impl<'a> Lender<'a> {
         let server = Server::start(listener, gate, limits)?;
         Ok(Self {
             options,
-            named,
+            grants,
+            chosen,
             machine: machine(&Tree::new(root)),
             catalog,
             server: Arc::new(server),
             shelf,
             shares: BTreeMap::new(),
             closing: BTreeSet::new(),
+            withheld: BTreeSet::new(),
+            numbered: false,
+            left_out: Vec::new(),
             failed: Vec::new(),
             tell,
             shown: String::new(),
@@ -243,31 +269,23 @@ impl<'a> Lender<'a> {
     fn reconcile(&mut self) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        let (wanted, mut left_out) = wanted(self.options, &self.named, &survey, &|disk| sequence(root, disk));
-        let gone: Vec<String> = self
-            .shares
-            .iter()
-            .filter(|(_, (share, number))| {
-                !wanted
-                    .iter()
-                    .any(|want| want.source == share.source && want.sequence == *number)
-            })
-            .map(|(name, _)| name.clone())
-            .collect();
+        for words in self.grants.look(&survey).iter().chain(&self.chosen.look(&survey)) {
+            eprintln!("stiefel: {words}");
+        }
+        let (wanted, mut left_out) = wanted(self.options, &self.chosen, &survey);
+        let is_wanted = |source: &Source| wanted.iter().any(|want| want.source == *source);
+        let gone = self.shares.iter().filter(|(_, share)| !is_wanted(&share.source));
+        let gone: Vec<String> = gone.map(|(name, _)| name.clone()).collect();
         for name in gone {
             eprintln!("stiefel: {name} has gone");
             self.take_back(&name);
         }
-        self.failed.retain(|(source, number, _)| {
-            wanted
-                .iter()
-                .any(|want| want.source == *source && want.sequence == *number)
-        });
+        self.failed.retain(|(source, _)| is_wanted(source));
         for want in wanted {
-            let lent = self.shares.values_mut().find(|(share, _)| share.source == want.source);
-            if let Some((share, _)) = lent {
+            let lent = self.shares.values_mut().find(|share| share.source == want.source);
+            if let Some(share) = lent {
                 share.users = want.users;
-            } else if let Some((_, _, why)) = self.failed.iter().find(|(source, ..)| *source == want.source) {
+            } else if let Some((_, why)) = self.failed.iter().find(|(source, _)| *source == want.source) {
                 left_out.push(LeftOut {
                     device: want.source.path().display().to_string(),
                     why: why.clone(),
@@ -276,41 +294,31 @@ impl<'a> Lender<'a> {
                 left_out.push(why);
             }
         }
-        self.show(&left_out)
+        self.left_out = left_out;
+        self.show()
     }
 
     /// Lends a disk; what is to be said if that fails.
     fn lend(&mut self, want: Wanted) -> Option<LeftOut> {
-        let Wanted {
-            source,
-            users,
-            sequence,
-        } = want;
-        let taken = |key: &str| self.shares.contains_key(key);
-        let names = match &source {
-            Source::Disk(disk) => Names::of_disk(&self.machine, disk, &taken),
-            Source::File { path, .. } => {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                Names::of_file(&self.machine, &name, &taken)
-            }
-        };
-        if self.closing.contains(&names.key) {
-            // Plugged in again at once: tried again when the earlier one has been let go of.
+        let Wanted { source, users } = want;
+        let names = Names::of(&self.machine, &source, &|key: &str| self.shares.contains_key(key));
+        if self.withheld.contains(&names.key) || self.closing.contains(&names.key) {
+            // Taken back; or plugged in again at once: tried again when the earlier one has been let go of.
             return None;
         }
-        let mode = mode(self.options, &source, &names);
+        let mode = mode(self.options, &self.grants, &source);
         let device = source.path().display().to_string();
         match Share::open(source.clone(), names, mode, users, self.shelf.as_ref()) {
             Ok(share) => {
                 if let Some(export) = &share.export {
                     self.catalog.insert(Arc::clone(export));
                 }
-                self.shares.insert(share.names.key.clone(), (share, sequence));
+                self.shares.insert(share.names.key.clone(), share);
                 None
             }
             Err(error) => {
                 let why = format!("{error:#}");
-                self.failed.push((source, sequence, why.clone()));
+                self.failed.push((source, why.clone()));
                 Some(LeftOut { device, why })
             }
         }
@@ -318,7 +326,7 @@ impl<'a> Lender<'a> {
 
     /// Lets go of a disk, on a thread of its own: it may hang.
     fn take_back(&mut self, name: &str) {
-        let Some((share, _)) = self.shares.remove(name) else {
+        let Some(share) = self.shares.remove(name) else {
             return;
         };
         self.catalog.remove(name);
@@ -342,45 +350,50 @@ impl<'a> Lender<'a> {
         }
     }
 
-    /// Shows what is lent, if that has changed.
-    fn show(&mut self, left_out: &[LeftOut]) -> anyhow::Result<()> {
+    /// Shows what is lent and who has it, if that has changed.
+    fn show(&mut self) -> anyhow::Result<()> {
         let places = places()?;
-        let shares = self.shares.values().map(|(share, _)| share);
-        let listing = Listing::new(shares, left_out, &places, self.options.nbd_port);
-        let text = if self.options.json {
-            listing.json() + "\n"
-        } else {
-            listing.words()
+        let mut listing = Listing::new(self.shares.values(), &self.left_out, &places, self.options.nbd_port);
+        listing.add_clients(self.who.keys());
+        let text = match (self.options.json, self.numbered) {
+            (true, _) => listing.json() + "\n",
+            (false, true) => listing.numbered(&self.withheld),
+            (false, false) => listing.words(),
         };
-        if text != self.shown {
-            let mut out = std::io::stdout().lock();
-            let gap = if self.options.json || self.shown.is_empty() {
-                ""
-            } else {
-                "\n"
-            };
-            out.write_all(format!("{gap}{text}").as_bytes())?;
-            out.flush()?;
-            self.shown = text;
+        if text == self.shown {
+            return Ok(());
         }
+        let mut out = std::io::stdout().lock();
+        if !self.options.json && !self.shown.is_empty() {
+            writeln!(out)?;
+        }
+        out.write_all(text.as_bytes())?;
+        if let Some(room) = Room::of_stdout().filter(|_| !self.options.json)
+            && let Some(code) = qr::code(&listing.shortest(), room.below(text.lines().count()))
+        {
+            out.write_all(code.as_bytes())?;
+        }
+        out.flush()?;
+        self.shown = text;
         Ok(())
     }
 
     /// Says who is connected and what they do.
-    fn look(&mut self) {
+    fn look(&mut self) -> anyhow::Result<()> {
         let now = clients::connected(&self.server, &Tree::new(Path::new("/")));
-        for words in clients::changes(&self.who, &now) {
+        let changes = clients::changes(&self.who, &now);
+        for words in &changes {
             eprintln!("stiefel: {words}");
         }
         self.who = now;
-        for (name, (share, _)) in &self.shares {
-            let Some(export) = &share.export else { continue };
-            let now = export.stats();
+        for (name, share) in &self.shares {
+            let now = share.stats();
             let before = self.stats.insert(name.clone(), now).unwrap_or_default();
             if let Some(words) = clients::traffic(name, before, now, LOOK.as_secs()) {
                 eprintln!("stiefel: {words}");
             }
         }
+        if changes.is_empty() { Ok(()) } else { self.show() }
     }
 
     /// Takes everything back.
@@ -392,7 +405,7 @@ impl<'a> Lender<'a> {
         };
         let mut threads = Vec::new();
         for name in names {
-            if let Some((share, _)) = self.shares.remove(&name) {
+            if let Some(share) = self.shares.remove(&name) {
                 self.catalog.remove(&name);
                 let server = Arc::clone(&self.server);
                 threads.push(std::thread::spawn(move || (name, share.close(Some(&server)))));
@@ -412,82 +425,31 @@ impl<'a> Lender<'a> {
     }
 }
 
-/// What is to be lent.
-pub(super) struct Wanted {
-    pub(super) source: Source,
-    pub(super) users: Vec<String>,
-    /// Tells a disk from one that was plugged into the same place later (Linux 5.15).
-    sequence: Option<u64>,
-}
-
-/// Which disks are to be lent, and which are not, with the reason.
-pub(super) fn wanted(
-    options: &Options,
-    named: &[Named],
-    survey: &Survey,
-    sequence: &dyn Fn(&str) -> Option<u64>,
-) -> (Vec<Wanted>, Vec<LeftOut>) {
-    let (mut wanted, mut left_out) = (Vec::new(), Vec::new());
-    for Candidate { disk, system, users } in &survey.disks {
-        let by_name = named.contains(&Named::Disk(disk.name.clone()));
-        if !by_name && options.all == 0 {
-            continue;
-        }
-        let refused = match &survey.root_unknown {
-            _ if options.all >= 2 => None,
-            _ if *system => Some("the running system lives on it; --all twice lends it all the same".to_owned()),
-            Some(root) if !by_name => Some(format!(
-                "it may be one of the running system's ({root}); name it, or say --all twice"
-            )),
-            _ => None,
-        };
-        match refused {
-            Some(why) => left_out.push(LeftOut {
-                device: disk.path.display().to_string(),
-                why,
-            }),
-            None => wanted.push(Wanted {
-                sequence: sequence(&disk.name),
-                source: Source::Disk(disk.clone()),
-                users: users.clone(),
-            }),
-        }
+impl Lending for Lender<'_> {
+    fn names(&self) -> Vec<String> {
+        let all: BTreeSet<&String> = self.shares.keys().chain(&self.withheld).collect();
+        all.into_iter().cloned().collect()
     }
-    for file in named {
-        if let Named::File(path) = file
-            && let Ok(metadata) = std::fs::metadata(path)
-        {
-            wanted.push(Wanted {
-                source: Source::File {
-                    path: path.clone(),
-                    size: metadata.len(),
-                },
-                users: Vec::new(),
-                sequence: None,
-            });
+
+    fn users_of(&self, disk: &str) -> usize {
+        let by_nvme = self.shares.get(disk).is_some_and(Share::by_nvme);
+        // Which disk a host has by NVMe the kernel does not say: it may be this one.
+        let has = |name: &Option<String>| name.as_deref().map_or(by_nvme, |name| name == disk);
+        self.who.keys().filter(|(name, _)| has(name)).count()
+    }
+
+    fn users(&self) -> usize {
+        self.who.len()
+    }
+
+    fn withhold(&mut self, disk: &str) -> bool {
+        if self.withheld.remove(disk) {
+            return false;
         }
+        self.withheld.insert(disk.to_owned());
+        self.take_back(disk);
+        true
     }
-    (wanted, left_out)
-}
-
-pub(super) fn mode(options: &Options, source: &Source, names: &Names) -> Mode {
-    let path = source.path().to_string_lossy();
-    let is_meant = |disk: &str| {
-        let by_link = || std::fs::canonicalize(disk).is_ok_and(|found| found == source.path());
-        disk == names.key || disk == path || path.strip_prefix("/dev/") == Some(disk) || by_link()
-    };
-    let writable = options.writable.iter().find(|writable| is_meant(&writable.disk));
-    match writable {
-        Some(writable) => Mode::ReadWrite {
-            host: writable.host.clone(),
-        },
-        None if options.snapshot => Mode::Snapshot,
-        None => Mode::ReadOnly,
-    }
-}
-
-pub(super) fn sequence(root: &Path, disk: &str) -> Option<u64> {
-    Tree::new(root).line(format!("/sys/block/{disk}/diskseq"))?.parse().ok()
 }
 
 /// Listens on all addresses of both families; where IPv6 is off, on IPv4's.
@@ -552,98 +514,4 @@ fn shelf() -> anyhow::Result<Shelf> {
     // After what an earlier process had published was taken back.
     shield::sweep(Path::new("/sys"), Path::new("/dev"));
     Ok(shelf)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use stiefel_sys::block::Disk;
-
-    fn candidate(name: &str, system: bool) -> Candidate {
-        Candidate {
-            disk: Disk {
-                name: name.into(),
-                path: format!("/dev/{name}").into(),
-                device: (8, 0),
-                size: 1 << 20,
-                logical_block_size: 512,
-                physical_block_size: 512,
-                model: None,
-                serial: Some(format!("serial {name}")),
-                wwid: None,
-                removable: false,
-                read_only: false,
-                rotational: false,
-            },
-            system,
-            users: Vec::new(),
-        }
-    }
-
-    fn lent(options: &Options, named: &[Named], survey: &Survey) -> (Vec<String>, Vec<String>) {
-        let (wanted, left) = wanted(options, named, survey, &|_| Some(1));
-        let devices = wanted.iter().map(|want| want.source.path().display().to_string());
-        (devices.collect(), left.into_iter().map(|left| left.why).collect())
-    }
-
-    #[test]
-    fn the_systems_disk_is_lent_only_when_asked_for_twice() {
-        let survey = Survey {
-            disks: vec![candidate("sda", true), candidate("sdb", false)],
-            root_unknown: None,
-        };
-        let all = |all| Options {
-            all,
-            ..Options::default()
-        };
-        let (devices, why) = lent(&all(1), &[], &survey);
-        assert_eq!(devices, ["/dev/sdb"]);
-        assert!(why[0].contains("running system"), "{why:?}");
-        assert_eq!(lent(&all(2), &[], &survey).0, ["/dev/sda", "/dev/sdb"]);
-        // Also by its name, for a slip of the finger is enough.
-        assert!(lent(&all(0), &[Named::Disk("sda".into())], &survey).0.is_empty());
-        assert_eq!(lent(&all(0), &[Named::Disk("sdb".into())], &survey).0, ["/dev/sdb"]);
-    }
-
-    #[test]
-    fn where_the_root_is_unknown_only_named_disks_are_lent() {
-        let survey = Survey {
-            disks: vec![candidate("sda", false)],
-            root_unknown: Some("zfs on rpool".into()),
-        };
-        let options = Options {
-            all: 1,
-            ..Options::default()
-        };
-        assert!(lent(&options, &[], &survey).0.is_empty());
-        assert_eq!(
-            lent(&Options::default(), &[Named::Disk("sda".into())], &survey).0,
-            ["/dev/sda"]
-        );
-    }
-
-    #[test]
-    fn disks_are_read_only_unless_named() {
-        let source = Source::Disk(candidate("sda", false).disk);
-        let Source::Disk(disk) = &source else { unreachable!() };
-        let names = Names::of_disk("m", disk, &|_| false);
-        let with = |disk: &str| Options {
-            writable: vec![disk.parse().unwrap()],
-            ..Options::default()
-        };
-        assert_eq!(mode(&Options::default(), &source, &names), Mode::ReadOnly);
-        for word in ["sda", "/dev/sda", "serial-sda"] {
-            assert_eq!(
-                mode(&with(word), &source, &names),
-                Mode::ReadWrite { host: None },
-                "{word}"
-            );
-        }
-        assert_eq!(mode(&with("sdb"), &source, &names), Mode::ReadOnly);
-        let snapshot = Options {
-            snapshot: true,
-            ..with("sdb")
-        };
-        assert_eq!(mode(&snapshot, &source, &names), Mode::Snapshot);
-    }
 }

@@ -10,8 +10,10 @@ use stiefel_sys::block::{self, Disk};
 use stiefel_sys::nvmet::{Item, Namespace, Published, Shelf};
 use stiefel_sys::shield::Shield;
 
+use super::clients;
 use super::names::Names;
-use crate::nbd::{Export, ExportOptions, Server, Upper, open_base, open_guest};
+use crate::nbd::{Export, ExportOptions, Server, Stats, Upper, open_base, open_guest};
+use crate::tree::Tree;
 
 /// How long a disk may take to be let go of, each by NBD and by NVMe.
 const LET_GO: Duration = Duration::from_secs(20);
@@ -62,6 +64,14 @@ impl Source {
         }
     }
 
+    /// `None` for a file.
+    pub(super) const fn disk(&self) -> Option<&Disk> {
+        match self {
+            Self::Disk(disk) => Some(disk),
+            Self::File { .. } => None,
+        }
+    }
+
     pub(super) fn size(&self) -> u64 {
         match self {
             Self::Disk(disk) => disk.size,
@@ -99,6 +109,9 @@ pub(super) struct Share {
 struct Nvme {
     published: Published,
     shield: Option<Shield>,
+    /// The kernel's name of the device that is published, and what had been done on it before.
+    device: String,
+    before: Stats,
 }
 
 impl Share {
@@ -131,6 +144,8 @@ impl Share {
             _ => None,
         };
         let export = mode.by_nbd().then(|| export(&source, &names, &mode)).transpose()?;
+        // What is open now stays what it is; before, another disk may have got its name.
+        same_disk(&source)?;
         let mut share = Self {
             names,
             source,
@@ -211,7 +226,29 @@ impl Share {
                 nguid: self.names.nguid.as_deref(),
             },
         })?;
-        Ok(Nvme { published, shield })
+        let device = device_path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        Ok(Nvme {
+            before: done_on(&device),
+            device,
+            published,
+            shield,
+        })
+    }
+
+    /// What initiators have done so far, by NBD and NVMe together; NVMe's errors are in the kernel's log only.
+    pub(super) fn stats(&self) -> Stats {
+        let mut all = self.export.as_ref().map(|export| export.stats()).unwrap_or_default();
+        if let Some(nvme) = &self.nvme {
+            let now = done_on(&nvme.device);
+            all.bytes_read += now.bytes_read.saturating_sub(nvme.before.bytes_read);
+            all.bytes_written += now.bytes_written.saturating_sub(nvme.before.bytes_written);
+            all.requests += now.requests.saturating_sub(nvme.before.requests);
+        }
+        all
     }
 
     /// Whether the kernel serves it, too.
@@ -233,7 +270,10 @@ impl Share {
             port,
             ..
         } = self;
-        if let Some(Nvme { mut published, shield }) = nvme {
+        if let Some(Nvme {
+            mut published, shield, ..
+        }) = nvme
+        {
             // A disk that does not answer keeps the kernel waiting for it.
             let withdraw = move || -> anyhow::Result<()> {
                 published.withdraw()?;
@@ -262,6 +302,25 @@ impl Share {
         }
         result
     }
+}
+
+/// What was done on a block device since it is there; nothing if it has gone.
+fn done_on(device: &str) -> Stats {
+    let text = Tree::new(Path::new("/")).text(format!("/sys/block/{device}/stat"));
+    text.ok().and_then(|text| clients::done(&text)).unwrap_or_default()
+}
+
+/// Whether the device that was just opened by its name is still the disk that was meant.
+fn same_disk(source: &Source) -> anyhow::Result<()> {
+    let Source::Disk(disk) = source else { return Ok(()) };
+    let now = Tree::new(Path::new("/")).line(format!("/sys/block/{}/diskseq", disk.name));
+    let now = now.and_then(|number| number.parse().ok());
+    anyhow::ensure!(
+        disk.sequence == now,
+        "{} has become another disk while it was opened; plug it in again",
+        disk.path.display()
+    );
+    Ok(())
 }
 
 fn export(source: &Source, names: &Names, mode: &Mode) -> anyhow::Result<Arc<Export>> {

@@ -106,6 +106,8 @@ pub struct Disk {
     pub read_only: bool,
     /// It has turning platters.
     pub rotational: bool,
+    /// Its number since the machine's start, which no later disk gets, also in the same place (Linux 5.15).
+    pub sequence: Option<u64>,
 }
 
 /// All disks with a medium, by name: no loop, memory, network, optical, floppy or stacked devices, no partitions.
@@ -160,6 +162,7 @@ fn read_disk(folder: &Path) -> Option<Disk> {
         removable: read::flag(&folder.join("removable")),
         read_only: read::flag(&folder.join("ro")),
         rotational: read::flag(&folder.join("queue/rotational")),
+        sequence: read::number(&folder.join("diskseq")),
     })
 }
 

@@ -30,18 +30,7 @@ pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<(
     let manifest = Manifest::load(&args.ramdisk)
         .context("there is no ramdisk to put on the stick; run `stiefel build`, or name its folder with --ramdisk")?;
     manifest.verify(&args.ramdisk)?;
-    let key = read_key(&args.key)?;
-    let handover = match args.target_mode {
-        true => Handover::Target(TargetHandover {
-            keys: vec![key],
-            open: args.open,
-        }),
-        false => Handover::Client(ClientHandover {
-            key,
-            encrypted_only: args.encrypted_only,
-        }),
-    };
-    let handover = handover.to_cpio()?;
+    let handover = handover(args)?.to_cpio()?;
     let options = StickOptions {
         kernel: args.ramdisk.join(KERNEL),
         ramdisk: args.ramdisk.join(RAMDISK),
@@ -65,16 +54,39 @@ pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<(
             bail!("nothing was written");
         }
         stick::write_device(&options, &info, args.allow_fixed, &mut progress)?
+    } else if target.extension().is_some_and(|end| end.eq_ignore_ascii_case("efi")) {
+        stick::write_program(&options, target, args.overwrite, &mut progress)?
     } else {
         stick::write_image(&options, target, args.overwrite, &mut progress)?
     };
     bar.finish_and_clear();
-    eprintln!(
-        "{}: {}, holds a key: keep it as you keep the laptop",
-        target.display(),
-        mebibytes(report.bytes)
-    );
+    let note = match args.open {
+        true => "lends all disks to everybody: keep it from others",
+        false => "holds a key: keep it as you keep the laptop",
+    };
+    eprintln!("{}: {}, {note}", target.display(), mebibytes(report.bytes));
     Ok(())
+}
+
+/// What the ramdisk is to be.
+fn handover(args: &StickArgs) -> anyhow::Result<Handover> {
+    if !args.target_mode {
+        return Ok(Handover::Client(ClientHandover {
+            key: read_key(&args.key)?,
+            encrypted_only: args.encrypted_only,
+        }));
+    }
+    let keys = match args.open {
+        true => Vec::new(),
+        false => vec![read_key(&args.key)?],
+    };
+    Ok(Handover::Target(TargetHandover {
+        keys,
+        open: args.open,
+        read_write: args.read_write.clone(),
+        snapshot: args.snapshot,
+        hostname: None,
+    }))
 }
 
 /// A key by its name, or from a file.

@@ -253,6 +253,7 @@ fn a_disk(path: &Path) -> Disk {
         removable: false,
         read_only: false,
         rotational: false,
+        sequence: None,
     }
 }
 

@@ -116,6 +116,7 @@ mod tests {
             removable: false,
             read_only: false,
             rotational: false,
+            sequence: None,
         };
         let content = |name: &str, sectors: u64, claims: &[(ClaimKind, &str)], hibernated| Content {
             name: name.into(),

@@ -97,6 +97,7 @@ mod tests {
             removable: false,
             read_only: false,
             rotational: false,
+            sequence: None,
         };
         (disk, identity)
     }

@@ -51,6 +51,7 @@ fn a_disk_is_read_with_all_that_sysfs_tells() {
         removable: false,
         read_only: true,
         rotational: true,
+        sequence: None,
     };
     assert_eq!(disks(root.path()).unwrap(), [expected]);
 }

@@ -207,6 +207,14 @@ fn tests() -> Vec<Test> {
         "disks_are_lent_to_the_holder_of_a_key_and_given_back",
         target::with_a_key,
     );
+    tests.long(
+        "a_lent_disk_is_written_wherever_it_is_plugged_in_and_no_other_one",
+        target::followed,
+    );
+    tests.long(
+        "laptop_is_restarted_to_lend_its_own_disk_and_comes_home",
+        target::reboot,
+    );
     tests.add("keys_at_the_laptop_are_heard", faults::keys);
     tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
     tests.0

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 use stiefel_tests::disk::{BaseOptions, BaseSystem, ExtraFile, LaptopDisk, PASSWORD};
 use stiefel_tests::kit::{CONSOLE, DESKTOP_MAC};
-use stiefel_tests::scenario::{Failure, patience};
+use stiefel_tests::scenario::{self, Failure, Machines, patience};
 use stiefel_tests::{Drive, NicModel, Vm, VmBuilder, Wire};
 
 use crate::runner::Bench;
@@ -31,25 +31,8 @@ impl Pair {
         let base = BaseSystem::ensure(&BaseOptions::default().package("nvme-cli").package("nbd-client"))?;
         let dir = tempfile::tempdir_in(bench.kit.dir())?;
         let wire = Wire::direct()?;
-        let machine = |name: &str| -> Result<VmBuilder, Failure> {
-            let disk = LaptopDisk::builder(&base)
-                .hostname(name)
-                .autologin(true)
-                .file(ExtraFile::new(bench.program, "/usr/bin/stiefel", 0o755))
-                .file(ExtraFile::new(
-                    bench.kit.key("stick").as_path(),
-                    "/etc/stiefel/keys/stick.key",
-                    0o600,
-                ))
-                .file(ExtraFile::new(
-                    bench.kit.key("other").as_path(),
-                    "/root/other.key",
-                    0o600,
-                ))
-                .build(&dir.path().join(format!("{name}.img")))?;
-            Ok(VmBuilder::new(name).boot(disk.boot(&CONSOLE)).disk(disk.drive()))
-        };
-        bench.kit.new_key("other")?;
+        let machine = |name: &str| debian(bench, &base, dir.path(), name);
+        other_key(bench)?;
         let mut target = machine("target")?.nic("wired", NicModel::E1000e, &wire.a(), TARGET_MAC);
         for name in ["data-a", "data-b"] {
             let path = dir.path().join(name);
@@ -87,6 +70,18 @@ impl Pair {
         Ok(())
     }
 
+    /// Plugs a stick with known content into the target.
+    fn plug(&self, id: &str, serial: &str) -> Result<(), Failure> {
+        let path = self.dir.path().join(id);
+        image(&path, id)?;
+        let file = json!({ "driver": "file", "filename": path });
+        let node = json!({ "node-name": id, "driver": "raw", "file": file });
+        self.target.execute("blockdev-add", node)?;
+        let device = json!({ "driver": "usb-storage", "drive": id, "id": id, "bus": "xhci.0", "serial": serial });
+        self.target.execute("device_add", device)?;
+        Ok(())
+    }
+
     /// Ends it; it must say that all was in order.
     fn lend_no_more(&self) -> Result<(), Failure> {
         self.target
@@ -97,6 +92,34 @@ impl Pair {
         )?;
         Ok(())
     }
+}
+
+/// A key that opens nothing; another test may have made it.
+fn other_key(bench: &Bench) -> Result<(), Failure> {
+    match bench.kit.key("other").exists() {
+        true => Ok(()),
+        false => Ok(bench.kit.new_key("other")?),
+    }
+}
+
+/// A Debian with the program and the keys, not started yet.
+fn debian(bench: &Bench, base: &BaseSystem, dir: &Path, name: &str) -> Result<VmBuilder, Failure> {
+    let disk = LaptopDisk::builder(base)
+        .hostname(name)
+        .autologin(true)
+        .file(ExtraFile::new(bench.program, "/usr/bin/stiefel", 0o755))
+        .file(ExtraFile::new(
+            bench.kit.key("stick").as_path(),
+            "/etc/stiefel/keys/stick.key",
+            0o600,
+        ))
+        .file(ExtraFile::new(
+            bench.kit.key("other").as_path(),
+            "/root/other.key",
+            0o600,
+        ))
+        .build(&dir.join(format!("{name}.img")))?;
+    Ok(VmBuilder::new(name).boot(disk.boot(&CONSOLE)).disk(disk.drive()))
 }
 
 /// Runs a command again and again until it succeeds.
@@ -202,18 +225,8 @@ pub(crate) fn open(bench: &Bench) -> Result<(), Failure> {
 
 /// A stick is plugged into the target, read, and pulled out while it is read: an error, and nobody else sees anything of it.
 fn hot_plug(pair: &Pair) -> Result<(), Failure> {
-    let Pair {
-        target, client, dir, ..
-    } = pair;
-    let path = dir.path().join("hot");
-    image(&path, "hot")?;
-    let file = json!({ "driver": "file", "filename": path });
-    target.execute(
-        "blockdev-add",
-        json!({ "node-name": "hot", "driver": "raw", "file": file }),
-    )?;
-    let device = json!({ "driver": "usb-storage", "drive": "hot", "id": "hot", "bus": "xhci.0", "serial": "hot-disk" });
-    target.execute("device_add", device)?;
+    let (target, client) = (&pair.target, &pair.client);
+    pair.plug("hot", "hot-disk")?;
     wait(target, "grep -q hot-disk /run/out")?;
     let name = target.run_ok("grep -o '^[a-z0-9-]*hot-disk' /run/out | tail -n 1")?;
     client.run_ok_within(
@@ -225,6 +238,75 @@ fn hot_plug(pair: &Pair) -> Result<(), Failure> {
     client.run_ok_within("! timeout 60 dd if=/dev/nbd1 of=/dev/null bs=1M iflag=direct", SOON * 2)?;
     wait(target, "grep -q 'has gone' /run/err")?;
     client.run_ok_within("nbd-client -d /dev/nbd1; true", SOON)?;
+    Ok(())
+}
+
+/// A stick that may be written is followed, not the kernel's name of it: another one that gets the name is read-only.
+pub(crate) fn followed(bench: &Bench) -> Result<(), Failure> {
+    let pair = Pair::start(bench)?;
+    let target = &pair.target;
+    let name = |serial: &str| {
+        let found = format!("basename $(readlink /dev/disk/by-id/usb-*{serial}*-0:0)");
+        wait(target, &format!("ls /dev/disk/by-id/usb-*{serial}*-0:0"))?;
+        Ok::<_, Failure>(target.run_ok(&found)?.trim().to_owned())
+    };
+    pair.plug("first", "first-disk")?;
+    let first = name("first-disk")?;
+    target.run_ok("! stiefel target --all --open --read-write sdz 2>/run/refused && grep -q sdz /run/refused")?;
+    pair.lend(&format!("--all --open --read-write {first}"))?;
+    target.run_ok("grep -q 'first-disk.*READ-WRITE' /run/out")?;
+    target.execute("device_del", json!({ "id": "first" }))?;
+    // Its name is free when nobody has it open any more.
+    wait(target, "grep -q 'has gone' /run/err")?;
+    wait(
+        target,
+        &format!("! ls -l /proc/$(pidof stiefel)/fd | grep -q /dev/{first}"),
+    )?;
+    pair.plug("second", "second-disk")?;
+    same("the kernel's name of the second stick", &name("second-disk")?, &first)?;
+    wait(target, "grep -q 'second-disk.*read-only' /run/out")?;
+    target.run_ok("! grep -q 'second-disk.*READ-WRITE' /run/out")?;
+    pair.lend_no_more()
+}
+
+/// `stiefel target --reboot` on an installed laptop: its own disk is lent from the ramdisk, written by the holder of a key, and
+/// after a key press its system is there again and sees that.
+pub(crate) fn reboot(bench: &Bench) -> Result<(), Failure> {
+    let machines = Machines::prepare(bench.kit, Wire::direct()?)?;
+    let laptop = scenario::laptop_at_home(&machines.disk, Some(&machines.wire.a()), false)?;
+    let root = laptop.run_ok("findmnt --noheadings --output SOURCE /")?;
+    let part: String = root.trim().chars().filter(char::is_ascii_digit).collect();
+    laptop.run_ok("! stiefel target --reboot --read-write nothing --yes")?;
+    laptop
+        .serial()
+        .send_line("stiefel target --reboot --read-write vda --yes")?;
+    laptop
+        .serial()
+        .expect("disks are lent to the holders of these keys: stick", patience::SERVING)?;
+    laptop.serial().expect("READ-WRITE", patience::SERVING)?;
+    let base = BaseSystem::ensure(&BaseOptions::default().package("nvme-cli").package("nbd-client"))?;
+    let dir = tempfile::tempdir_in(bench.kit.dir())?;
+    other_key(bench)?;
+    let client = debian(bench, &base, dir.path(), "client")?;
+    let client = client
+        .nic("wired", NicModel::E1000e, &machines.wire.b(), DESKTOP_MAC)
+        .start()?;
+    client.login("root", PASSWORD, patience::LOGIN)?;
+    client.run_ok("ip link set $(ls /sys/class/net | grep -v lo | head -n 1) up")?;
+    bench.note(&client.run_ok_within("stiefel attach --wait 20", SOON)?);
+    // Its name is the one that the laptop's own system says, too: the only disk there.
+    client.run_ok_within(
+        &format!(
+            "name=$(stiefel attach --wait 10 --json | grep -o '\"name\": *\"[^\"]*\"' | head -n 1 | cut -d '\"' -f 4); \
+             d=$(stiefel attach $name --wait 10 --read-write) && udevadm settle; \
+             p={part}; mount $d${{p:+p$p}} /mnt && echo lent > /mnt/root/written-by-the-borrower && umount /mnt && stiefel detach --all"
+        ),
+        SOON * 2,
+    )?;
+    laptop.serial().send("q")?;
+    laptop.wait_reboot(patience::SHUTDOWN)?;
+    laptop.login("root", PASSWORD, patience::LOGIN)?;
+    laptop.run_ok("grep -q lent /root/written-by-the-borrower")?;
     Ok(())
 }
 
@@ -264,6 +346,27 @@ fn writable(pair: &Pair) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Who may log in on either machine cannot reach what is lent: on the target nobody can, on the client only root.
+fn only_for_root(pair: &Pair, by_nvme: bool) -> Result<(), Failure> {
+    let connect = |address: &str, port: u16| format!("timeout 10 bash -c 'exec 3<>/dev/tcp/{address}/{port}'");
+    if by_nvme {
+        let at = pair
+            .client
+            .run_ok("sed 's/traddr=\\([^,]*\\),.*/\\1/' /sys/class/nvme/nvme0/address")?;
+        let connect = connect(at.trim(), 4420);
+        pair.client.run_ok_within(
+            &format!("{connect} && ! setpriv --reuid=65534 {connect} && ! setpriv --reuid=65534 cat /sys/class/nvme/nvme0/hostnqn"),
+            SOON,
+        )?;
+        // The loan's names are there for all to read, and lead nowhere.
+        pair.target.run_ok_within(
+            &format!("ls /sys/kernel/config/nvmet/hosts/*borrower* && ! {connect} && ! ip link | grep stiefel-l"),
+            SOON,
+        )?;
+    }
+    Ok(())
+}
+
 /// With a key: listed, attached, written where allowed, given back; a wrong key sees nothing; nothing is left behind.
 pub(crate) fn with_a_key(bench: &Bench) -> Result<(), Failure> {
     let pair = Pair::start(bench)?;
@@ -297,6 +400,8 @@ pub(crate) fn with_a_key(bench: &Bench) -> Result<(), Failure> {
             &format!("! dd if=/dev/zero of={device} bs=4096 count=1 oflag=direct conv=fsync"),
             SOON,
         )?;
+        only_for_root(&pair, more.is_empty())?;
+        wait(target, "grep -q 'lent to .* (key stick), read-only' /run/out")?;
         client.run_ok_within("stiefel detach target/data-a", SOON)?;
     }
     client.run_ok_within("! stiefel attach target/data-a --read-write", SOON)?;

@@ -1,0 +1,242 @@
+//! What is known of a copy that is not complete: a header, then records of 32 bytes, appended as the copy goes on.
+//!
+//! A record is the SHA-256 of the next piece, or begins with [`MARK`] and is a range in it that could not be read, which comes
+//! before the piece's own. Each is on its medium after the piece is on the target's. What was written half is cut off.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+
+use super::{Hash, PIECE, Range, SECTOR, push};
+
+const MAGIC: &[u8; 16] = b"stiefel-copy-2\n\0";
+/// The same, without ranges.
+const EARLIER: &[u8; 16] = b"stiefel-copy-1\n\0";
+/// Magic, the source's size, the first piece's hash.
+const HEADER: u64 = 16 + 8 + 32;
+const RECORD: usize = 32;
+/// No digest begins so but once in 2^128.
+const MARK: &[u8; 16] = b"not-read-by-copy";
+
+/// The file of state.
+#[derive(Debug)]
+pub(super) struct State {
+    file: File,
+    /// Its length in bytes, as far as it is whole.
+    length: u64,
+    pub(super) path: PathBuf,
+    /// Of the pieces that are copied, in their order.
+    pub(super) hashes: Vec<Hash>,
+    /// What could not be read of them.
+    pub(super) unreadable: Vec<Range>,
+}
+
+impl State {
+    /// Opens it, or makes it for a source of `size` bytes whose first piece has the hash `first`.
+    ///
+    /// # Errors
+    /// In words; also if it belongs to another source, or is damaged.
+    pub(super) fn open(path: &Path, size: u64, first: Hash) -> anyhow::Result<Self> {
+        let failed = || format!("cannot keep the state of the copy in {}", path.display());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .with_context(failed)?;
+        let whole = [&MAGIC[..], &size.to_be_bytes(), &first].concat();
+        let mut reader = BufReader::new(&file);
+        let mut known = Vec::new();
+        reader
+            .by_ref()
+            .take(HEADER)
+            .read_to_end(&mut known)
+            .with_context(failed)?;
+        let same = known.split_at_checked(MAGIC.len()).is_some_and(|(magic, rest)| {
+            (magic == MAGIC || magic == EARLIER) && Some(rest) == whole.get(MAGIC.len()..)
+        });
+        if !same && !known.is_empty() {
+            bail!(
+                "{} belongs to a copy of another source; delete it to begin anew, or name another with --state",
+                path.display()
+            );
+        }
+        let (hashes, unreadable, length) = match records(&mut reader, size).with_context(failed)? {
+            Some(read) => read,
+            None => bail!("{} is damaged; delete it to begin anew", path.display()),
+        };
+        file.set_len(length).with_context(failed)?;
+        file.write_all_at(&whole, 0).with_context(failed)?;
+        file.sync_data().with_context(failed)?;
+        Ok(Self {
+            file,
+            length,
+            path: path.to_owned(),
+            hashes,
+            unreadable,
+        })
+    }
+
+    /// Notes pieces whose bytes are on the medium, each with what could not be read of it.
+    pub(super) fn add(&mut self, pieces: &[(Hash, Vec<Range>)]) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        for (hash, ranges) in pieces {
+            for (at, length) in ranges {
+                bytes.extend_from_slice(MARK);
+                bytes.extend_from_slice(&at.to_be_bytes());
+                bytes.extend_from_slice(&length.to_be_bytes());
+            }
+            bytes.extend_from_slice(hash);
+        }
+        self.file.write_all_at(&bytes, self.length)?;
+        self.file.sync_data()?;
+        self.length += bytes.len() as u64;
+        for (hash, ranges) in pieces {
+            self.hashes.push(*hash);
+            ranges.iter().for_each(|range| push(&mut self.unreadable, *range));
+        }
+        Ok(())
+    }
+
+    /// Deletes it: the copy is complete.
+    pub(super) fn finish(self) -> anyhow::Result<()> {
+        std::fs::remove_file(&self.path)
+            .with_context(|| format!("the copy is complete; delete {}", self.path.display()))
+    }
+}
+
+type Records = (Vec<Hash>, Vec<Range>, u64);
+
+/// Reads the records behind the header: hashes, ranges, and how long the file is up to the last whole piece. `None` if they can
+/// be no copy's of a source of `size` bytes.
+fn records(reader: &mut impl Read, size: u64) -> io::Result<Option<Records>> {
+    let (mut hashes, mut unreadable, mut length): Records = (Vec::new(), Vec::new(), HEADER);
+    // Of the piece whose hash has not come yet.
+    let (mut fresh, mut at): (Vec<Range>, u64) = (Vec::new(), HEADER);
+    let (pieces, piece) = (size.div_ceil(PIECE as u64), PIECE as u64);
+    let mut record = [0; RECORD];
+    while fill(reader, &mut record)? {
+        at += RECORD as u64;
+        let begin = hashes.len() as u64 * piece;
+        if let Some((offset, bytes)) = range(&record) {
+            let behind = fresh.last().map_or(begin, |(at, length)| at + length);
+            let end = offset.checked_add(bytes).filter(|end| *end <= size.min(begin + piece));
+            if offset < behind || bytes == 0 || end.is_none() || fresh.len() > PIECE / SECTOR {
+                return Ok(None);
+            }
+            fresh.push((offset, bytes));
+        } else if hashes.len() as u64 == pieces {
+            return Ok(None);
+        } else {
+            hashes.push(record);
+            fresh.drain(..).for_each(|range| push(&mut unreadable, range));
+            length = at;
+        }
+    }
+    Ok(Some((hashes, unreadable, length)))
+}
+
+/// `false` at the end, also in the middle of a record.
+fn fill(reader: &mut impl Read, record: &mut [u8]) -> io::Result<bool> {
+    match reader.read_exact(record) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn range(record: &Hash) -> Option<Range> {
+    let (mark, rest) = record.split_at(MARK.len());
+    let (offset, length) = rest.split_at(8);
+    (mark == MARK).then_some(())?;
+    let number = |bytes: &[u8]| Some(u64::from_be_bytes(bytes.try_into().ok()?));
+    Some((number(offset)?, number(length)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SIZE: u64 = 3 * PIECE as u64 + 1000;
+
+    fn open(dir: &tempfile::TempDir) -> anyhow::Result<State> {
+        State::open(&dir.path().join("state"), SIZE, [9; 32])
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_known_after_an_interruption() {
+        let dir = tempfile::tempdir().unwrap();
+        let piece = PIECE as u64;
+        let mut state = open(&dir).unwrap();
+        let lost = vec![(4096, 4096), (piece - 4096, 4096)];
+        state.add(&[([1; 32], lost), ([2; 32], vec![(piece, 4096)])]).unwrap();
+        drop(state);
+        let state = open(&dir).unwrap();
+        assert_eq!(state.hashes, [[1; 32], [2; 32]]);
+        // Over the pieces' border it is one.
+        assert_eq!(state.unreadable, [(4096, 4096), (piece - 4096, 8192)]);
+    }
+
+    #[test]
+    fn a_cut_anywhere_leaves_whole_pieces_with_their_ranges() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut state = open(&dir).unwrap();
+        let piece = PIECE as u64;
+        state
+            .add(&[([1; 32], vec![(0, 4096)]), ([2; 32], vec![(piece, 4096)])])
+            .unwrap();
+        let bytes = std::fs::read(&state.path).unwrap();
+        for length in usize::try_from(HEADER).unwrap()..=bytes.len() {
+            std::fs::write(&state.path, &bytes[..length]).unwrap();
+            let mut state = open(&dir).unwrap();
+            assert!(state.unreadable.len() <= state.hashes.len());
+            // Goes on where it is whole.
+            state.add(&[([3; 32], Vec::new())]).unwrap();
+            let again = open(&dir).unwrap();
+            assert_eq!((&again.hashes, &again.unreadable), (&state.hashes, &state.unreadable));
+        }
+    }
+
+    #[test]
+    fn a_state_of_the_earlier_kind_is_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = [&EARLIER[..], &SIZE.to_be_bytes(), &[9; 32], &[1; 32]].concat();
+        std::fs::write(dir.path().join("state"), old).unwrap();
+        assert_eq!(open(&dir).unwrap().hashes, [[1; 32]]);
+    }
+
+    #[test]
+    fn ranges_that_no_copy_writes_are_refused() {
+        let record = |at: u64, length: u64| [&MARK[..], &at.to_be_bytes(), &length.to_be_bytes()].concat();
+        let piece = PIECE as u64;
+        for (at, length) in [(piece, 1), (0, 0), (0, piece + 1), (u64::MAX, 2), (5, u64::MAX)] {
+            let bytes = record(at, length);
+            assert!(records(&mut bytes.as_slice(), SIZE).unwrap().is_none(), "{at} {length}");
+        }
+        let back = [record(4096, 4096), record(4096, 1)].concat();
+        assert!(records(&mut back.as_slice(), SIZE).unwrap().is_none());
+        assert!(records(&mut [1; 5 * 32].as_slice(), SIZE).unwrap().is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..400), marks in proptest::collection::vec(0..12usize, 0..4)) {
+            let mut bytes = bytes;
+            for mark in marks {
+                if let Some(place) = bytes.get_mut(mark * 32..mark * 32 + 16) {
+                    place.copy_from_slice(MARK);
+                }
+            }
+            if let Some((hashes, ranges, length)) = records(&mut bytes.as_slice(), SIZE).unwrap() {
+                prop_assert!(hashes.len() <= 4 && length <= HEADER + bytes.len() as u64);
+                prop_assert!(ranges.iter().all(|(at, length)| at + length <= SIZE));
+            }
+        }
+    }
+}

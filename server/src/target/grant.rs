@@ -1,0 +1,269 @@
+//! Which disks may be written, by whom: looked up once, at the start, and followed from then on ([`super::follow`]).
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+
+use super::follow::Followed;
+use super::names::{Names, own_key};
+use super::pick::Survey;
+use super::share::Source;
+use super::{Options, Writable};
+
+/// All disks that may be written.
+#[derive(Debug, Default)]
+pub(super) struct Grants(Vec<Grant>);
+
+/// One disk that may be written.
+#[derive(Debug)]
+pub(super) struct Grant {
+    /// The only host's NQN, if it is to be written by NVMe.
+    pub(super) host: Option<String>,
+    disk: Followed,
+}
+
+impl Grants {
+    /// Looks up what the user named among what is lent now.
+    ///
+    /// # Errors
+    /// In words: a disk is not there, or could not be told from another one later.
+    pub(super) fn new<'a>(
+        options: &Options,
+        lent: impl Iterator<Item = (&'a Source, &'a Names)> + Clone,
+        survey: &Survey,
+    ) -> anyhow::Result<Self> {
+        let grant = |writable: &Writable| {
+            let word = &writable.disk;
+            let is_meant = |(source, names): &(&'a Source, &'a Names)| is_called(word, source, names);
+            let disk = match lent.clone().find(is_meant) {
+                _ if options.awaited => Followed::awaited(word),
+                Some((Source::Disk(disk), _)) => Followed::disk(word, disk, survey).with_context(|| {
+                    format!(
+                        "--read-write {word}: it has no serial number of its own, so another disk could be taken for it later (this \
+                         kernel does not number disks; Linux 5.15 does); lend it read-only"
+                    )
+                })?,
+                Some((Source::File { path, .. }, _)) => Followed::file(word, path),
+                None => bail!(
+                    "--read-write {word}: no disk {word} is there to be lent; name one that is (`lsblk` lists them)"
+                ),
+            };
+            let host = writable.host.clone();
+            anyhow::Ok(Grant { host, disk })
+        };
+        let grants = options.writable.iter().map(grant).collect::<anyhow::Result<_>>()?;
+        Ok(Self(grants))
+    }
+
+    /// Follows the disks; what is to be said.
+    pub(super) fn look(&mut self, survey: &Survey) -> Vec<String> {
+        let said = |grant: &mut Grant| {
+            let rest = match grant.disk.look(survey)? {
+                false => "none of them can be written",
+                true => "only the one that was here before can be written, until it is unplugged",
+            };
+            Some(format!("several disks are called {}: {rest}", grant.disk.word()))
+        };
+        self.0.iter_mut().filter_map(said).collect()
+    }
+
+    /// Who may write this; `None`: nobody.
+    pub(super) fn of(&self, source: &Source) -> Option<&Grant> {
+        self.0.iter().find(|grant| grant.disk.is(source))
+    }
+}
+
+/// Whether the user means this: by the name that is listed, the kernel's name, or a path.
+fn is_called(word: &str, source: &Source, names: &Names) -> bool {
+    let path = source.path();
+    let by_path = || std::fs::canonicalize(word).is_ok_and(|found| found == path);
+    word == names.key
+        || Path::new(word) == path
+        || path.strip_prefix("/dev").is_ok_and(|name| name == Path::new(word))
+        || by_path()
+}
+
+/// The name by which a disk of this running system is known after the next start, for the handover.
+///
+/// # Errors
+/// In words: it is not there, or has no name that stays.
+pub(super) fn lasting_name(word: &str, survey: &Survey) -> anyhow::Result<String> {
+    let disks = survey.disks.iter().map(|found| &found.disk);
+    let found = disks.clone().find(|disk| {
+        let names = Names::of_disk("", disk, &|_| false);
+        is_called(word, &Source::Disk((*disk).clone()), &names)
+    });
+    let disk = found.with_context(|| format!("--read-write {word}: no disk {word} is there; `lsblk` lists them"))?;
+    let key = own_key(disk).with_context(|| {
+        format!("--read-write {word}: it has no serial number by which it would be known after the start")
+    })?;
+    let twins = disks.filter(|other| own_key(other).as_deref() == Some(&key)).count();
+    anyhow::ensure!(
+        twins == 1,
+        "--read-write {word}: several disks are called {key} and could not be told apart after the start"
+    );
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pick::Candidate;
+    use super::*;
+    use proptest::prelude::*;
+    use stiefel_sys::block::Disk;
+
+    fn disk(name: &str, serial: Option<&str>, sequence: Option<u64>) -> Disk {
+        Disk {
+            name: name.into(),
+            path: format!("/dev/{name}").into(),
+            device: (8, 0),
+            size: 1 << 20,
+            logical_block_size: 512,
+            physical_block_size: 512,
+            model: Some("USB".into()),
+            serial: serial.map(str::to_owned),
+            wwid: None,
+            removable: false,
+            read_only: false,
+            rotational: false,
+            sequence,
+        }
+    }
+
+    fn survey(disks: &[&Disk]) -> Survey {
+        let candidate = |disk: &&Disk| Candidate {
+            disk: (*disk).clone(),
+            system: false,
+            users: Vec::new(),
+        };
+        Survey {
+            disks: disks.iter().map(candidate).collect(),
+            unknown: None,
+        }
+    }
+
+    fn grants(word: &str, awaited: bool, disks: &[&Disk]) -> anyhow::Result<Grants> {
+        let options = Options {
+            writable: vec![word.parse().unwrap()],
+            awaited,
+            ..Options::default()
+        };
+        let lent: Vec<(Source, Names)> = disks
+            .iter()
+            .map(|disk| (Source::Disk((*disk).clone()), Names::of_disk("m", disk, &|_| false)))
+            .collect();
+        Grants::new(
+            &options,
+            lent.iter().map(|(source, names)| (source, names)),
+            &survey(disks),
+        )
+    }
+
+    fn may_write(grants: &Grants, disk: &Disk) -> bool {
+        grants.of(&Source::Disk(disk.clone())).is_some()
+    }
+
+    #[test]
+    fn another_disk_that_gets_the_kernels_name_is_not_written() {
+        let meant = disk("sdb", Some("A1"), Some(7));
+        for word in ["sdb", "/dev/sdb", "usb-a1"] {
+            let mut grants = grants(word, false, &[&meant]).unwrap();
+            assert!(may_write(&grants, &meant), "{word}");
+            let other = disk("sdb", Some("B2"), Some(8));
+            assert!(grants.look(&survey(&[&other])).is_empty());
+            assert!(!may_write(&grants, &other), "{word}");
+            // The disk itself, in another port.
+            let again = disk("sdx", Some("A1"), Some(9));
+            grants.look(&survey(&[&other, &again]));
+            assert!(may_write(&grants, &again) && !may_write(&grants, &other), "{word}");
+        }
+    }
+
+    #[test]
+    fn another_disk_in_the_same_case_is_told_by_its_size() {
+        let meant = disk("sdb", Some("CASE"), Some(7));
+        let grants = grants("sdb", false, &[&meant]).unwrap();
+        let mut other = disk("sdb", Some("CASE"), Some(8));
+        other.size *= 2;
+        assert!(!may_write(&grants, &other));
+    }
+
+    #[test]
+    fn a_disk_without_a_name_of_its_own_is_written_until_it_is_unplugged() {
+        let meant = disk("sdb", None, Some(7));
+        let grants_of = |disk| grants("sdb", false, &[disk]);
+        let grants = grants_of(&meant).unwrap();
+        assert!(may_write(&grants, &meant));
+        assert!(!may_write(&grants, &disk("sdb", None, Some(8))));
+        let error = grants_of(&disk("sdb", None, None)).unwrap_err();
+        assert!(error.to_string().contains("Linux 5.15"), "{error}");
+    }
+
+    #[test]
+    fn of_twins_only_the_one_that_was_named_is_written() {
+        let (meant, twin) = (disk("sdb", Some("0123"), Some(7)), disk("sdc", Some("0123"), Some(8)));
+        let both = grants("sdc", false, &[&meant, &twin]).unwrap();
+        assert!(may_write(&both, &twin) && !may_write(&both, &meant));
+        // The twin comes later, and stays when the first one has gone.
+        let mut one = grants("sdb", false, &[&meant]).unwrap();
+        one.look(&survey(&[&meant]));
+        assert_eq!(one.look(&survey(&[&meant, &twin])).len(), 1);
+        assert!(may_write(&one, &meant) && !may_write(&one, &twin));
+        one.look(&survey(&[&twin]));
+        assert!(!may_write(&one, &twin));
+    }
+
+    #[test]
+    fn a_name_that_nothing_has_is_an_error_unless_it_is_awaited() {
+        let there = disk("sda", Some("A1"), Some(1));
+        assert!(grants("sdb", false, &[&there]).unwrap_err().to_string().contains("sdb"));
+        let mut later = grants("usb-b2", true, &[&there]).unwrap();
+        let comes = disk("sdb", Some("B2"), Some(2));
+        later.look(&survey(&[&there, &comes]));
+        assert!(may_write(&later, &comes) && !may_write(&later, &there));
+        // A kernel's name is nobody's own.
+        let named = grants("sda", true, &[&there]).unwrap();
+        assert!(!may_write(&named, &there));
+        // Twins that are there already: nobody could say which is meant.
+        let twin = disk("sdc", Some("B2"), Some(3));
+        let mut both = grants("usb-b2", true, &[&comes, &twin]).unwrap();
+        assert_eq!(both.look(&survey(&[&comes, &twin])).len(), 1);
+        assert!(!may_write(&both, &comes) && !may_write(&both, &twin));
+    }
+
+    #[test]
+    fn only_a_name_that_lasts_goes_into_the_handover() {
+        let (own, none) = (disk("sda", Some("A1"), Some(1)), disk("sdb", None, Some(2)));
+        let both = survey(&[&own, &none]);
+        assert_eq!(lasting_name("sda", &both).unwrap(), "usb-a1");
+        assert_eq!(lasting_name("usb-a1", &both).unwrap(), "usb-a1");
+        assert!(lasting_name("sdb", &both).is_err());
+        assert!(lasting_name("sdz", &both).is_err());
+        let twin = disk("sdc", Some("A1"), Some(3));
+        assert!(lasting_name("sda", &survey(&[&own, &twin])).is_err());
+    }
+
+    proptest! {
+        /// Whatever comes and goes in whatever order: once both have been seen together, only the one may be written that was
+        /// there alone before.
+        #[test]
+        fn a_twin_is_never_written(steps in proptest::collection::vec((any::<bool>(), any::<bool>()), 1..12)) {
+            let (meant, twin) = (disk("sdb", Some("0123"), Some(7)), disk("sdc", Some("0123"), Some(8)));
+            let mut grants = grants("sdb", false, &[&meant]).unwrap();
+            let (mut met, mut alone) = (false, &meant);
+            for (first, second) in steps {
+                let both = [(first, &meant), (second, &twin)];
+                let there: Vec<&Disk> = both.iter().filter(|(is, _)| *is).map(|(_, disk)| *disk).collect();
+                grants.look(&survey(&there));
+                met |= there.len() == 2;
+                if let ([only], false) = (there.as_slice(), met) {
+                    alone = only;
+                }
+                if met {
+                    prop_assert_eq!(may_write(&grants, &meant), alone.name == meant.name);
+                    prop_assert_eq!(may_write(&grants, &twin), alone.name == twin.name);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! What is to be lent, of what is there, and how.
+
+use std::path::Path;
+
+use super::Options;
+use super::follow::Chosen;
+use super::grant::Grants;
+use super::listing::LeftOut;
+use super::names::Names;
+use super::pick::{self, Candidate, Survey};
+use super::share::{Mode, Source};
+
+/// What is to be lent.
+pub(super) struct Wanted {
+    pub(super) source: Source,
+    pub(super) users: Vec<String>,
+}
+
+/// Which disks are to be lent, and which are not, with the reason.
+pub(super) fn wanted(options: &Options, chosen: &Chosen, survey: &Survey) -> (Vec<Wanted>, Vec<LeftOut>) {
+    let (mut wanted, mut left_out) = (Vec::new(), Vec::new());
+    for Candidate { disk, system, users } in &survey.disks {
+        let by_name = chosen.has(disk);
+        if !by_name && options.all == 0 {
+            continue;
+        }
+        let refused = match &survey.unknown {
+            _ if options.all >= 2 => None,
+            _ if *system => Some("the running system lives on it; --all twice lends it all the same".to_owned()),
+            Some(part) if !by_name => Some(format!(
+                "it may be one of the running system's ({part}); name it, or say --all twice"
+            )),
+            _ => None,
+        };
+        match refused {
+            Some(why) => left_out.push(LeftOut {
+                device: disk.path.display().to_string(),
+                why,
+            }),
+            None => wanted.push(Wanted {
+                source: Source::Disk(disk.clone()),
+                users: users.clone(),
+            }),
+        }
+    }
+    for path in chosen.files() {
+        if let Ok(metadata) = std::fs::metadata(path) {
+            wanted.push(Wanted {
+                source: Source::File {
+                    path: path.to_owned(),
+                    size: metadata.len(),
+                },
+                users: Vec::new(),
+            });
+        }
+    }
+    (wanted, left_out)
+}
+
+/// What the user has named of what is there now, to be lent, and to be written.
+///
+/// # Errors
+/// In words: it is not there, or not one that can be lent.
+pub(super) fn look_up(options: &Options) -> anyhow::Result<(Chosen, Grants)> {
+    let root = Path::new("/");
+    let named = options.devices.iter().map(|path| pick::named(root, path));
+    let named = named.collect::<anyhow::Result<Vec<_>>>()?;
+    let survey = pick::survey(root)?;
+    let chosen = Chosen::new(&named, &survey);
+    let lent = with_names("", wanted(options, &chosen, &survey).0);
+    let sources = lent.iter().map(|(want, names)| (&want.source, names));
+    let grants = Grants::new(options, sources, &survey)?;
+    Ok((chosen, grants))
+}
+
+/// Gives each its name.
+pub(super) fn with_names(machine: &str, wanted: Vec<Wanted>) -> Vec<(Wanted, Names)> {
+    let mut all: Vec<(Wanted, Names)> = Vec::new();
+    for want in wanted {
+        let names = Names::of(machine, &want.source, &|key: &str| {
+            all.iter().any(|(_, names)| names.key == key)
+        });
+        all.push((want, names));
+    }
+    all
+}
+
+pub(super) fn mode(options: &Options, grants: &Grants, source: &Source) -> Mode {
+    match grants.of(source) {
+        Some(grant) => Mode::ReadWrite {
+            host: grant.host.clone(),
+        },
+        None if options.snapshot => Mode::Snapshot,
+        None => Mode::ReadOnly,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pick::Named;
+    use super::*;
+    use stiefel_sys::block::Disk;
+
+    fn candidate(name: &str, system: bool) -> Candidate {
+        Candidate {
+            disk: Disk {
+                name: name.into(),
+                path: format!("/dev/{name}").into(),
+                device: (8, 0),
+                size: 1 << 20,
+                logical_block_size: 512,
+                physical_block_size: 512,
+                model: None,
+                serial: Some(format!("serial {name}")),
+                wwid: None,
+                removable: false,
+                read_only: false,
+                rotational: false,
+                sequence: None,
+            },
+            system,
+            users: Vec::new(),
+        }
+    }
+
+    fn lent(options: &Options, named: &[Named], survey: &Survey) -> (Vec<String>, Vec<String>) {
+        let (wanted, left) = wanted(options, &Chosen::new(named, survey), survey);
+        let devices = wanted.iter().map(|want| want.source.path().display().to_string());
+        (devices.collect(), left.into_iter().map(|left| left.why).collect())
+    }
+
+    #[test]
+    fn the_systems_disk_is_lent_only_when_asked_for_twice() {
+        let survey = Survey {
+            disks: vec![candidate("sda", true), candidate("sdb", false)],
+            unknown: None,
+        };
+        let all = |all| Options {
+            all,
+            ..Options::default()
+        };
+        let (devices, why) = lent(&all(1), &[], &survey);
+        assert_eq!(devices, ["/dev/sdb"]);
+        assert!(why[0].contains("running system"), "{why:?}");
+        assert_eq!(lent(&all(2), &[], &survey).0, ["/dev/sda", "/dev/sdb"]);
+        // Also by its name, for a slip of the finger is enough.
+        assert!(lent(&all(0), &[Named::Disk("sda".into())], &survey).0.is_empty());
+        assert_eq!(lent(&all(0), &[Named::Disk("sdb".into())], &survey).0, ["/dev/sdb"]);
+    }
+
+    #[test]
+    fn where_the_root_is_unknown_only_named_disks_are_lent() {
+        let survey = Survey {
+            disks: vec![candidate("sda", false)],
+            unknown: Some("zfs on rpool".into()),
+        };
+        let options = Options {
+            all: 1,
+            ..Options::default()
+        };
+        assert!(lent(&options, &[], &survey).0.is_empty());
+        assert_eq!(
+            lent(&Options::default(), &[Named::Disk("sda".into())], &survey).0,
+            ["/dev/sda"]
+        );
+    }
+
+    #[test]
+    fn disks_are_read_only_unless_named() {
+        let survey = Survey {
+            disks: vec![candidate("sda", false)],
+            unknown: None,
+        };
+        let with = |disk: Option<&str>, snapshot| {
+            let options = Options {
+                writable: disk.iter().map(|disk| disk.parse().unwrap()).collect(),
+                all: 1,
+                snapshot,
+                ..Options::default()
+            };
+            let lent = with_names("m", wanted(&options, &Chosen::default(), &survey).0);
+            let sources = lent.iter().map(|(want, names)| (&want.source, names));
+            let grants = Grants::new(&options, sources, &survey).unwrap();
+            mode(&options, &grants, &lent[0].0.source)
+        };
+        for word in ["sda", "/dev/sda", "serial-sda"] {
+            for snapshot in [false, true] {
+                let granted = Mode::ReadWrite { host: None };
+                assert_eq!(with(Some(word), snapshot), granted, "{word}");
+            }
+        }
+        assert_eq!(with(None, false), Mode::ReadOnly);
+        assert_eq!(with(None, true), Mode::Snapshot);
+    }
+}
