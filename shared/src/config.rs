@@ -139,6 +139,8 @@ pub struct Trigger {
     pub usb: Vec<UsbId>,
     /// Whether a stick may wake the laptop over the network.
     pub wake: Wake,
+    /// How the ramdisk is started.
+    pub method: Method,
     /// How long to wait, visibly, before leaving the OS.
     pub countdown: Seconds,
     /// Refuse on battery with less than this charge, in per cent.
@@ -151,6 +153,7 @@ impl Default for Trigger {
             macs: Vec::new(),
             usb: Vec::new(),
             wake: Wake::Wired,
+            method: Method::Kexec,
             countdown: Seconds(Duration::ZERO),
             battery: Percent(10),
         }
@@ -165,6 +168,17 @@ pub enum Wake {
     Wired,
     /// Never listen.
     Off,
+}
+
+/// `trigger.method`: how the ramdisk is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// By the running kernel.
+    #[default]
+    Kexec,
+    /// By the firmware, once: for machines whose kernel starts no other, or whose devices do not survive that.
+    Reboot,
 }
 
 /// `session`: how a session goes and ends.
