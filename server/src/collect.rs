@@ -8,7 +8,10 @@ mod baked;
 mod boot;
 mod image;
 pub(crate) mod keys;
+mod once;
+mod place;
 mod root;
+mod search;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,7 +28,12 @@ use crate::payload::{self, FoundPayload, PayloadError};
 use crate::tree::Tree;
 
 pub use image::Image;
+pub(crate) use image::payload;
+pub(crate) use once::once;
+pub use place::PlaceError;
+pub(crate) use place::partition_of;
 pub use root::{RootStack, disks_of_root};
+pub use search::{SearchError, search};
 
 /// Where the ramdisk lies.
 pub const STATE_DIR: &str = "/var/lib/stiefel";
@@ -243,22 +251,8 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
     manifest.verify(&state)?;
     let keys = read_keys(&tree.path(KEYS_DIR))?;
     let payload = payload::find(root, &config.boot.load)?;
-    if config.link.encryption == Encryption::Wireguard {
-        check_tunnel(&manifest, &payload)?;
-    }
-    let wanted = match config.session.mode {
-        SessionMode::Normal => config.disk.transport.given().copied(),
-        // Only our own server keeps their writes apart.
-        SessionMode::Guest => Some(DiskTransport::Nbd),
-    };
-    let transport = transport(wanted, &manifest, &payload)?;
+    let transport = ways(config, manifest.wireguard, manifest.nvme_target, &payload)?;
     let disk = disk(&tree, &config.boot.disk)?;
-    let firmware = [
-        "/lib/firmware/updates",
-        "/lib/firmware",
-        "/usr/lib/firmware",
-        "/run/current-system/firmware",
-    ];
     Ok(Collected {
         kernel: state.join(KERNEL),
         ramdisk: state.join(RAMDISK),
@@ -276,17 +270,44 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         link: config.link.clone(),
         transport,
         modules: config.modules.0.clone(),
-        firmware: firmware
-            .iter()
-            .map(|path| tree.path(path))
-            .filter(|path| path.is_dir())
-            .collect(),
+        firmware: firmware(&tree),
     })
 }
 
+/// Where the firmware for a desktop may be.
+pub(crate) fn firmware(tree: &Tree) -> Vec<PathBuf> {
+    let folders = [
+        "/lib/firmware/updates",
+        "/lib/firmware",
+        "/usr/lib/firmware",
+        "/run/current-system/firmware",
+    ];
+    let there = folders.iter().map(|path| tree.path(path));
+    there.filter(|path| path.is_dir()).collect()
+}
+
+/// How the disk is served; refused if one of the two kernels cannot do what the configuration asks for. `wireguard` and
+/// `nvme_target` say what the ramdisk can.
+pub(crate) fn ways(
+    config: &Config,
+    wireguard: bool,
+    nvme_target: bool,
+    payload: &FoundPayload,
+) -> Result<DiskTransport, CollectError> {
+    if config.link.encryption == Encryption::Wireguard {
+        check_tunnel(wireguard, payload)?;
+    }
+    let wanted = match config.session.mode {
+        SessionMode::Normal => config.disk.transport.given().copied(),
+        // Only our own server keeps their writes apart.
+        SessionMode::Guest => Some(DiskTransport::Nbd),
+    };
+    transport(wanted, nvme_target, payload)
+}
+
 /// Both kernels must be able to make the tunnel: better to hear that now than after the OS is gone.
-fn check_tunnel(manifest: &Manifest, payload: &FoundPayload) -> Result<(), CollectError> {
-    if !manifest.wireguard {
+fn check_tunnel(wireguard: bool, payload: &FoundPayload) -> Result<(), CollectError> {
+    if !wireguard {
         return Err(CollectError::NoTunnel {
             kernel: "the ramdisk".to_owned(),
         });
@@ -302,14 +323,14 @@ fn check_tunnel(manifest: &Manifest, payload: &FoundPayload) -> Result<(), Colle
 /// How the disk is served: as configured, if both kernels can; else NVMe where both can.
 fn transport(
     wanted: Option<DiskTransport>,
-    manifest: &Manifest,
+    nvme_target: bool,
     payload: &FoundPayload,
 ) -> Result<DiskTransport, CollectError> {
     if wanted == Some(DiskTransport::Nbd) {
         return Ok(DiskTransport::Nbd);
     }
     let desktop = ModuleTree::open(&payload.modules)?.offers("nvme_tcp");
-    let lacks = match (manifest.nvme_target, desktop) {
+    let lacks = match (nvme_target, desktop) {
         (true, true) => return Ok(DiskTransport::NvmeTcp),
         (false, _) => "the ramdisk's kernel has no NVMe target (nvmet, nvmet-tcp)".to_owned(),
         (true, false) => format!("the kernel {} for the desktop has no nvme-tcp", payload.version),
@@ -336,7 +357,7 @@ pub fn read_keys(folder: &Path) -> Result<Vec<StickKey>, CollectError> {
 }
 
 /// Whether the payload's kernel says that it unpacks zstd; where it says nothing, it need not.
-fn unpacks_zstd(tree: &Tree, version: &str) -> bool {
+pub(crate) fn unpacks_zstd(tree: &Tree, version: &str) -> bool {
     [
         format!("/boot/config-{version}"),
         format!("/lib/modules/{version}/config"),

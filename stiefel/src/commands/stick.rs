@@ -9,11 +9,12 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, RAMDISK};
 use stiefel_initrd_builder::stick::{self, StickOptions};
+use stiefel_server::collect;
 use stiefel_shared::handover::{ClientHandover, Handover, TargetHandover, ramdisk_cmdline};
 use stiefel_shared::key::{self, StickKey};
 use zeroize::Zeroizing;
 
-use super::{ask, config_or_default, mebibytes};
+use super::{ask, config_or_default, config_text, mebibytes};
 use crate::cli::StickArgs;
 
 /// Where keys are looked for by name.
@@ -26,18 +27,22 @@ pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<(
     if !is_device {
         stick::check_image_path(target, args.overwrite)?;
     }
-    let config = config_or_default(config)?;
+    let path = config;
+    let config = config_or_default(path)?;
     let manifest = Manifest::load(&args.ramdisk)
         .context("there is no ramdisk to put on the stick; run `stiefel build`, or name its folder with --ramdisk")?;
     manifest.verify(&args.ramdisk)?;
-    let key = read_key(&args.key)?;
-    let handover = match args.target_mode {
-        true => Handover::Target(TargetHandover {
-            keys: vec![key],
+    let handover = match (args.laptop, args.target_mode) {
+        (true, _) => {
+            let text = config_text(path)?;
+            Handover::Search(Box::new(collect::search(Path::new("/"), &config, text, &manifest)?))
+        }
+        (false, true) => Handover::Target(TargetHandover {
+            keys: vec![read_key(&args.key)?],
             open: args.open,
         }),
-        false => Handover::Client(ClientHandover {
-            key,
+        (false, false) => Handover::Client(ClientHandover {
+            key: read_key(&args.key)?,
             encrypted_only: args.encrypted_only,
         }),
     };
