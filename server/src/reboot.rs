@@ -39,7 +39,8 @@ const SPARE: u64 = 4 << 20;
 pub enum RebootError {
     /// Not started by EFI.
     #[error(
-        "this laptop was started by BIOS, and trigger.method: reboot needs UEFI\n  next: set trigger.method to kexec"
+        "this laptop was started by BIOS, or the firmware's variables are not mounted; trigger.method: reboot needs UEFI\n  \
+         next: set trigger.method to kexec; or see `findmnt /sys/firmware/efi/efivars`"
     )]
     NoEfi,
     /// The firmware would not start the image.
@@ -232,6 +233,10 @@ impl Plan {
             .map_err(failed)?;
         let written = self.fill(&mut file).and_then(|()| {
             let image = self.tree.path(format!("{}{IMAGE}", self.esp.point));
+            // Renaming over one that is left over would leave its keys in clusters that are free.
+            if image.exists() {
+                wipe::written_file(&image).map_err(failed)?;
+            }
             std::fs::rename(&beside, image).map_err(failed)?;
             File::open(&folder).and_then(|folder| folder.sync_all()).map_err(failed)
         });

@@ -17,7 +17,8 @@ use stiefel_sys::kexec::{self, KexecError};
 use super::log;
 use crate::collect::{self, CollectError, Collected, Image, STATE_DIR};
 use crate::guards::{self, Refusal};
-use crate::reboot::{Plan, RebootError};
+use crate::reboot::{self, Plan, RebootError};
+use crate::tree::Tree;
 
 /// Why the laptop stayed in its OS.
 #[derive(Debug, thiserror::Error)]
@@ -165,6 +166,9 @@ fn by_reboot(config: &Config, mode: Mode, cancel: &Receiver<String>, collected: 
 fn guard(config: &Config) -> Result<(), LeaveError> {
     let kernel = Path::new(STATE_DIR).join(stiefel_initrd_builder::ramdisk::KERNEL);
     let by_kexec = config.trigger.method == Method::Kexec;
+    if !by_kexec {
+        reboot::check(&Tree::new(Path::new("/")))?;
+    }
     let refusals = guards::check(Path::new("/"), config.trigger.battery.0, by_kexec.then_some(&kernel));
     if refusals.is_empty() {
         Ok(())

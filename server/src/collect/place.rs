@@ -94,7 +94,7 @@ pub(crate) fn mounts(tree: &Tree, disk: &str) -> Result<Vec<(String, Volume)>, P
 }
 
 /// Each one before what is mounted in it.
-const POINTS: [&str; 6] = ["/", "/usr", "/var", "/boot", "/efi", "/boot/efi"];
+const POINTS: [&str; 5] = ["/", "/usr", "/boot", "/efi", "/boot/efi"];
 
 fn volume(tree: &Tree, disk: &str, mount: &Mount) -> Result<Volume, PlaceError> {
     let partition = partition_of(tree, disk, mount).ok_or_else(|| PlaceError::NotInClear {

@@ -114,6 +114,79 @@ fn gathered(root: &Path, part: Part, pieces: &[Piece]) -> anyhow::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use stiefel_shared::cpio;
+    use stiefel_shared::handover::{DiskIdentity, DiskTransport};
+    use stiefel_shared::key::StickKey;
+
+    /// A laptop's system, as it lies on its disk: nothing of it runs.
+    fn system(config: &str) -> (tempfile::TempDir, SearchHandover) {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str, bytes: &[u8]| {
+            let path = dir.path().join("system").join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, bytes).unwrap();
+        };
+        let mut kernel = vec![0; 0x3000];
+        kernel[0x202..0x206].copy_from_slice(b"HdrS");
+        kernel[0x20e..0x210].copy_from_slice(&0x2000_u16.to_le_bytes());
+        kernel[0x2200..0x2211].copy_from_slice(b"6.1.0-9 (x) #1 SM");
+        put("boot/vmlinuz-6.1.0-9", &kernel);
+        put("boot/initrd.img-6.1.0-9", b"initrd");
+        put("boot/early.img", b"early");
+        let entry = "menuentry 'Debian' {\n linux /boot/vmlinuz-6.1.0-9 root=UUID=1-2 ro quiet\n \
+                     initrd /boot/early.img /boot/initrd.img-6.1.0-9\n}\n";
+        put("boot/grub/grub.cfg", entry.as_bytes());
+        put("lib/modules/6.1.0-9/modules.dep", b"");
+        let builtin = b"kernel/drivers/block/nbd.ko\nkernel/drivers/net/wireguard/wireguard.ko\n";
+        put("lib/modules/6.1.0-9/modules.builtin", builtin);
+        let handover = SearchHandover {
+            keys: vec![StickKey::generate("stick").unwrap()],
+            hostname: "laptop".into(),
+            disk: DiskIdentity::default(),
+            mounts: Vec::new(),
+            config: config.into(),
+            wireguard: true,
+            nvme_target: true,
+        };
+        (dir, handover)
+    }
+
+    fn look(config: &str) -> (tempfile::TempDir, anyhow::Result<ServerHandover>) {
+        let (dir, handover) = system(config);
+        let console = Console::open(Path::new("/none"), Path::new("/none"));
+        let config = Config::parse(config).unwrap();
+        let system = dir.path().join("system");
+        let found = found(&console, &config, handover, &system, &dir.path().join("ramdisk"));
+        (dir, found)
+    }
+
+    #[test]
+    fn the_boot_loaders_entry_becomes_the_parts_of_a_server() {
+        let (dir, server) = look("session: {grace: 60s}\n");
+        let server = server.unwrap();
+        let read = |part: Part| std::fs::read(super::super::part_path(&dir.path().join("ramdisk"), part)).unwrap();
+        assert_eq!(read(Part::Initrd), b"early\0\0\0initrd");
+        assert_eq!(read(Part::Kernel).len(), 0x3000);
+        assert!(cpio::Reader::new(&read(Part::Overlay)).all(|entry| entry.is_ok()));
+        for said in &server.payload.parts {
+            assert_eq!(said.size, read(said.part).len() as u64);
+        }
+        assert_eq!(server.payload.parts.len(), Part::ALL.len());
+        assert_eq!(server.payload.version, "6.1.0-9");
+        assert_eq!(server.payload.cmdline, "root=UUID=1-2 ro quiet systemd.swap=0");
+        assert_eq!(server.payload.boot, None, "what changes cannot be seen from here");
+        // This kernel has no nvme-tcp.
+        assert_eq!((server.transport, server.grace), (DiskTransport::Nbd, 60));
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused_as_in_the_running_system() {
+        let refused = |config: &str| format!("{:#}", look(config).1.unwrap_err());
+        let text = refused("disk: {transport: nvme-tcp}\n");
+        assert!(text.contains("no nvme-tcp"), "{text}");
+        let text = refused("boot: {load: {initrd: /boot/none}}\n");
+        assert!(text.contains("/boot/none"), "{text}");
+    }
 
     #[test]
     fn mount_points_lie_in_the_tree_and_what_is_not_there_is_said() {

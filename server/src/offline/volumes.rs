@@ -18,6 +18,8 @@ pub(super) struct Volumes<'a> {
     console: &'a Console,
     disk: &'a Disk,
     mounted: Vec<PathBuf>,
+    /// One for each partition: btrfs takes a second one with the same content for a duplicate. They go away after the mounts.
+    devices: Vec<(u32, File, PathBuf)>,
 }
 
 impl<'a> Volumes<'a> {
@@ -28,6 +30,7 @@ impl<'a> Volumes<'a> {
             console,
             disk,
             mounted: Vec::new(),
+            devices: Vec::new(),
         })
     }
 
@@ -38,14 +41,11 @@ impl<'a> Volumes<'a> {
             bail!("the ramdisk does not read the file system {}", volume.fstype);
         };
         load(&modules_of(fstype))?;
-        let device = partition(&Tree::new(Path::new("/")), &self.disk.name, volume.partition)?;
         if !point.is_dir() {
             mount::make_dir_all(point, 0o700)?;
         }
-        let block_size = block::logical_block_size(&File::open(&device)?)?;
-        // Held until it is mounted: the loop device goes away with its last user.
-        let (_held, looped) = shield::read_only(Path::new("/dev"), &device, block_size)?;
-        let looped = looped.display().to_string();
+        let device = self.device(volume.partition)?;
+        let looped = device.display().to_string();
         let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         let folder = subvolume(volume)?;
         let try_with = |options: &[&str]| {
@@ -59,15 +59,28 @@ impl<'a> Volumes<'a> {
                 return Err(error.into());
             };
             let options: Vec<&str> = plain.into_iter().chain([*without_journal]).collect();
-            try_with(&options).with_context(|| format!("{} cannot be read", device.display()))?;
+            try_with(&options)?;
             self.console.warn(&format!(
-                "{} was not unmounted in order when the laptop was used last; it is read as it is, without its journal, so what is \
-                 booted may be older than it should be. Start the laptop's own system once to mend that",
-                device.display()
+                "partition {} of {} was not unmounted in order when the laptop was used last; it is read as it is, without its \
+                 journal, so what is booted may be older than it should be. Start the laptop's own system once to mend that",
+                volume.partition,
+                self.disk.path.display()
             ));
         }
         self.mounted.push(point.to_owned());
         Ok(())
+    }
+
+    /// What cannot be written, over a partition.
+    fn device(&mut self, number: u32) -> anyhow::Result<PathBuf> {
+        if let Some((_, _, path)) = self.devices.iter().find(|(known, ..)| *known == number) {
+            return Ok(path.clone());
+        }
+        let device = partition(&Tree::new(Path::new("/")), &self.disk.name, number)?;
+        let file = File::open(&device).with_context(|| format!("cannot open {}", device.display()))?;
+        let (held, path) = shield::read_only(Path::new("/dev"), &device, block::logical_block_size(&file)?)?;
+        self.devices.push((number, held, path.clone()));
+        Ok(path)
     }
 }
 

@@ -150,6 +150,11 @@ fn the_entry_is_kept_for_the_next_time_and_replaced_only_if_it_differs() {
     // The firmware has taken it.
     std::fs::remove_file(laptop.tree.path(format!("{}/BootNext-{GLOBAL}", variables::FOLDER))).unwrap();
     laptop.plan().arm().unwrap();
+    assert_eq!(
+        laptop.on_the_esp(),
+        ["once.efi"],
+        "it takes the place of one that is left over"
+    );
     assert_eq!(laptop.read("Boot0001").unwrap(), first);
     let written = entry.metadata().unwrap().modified().unwrap();
     assert_eq!(written, SystemTime::UNIX_EPOCH, "it was not written again");
