@@ -76,8 +76,6 @@ pub(crate) fn activation(bench: &Bench) -> Result<(), Failure> {
     desktop.serial().expect("found once on", patience::STICK)?;
     desktop.serial().expect(re("stiefel: received "), patience::BUNDLE)?;
     desktop.quit()?;
-    laptop.serial().send("h")?;
-    laptop.wait_reboot(Duration::from_secs(60))?;
     laptop.quit()?;
     if holds(&disk, &digits)? {
         return Err("the removed image's key is still on the disk".into());
@@ -123,6 +121,8 @@ pub(crate) fn firmware(bench: &Bench) -> Result<(), Failure> {
     laptop.run_ok(MOUNT)?;
     laptop.run_ok("stiefel serve --dry-run 2>&1 | grep -q 'to be started once'")?;
     scenario::plug_and_serve(&laptop, &wire.a())?;
+    // Its way into the ramdisk; events are kept until they are taken.
+    laptop.wait_reboot(Duration::from_secs(5))?;
     let desktop = scenario::desktop(&stick, &wire.b(), false)?;
     scenario::desktop_boots(&desktop, &mut Milestones::new(false))?;
     desktop.login("root", PASSWORD, Duration::from_secs(30))?;
