@@ -22,7 +22,8 @@ use stiefel_shared::loader::efi;
 use stiefel_sys::wipe;
 use zeroize::Zeroizing;
 
-use crate::collect::{self, Collected};
+use crate::collect::{self, Collected, PlaceError};
+use crate::payload::FoundPayload;
 use crate::tree::Tree;
 use esp::Esp;
 
@@ -87,6 +88,9 @@ pub enum RebootError {
         /// What is needed, in MiB.
         needed: u64,
     },
+    /// The ramdisk would not find a file.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     /// The image cannot be put together.
     #[error("the one-time image cannot be put together")]
     Collect(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -131,6 +135,18 @@ pub(crate) fn check(tree: &Tree) -> Result<(), RebootError> {
     let stub = tree.path(DEFAULT_STUB);
     if !stub.is_file() {
         return Err(RebootError::NoStub { stub });
+    }
+    Ok(())
+}
+
+/// Whether the ramdisk would find on `disk` (the kernel's name) what this payload is.
+///
+/// # Errors
+/// [`RebootError::NoEsp`], [`RebootError::Place`].
+pub(crate) fn reaches(tree: &Tree, disk: &str, payload: &FoundPayload) -> Result<(), RebootError> {
+    esp::find(tree, disk)?;
+    for piece in payload.initrds.iter().chain([&payload.kernel]) {
+        collect::place(tree, disk, piece)?;
     }
     Ok(())
 }

@@ -134,10 +134,19 @@ mod tests {
         });
         let archive = archive(&handover, b"modules").unwrap();
         assert_eq!(archive.0.len() % 4, 0);
-        let entries: Vec<_> = cpio::Reader::new(&archive.0).map(Result::unwrap).collect();
-        let of = |path: &str| entries.iter().find(|entry| entry.path == path.as_bytes()).unwrap();
-        assert_eq!(of(Part::Overlay.path()).data, b"modules");
-        assert!(!of(HANDOVER_PATH).data.is_empty());
+        let mut first = cpio::Reader::new(&archive.0);
+        let document: Vec<_> = first.by_ref().map(Result::unwrap).collect();
+        let file = document
+            .iter()
+            .find(|entry| entry.path == HANDOVER_PATH.as_bytes())
+            .unwrap();
+        assert!(!file.data.is_empty() && file.permissions() == 0o600);
+        let second: Vec<_> = cpio::Reader::new(first.rest()).map(Result::unwrap).collect();
+        let file = second
+            .iter()
+            .find(|entry| entry.path == Part::Overlay.path().as_bytes())
+            .unwrap();
+        assert_eq!((file.data, file.permissions()), (&b"modules"[..], 0o600));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use stiefel_shared::handover::{DiskTransport, Encryption};
 use stiefel_shared::kernel::release_in_header;
 
 use super::super::Package;
+use super::source::explain;
 use super::{Finding, Level, Patient};
 use crate::collect::STATE_DIR;
 use crate::guards::{self, Refusal};
@@ -73,7 +74,14 @@ pub(super) fn kexec(patient: &Patient) -> Vec<Finding> {
 /// Whether the firmware can be told to start the ramdisk (`trigger.method: reboot`).
 fn by_reboot(patient: &Patient, kexec_works: bool) -> Finding {
     const CHECK: &str = "reboot";
-    match reboot::check(&patient.tree) {
+    let reaches = |()| match (patient.machine.root.disks.as_slice(), &patient.payload) {
+        // What else there may be is told by the checks of disk and payload.
+        ([disk], Ok(payload)) if patient.config.boot.disk.given().is_none() => {
+            reboot::reaches(&patient.tree, disk, payload)
+        }
+        _ => Ok(()),
+    };
+    match reboot::check(&patient.tree).and_then(reaches) {
         Ok(()) => {
             let quicker = match kexec_works {
                 true => "; kexec would be quicker, if the adapters work after it",
@@ -87,11 +95,12 @@ fn by_reboot(patient: &Patient, kexec_works: bool) -> Finding {
             )
         }
         Err(error) => {
-            let text = error.to_string();
-            let (what, next) = text
-                .split_once("\n  next: ")
-                .unwrap_or((&text, "see docs/architecture.md"));
-            Finding::failure(CHECK, what, next)
+            let (what, next) = explain(&error);
+            Finding::failure(
+                CHECK,
+                what,
+                next.unwrap_or_else(|| "stiefel serve --dry-run".to_owned()),
+            )
         }
     }
 }

@@ -122,6 +122,29 @@ fn where_kexec_is_forbidden_a_reboot_is_recommended_if_the_firmware_can_do_it() 
     );
 
     configure(&laptop, "trigger: {method: reboot}");
+    is(
+        &laptop,
+        "reboot",
+        Level::Failure,
+        &["no EFI system partition of nvme0n1"],
+    );
+    laptop.mount("259:2", "/boot/efi", "vfat", "/dev/nvme0n1p1");
+    laptop.write("/boot/efi/EFI/debian/grubx64.efi", "");
+    laptop.link(
+        "../../nvme0n1p1",
+        "/dev/disk/by-partuuid/00112233-4455-6677-8899-aabbccddeeff",
+    );
+    laptop.write("/sys/class/block/nvme0n1/queue/logical_block_size", "512\n");
+    laptop.write("/sys/class/block/nvme0n1p1/start", "2048\n");
+    laptop.write("/sys/class/block/nvme0n1p1/size", "1048576\n");
+    // The kernel is on the encrypted root.
+    is(
+        &laptop,
+        "reboot",
+        Level::Failure,
+        &["/ (ext4 on /dev/mapper/vg-root)", "/boot on a partition of its own"],
+    );
+    laptop.mount("259:3", "/boot", "ext2", "/dev/nvme0n1p2");
     is(&laptop, "reboot", Level::Ok, &["start the ramdisk once"]);
     laptop.remove(DEFAULT_STUB);
     is(&laptop, "reboot", Level::Failure, &["no UEFI stub", "systemd-boot-efi"]);
