@@ -17,7 +17,7 @@ pub fn file(path: &Path) -> io::Result<()> {
     std::fs::remove_file(path)
 }
 
-/// As [`file`], of a file on a disk: it is gone from the medium when this returns, as far as the file system and the medium's own
+/// As [`file()`], of a file on a disk: it is gone from the medium when this returns, as far as the file system and the medium's own
 /// translation of addresses go; what flash has put aside may stay for a while. One that is not there is an error.
 ///
 /// # Errors
