@@ -197,6 +197,10 @@ fn tests() -> Vec<Test> {
         once::activation,
     );
     tests.long(
+        "laptop_started_from_its_own_stick_serves_what_is_on_its_disk",
+        once::search,
+    );
+    tests.long(
         "laptop_that_leaves_by_a_reboot_serves_once_and_comes_home",
         once::firmware,
     );

@@ -10,12 +10,12 @@ use stiefel_shared::cpio;
 use stiefel_shared::discovery::Ticket;
 use stiefel_shared::handover::{
     After, DiskIdentity, DiskTransport, Encryption, FilePart, Handover, LinkMode, OnceHandover, Part, PartSize,
-    Payload, Place, ServerHandover, SessionMode, Volume,
+    Payload, Place, SearchHandover, ServerHandover, SessionMode, Volume,
 };
 use stiefel_shared::key::StickKey;
 use stiefel_tests::disk::{ExtraFile, LaptopDisk, PASSWORD, add_partition, esp_of, ext4_of};
 use stiefel_tests::kit::CONSOLE;
-use stiefel_tests::scenario::{self, Failure, Milestones, patience};
+use stiefel_tests::scenario::{self, Failure, Machines, Milestones, patience};
 use stiefel_tests::{Boot, Drive, NicModel, VmBuilder, Wire, re};
 
 use crate::runner::Bench;
@@ -139,6 +139,51 @@ pub(crate) fn firmware(bench: &Bench) -> Result<(), Failure> {
     }
     laptop.power_off(patience::SHUTDOWN)?;
     Ok(disk.fsck_clean()?)
+}
+
+/// The laptop's ramdisk as a stick of the laptop's own starts it, with a Debian on the disk that nobody has asked anything: it finds what
+/// GRUB would boot, and the desktop boots it.
+pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
+    let machines = Machines::prepare(bench.kit, Wire::direct()?)?;
+    let manifest = Manifest::load(&bench.kit.ramdisk())?;
+    let disk = machines.disk.drive();
+    let root = Volume {
+        partition: 1,
+        fstype: "ext4".to_owned(),
+        folder: "/".to_owned(),
+    };
+    let handover = Handover::Search(Box::new(SearchHandover {
+        keys: vec![key(bench, "stick")?],
+        hostname: "search".to_owned(),
+        disk: DiskIdentity {
+            serial: Some(disk.serial.clone()),
+            size: std::fs::metadata(&disk.path)?.len(),
+            ..DiskIdentity::default()
+        },
+        mounts: vec![("/".to_owned(), root)],
+        config: bench.kit.config(""),
+        wireguard: manifest.wireguard,
+        nvme_target: manifest.nvme_target,
+    }));
+    let laptop = machine(bench, "laptop", &handover.to_cpio()?.0)
+        .memory_mib(1024)
+        .disk(disk)
+        .nic("cable", NicModel::VirtioPlain, &machines.wire.a(), LAPTOP_MAC)
+        .start()?;
+    laptop.serial().expect("what the desktop boots", patience::SERVING)?;
+    scenario::wait_until_serving(&laptop)?;
+    let desktop = scenario::desktop(&machines.stick, &machines.wire.b(), false)?;
+    scenario::desktop_boots(&desktop, &mut Milestones::new(false))?;
+    desktop.login("root", PASSWORD, Duration::from_secs(30))?;
+    desktop.run_ok("echo kept > /root/written-on-the-desktop")?;
+    desktop.power_off(patience::SHUTDOWN)?;
+    laptop.wait_reboot(patience::SHUTDOWN)?;
+    laptop.quit()?;
+    machines.disk.fsck_clean()?;
+    if machines.disk.read_file("/root/written-on-the-desktop")? != b"kept\n" {
+        return Err("what was written on the desktop is not on the laptop's disk".into());
+    }
+    Ok(())
 }
 
 /// The disk's own kernel and initrd as one program for the firmware.
