@@ -12,15 +12,16 @@ mod once;
 mod place;
 mod root;
 mod search;
+mod ways;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use stiefel_initrd_builder::modules::{ModuleTree, ModulesError};
+use stiefel_initrd_builder::modules::ModulesError;
 use stiefel_initrd_builder::overlay::OverlayError;
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, ManifestError, RAMDISK};
 use stiefel_shared::config::{Auto, Config};
-use stiefel_shared::handover::{BootFolder, DiskIdentity, DiskTransport, Encryption, HandoverError, Part, SessionMode};
+use stiefel_shared::handover::{BootFolder, DiskIdentity, DiskTransport, HandoverError, Part};
 use stiefel_shared::key::{KeyError, StickKey};
 use stiefel_sys::block::{self, BlockError, Disk};
 
@@ -34,6 +35,7 @@ pub use place::PlaceError;
 pub(crate) use place::{partition_of, place};
 pub use root::{RootStack, disks_of_root};
 pub use search::{SearchError, search};
+pub(crate) use ways::ways;
 
 /// Where the ramdisk lies.
 pub const STATE_DIR: &str = "/var/lib/stiefel";
@@ -284,61 +286,6 @@ pub(crate) fn firmware(tree: &Tree) -> Vec<PathBuf> {
     ];
     let there = folders.iter().map(|path| tree.path(path));
     there.filter(|path| path.is_dir()).collect()
-}
-
-/// How the disk is served; refused if one of the two kernels cannot do what the configuration asks for. `wireguard` and
-/// `nvme_target` say what the ramdisk can.
-pub(crate) fn ways(
-    config: &Config,
-    wireguard: bool,
-    nvme_target: bool,
-    payload: &FoundPayload,
-) -> Result<DiskTransport, CollectError> {
-    if config.link.encryption == Encryption::Wireguard {
-        check_tunnel(wireguard, payload)?;
-    }
-    let wanted = match config.session.mode {
-        SessionMode::Normal => config.disk.transport.given().copied(),
-        // Only our own server keeps their writes apart.
-        SessionMode::Guest => Some(DiskTransport::Nbd),
-    };
-    transport(wanted, nvme_target, payload)
-}
-
-/// Both kernels must be able to make the tunnel: better to hear that now than after the OS is gone.
-fn check_tunnel(wireguard: bool, payload: &FoundPayload) -> Result<(), CollectError> {
-    if !wireguard {
-        return Err(CollectError::NoTunnel {
-            kernel: "the ramdisk".to_owned(),
-        });
-    }
-    if !ModuleTree::open(&payload.modules)?.offers("wireguard") {
-        return Err(CollectError::NoTunnel {
-            kernel: format!("the kernel {} for the desktop", payload.version),
-        });
-    }
-    Ok(())
-}
-
-/// How the disk is served: as configured, if both kernels can; else NVMe where both can.
-fn transport(
-    wanted: Option<DiskTransport>,
-    nvme_target: bool,
-    payload: &FoundPayload,
-) -> Result<DiskTransport, CollectError> {
-    if wanted == Some(DiskTransport::Nbd) {
-        return Ok(DiskTransport::Nbd);
-    }
-    let desktop = ModuleTree::open(&payload.modules)?.offers("nvme_tcp");
-    let lacks = match (nvme_target, desktop) {
-        (true, true) => return Ok(DiskTransport::NvmeTcp),
-        (false, _) => "the ramdisk's kernel has no NVMe target (nvmet, nvmet-tcp)".to_owned(),
-        (true, false) => format!("the kernel {} for the desktop has no nvme-tcp", payload.version),
-    };
-    match wanted {
-        Some(_) => Err(CollectError::NoNvme { lacks }),
-        None => Ok(DiskTransport::Nbd),
-    }
 }
 
 /// The laptop's name, for people.
