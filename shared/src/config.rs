@@ -613,6 +613,15 @@ mod tests {
     }
 
     #[test]
+    fn the_ramdisk_is_started_by_kexec_unless_a_reboot_is_asked_for() {
+        let method = |yaml: &str| Config::parse(yaml).map(|config| config.trigger.method);
+        assert_eq!(method("").unwrap(), Method::Kexec);
+        assert_eq!(method("trigger: {wake: off}").unwrap(), Method::Kexec);
+        assert_eq!(method("trigger: {method: reboot}").unwrap(), Method::Reboot);
+        assert!(method("trigger: {method: firmware}").is_err());
+    }
+
+    #[test]
     fn every_commented_value_of_the_example_is_accepted() {
         // `#option: value` (no space) is an example that replaces the default above it; `# text` is explanation.
         let mut lines: Vec<String> = Vec::new();
