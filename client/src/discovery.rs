@@ -7,10 +7,10 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use socket2::{Domain, Protocol, Socket, Type};
-use stiefel_shared::discovery::{DATAGRAM, GROUP, Heard, LinkEvent, Offer, Pacer, Random, Seeker, State};
+use stiefel_shared::discovery::{DATAGRAM, GROUP, Heard, LinkEvent, Offer, Pacer, Random, Seeker, State, Told};
 use stiefel_shared::key::StickKey;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
@@ -53,6 +53,17 @@ pub struct Found {
     pub ready_in: u16,
     /// How often it was woken without getting ready.
     pub woken: u32,
+    /// The activation whose key opens the session; `None` is the stick's own key.
+    pub activation: Option<Random>,
+}
+
+impl Found {
+    /// The key that this laptop knows, of the stick with `key`.
+    #[must_use]
+    pub fn key(&self, key: &StickKey) -> StickKey {
+        self.activation
+            .map_or_else(|| key.clone(), |activation| key.for_activation(&activation))
+    }
 }
 
 /// What happens during the search.
@@ -73,6 +84,13 @@ pub enum Event {
         interface: String,
         /// In how many seconds it thinks to be ready; 0 if it does not know.
         ready_in: u16,
+    },
+    /// A laptop that left its system by a reboot has shown a ticket that is too old by this machine's clock.
+    OutOfDate {
+        /// The interface of ours on which it came.
+        interface: String,
+        /// When the ticket was made, in seconds since 1970.
+        issued: u64,
     },
 }
 
@@ -128,7 +146,9 @@ pub async fn run(
         for event in happened {
             // An offer is good for seconds only: for a listener who is busy it is dropped, and comes again.
             let listening = match event {
-                Event::Found(_) => !matches!(events.try_send(event), Err(TrySendError::Closed(_))),
+                Event::Found(_) | Event::OutOfDate { .. } => {
+                    !matches!(events.try_send(event), Err(TrySendError::Closed(_)))
+                }
                 Event::Asking { .. } | Event::Waking { .. } => events.send(event).await.is_ok(),
             };
             if !listening {
@@ -153,6 +173,21 @@ fn open() -> io::Result<UdpSocket> {
     socket.set_multicast_loop_v6(false)?;
     socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)).into())?;
     UdpSocket::from_std(socket.into())
+}
+
+/// Asks under the stick's key, and under that of each activation that is known; whether all could be sent.
+fn ask(seeker: &mut Seeker, socket: &UdpSocket, to: SocketAddr, scope: u32, now: Instant) -> bool {
+    let activations = seeker.activations().into_iter().map(Some);
+    [None].into_iter().chain(activations).all(|activation| {
+        let question = seeker.discover_as(now, scope, activation);
+        question.is_ok_and(|datagram| socket.try_send_to(&datagram, to).is_ok())
+    })
+}
+
+/// This machine's clock, in seconds since 1970.
+fn unix() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
 }
 
 struct Link {
@@ -206,10 +241,7 @@ impl Search {
                 (GROUP, index)
             };
             let to = SocketAddr::V6(SocketAddrV6::new(to, self.port, 0, scope));
-            let sent = self
-                .seeker
-                .discover(now, scope)
-                .is_ok_and(|d| self.socket.try_send_to(&d, to).is_ok());
+            let sent = ask(&mut self.seeker, &self.socket, to, scope, now);
             if !sent {
                 link.pacer.failed(now);
                 continue;
@@ -233,6 +265,15 @@ impl Search {
             from.scope_id()
         };
         let interface = self.links.get(&index)?.name.clone();
+        match self.seeker.ticket(unix(), datagram) {
+            // Asked under its key at once.
+            Some(Told::Activation) => {
+                self.links.get_mut(&index)?.pacer = Pacer::new(now);
+                return None;
+            }
+            Some(Told::OutOfDate { issued }) => return Some(Event::OutOfDate { interface, issued }),
+            None => {}
+        }
         match self.seeker.receive(now, from, datagram)? {
             Heard::Offer(offer) => {
                 self.wake_up(now, &offer);
@@ -248,6 +289,7 @@ impl Search {
                     challenge: offer.challenge,
                     ready_in: offer.ready_in,
                     woken,
+                    activation: offer.activation,
                 }))
             }
             Heard::Waking { from, ready_in } => {

@@ -57,6 +57,7 @@ pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow
         console,
         interfaces: Vec::new(),
         last: None,
+        out_of_date: false,
     };
     let mut pause = Duration::from_secs(1);
     loop {
@@ -91,6 +92,8 @@ struct Screen {
     interfaces: Vec<String>,
     /// What was last said about which laptop, so that repeated offers do not fill the screen.
     last: Option<(String, State)>,
+    /// That a ticket is out of date was said.
+    out_of_date: bool,
 }
 
 impl Screen {
@@ -123,6 +126,15 @@ impl Screen {
                     self.last = news;
                 }
                 (found.state == State::Ready).then_some(found)
+            }
+            Event::OutOfDate { interface, issued } => {
+                if !std::mem::replace(&mut self.out_of_date, true) {
+                    self.console.warn(&format!(
+                        "a laptop on {interface} shows a ticket that was made {issued} s after 1970, more than a week from this \
+                         machine's clock; set the clock in the firmware, or let the laptop go home and come again"
+                    ));
+                }
+                None
             }
             Event::Waking { interface, .. } => {
                 self.console
@@ -174,7 +186,7 @@ async fn boot(console: &'static Console, handover: &ClientHandover, found: &Foun
         fetch::fetch(
             found.address,
             &found.challenge,
-            &handover.key,
+            &found.key(&handover.key),
             machine,
             sink,
             |progress| match progress {

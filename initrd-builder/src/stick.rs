@@ -336,6 +336,40 @@ pub fn write_device(
     Ok(content.report())
 }
 
+/// Kernel, ramdisk, handover and command line in one EFI program, secret like the handover in it.
+///
+/// # Errors
+/// [`StickError`], as far as it is about what goes in.
+pub fn program(options: &StickOptions) -> Result<Zeroizing<Vec<u8>>, StickError> {
+    let stub = read(STUB, options.stub.as_deref().unwrap_or(Path::new(DEFAULT_STUB)))?;
+    let kernel = read(KERNEL, &options.kernel)?;
+    let ramdisk = read(RAMDISK, &options.ramdisk)?;
+    if !ramdisk.starts_with(&ZSTD_MAGIC) {
+        return Err(StickError::NotARamdisk {
+            path: options.ramdisk.clone(),
+        });
+    }
+    if let Some(source) = cpio::Reader::new(&options.handover).find_map(Result::err) {
+        return Err(StickError::BadHandover { source });
+    }
+    let os_release = concat!(
+        "ID=stiefel\nNAME=stiefel\nPRETTY_NAME=\"stiefel ",
+        env!("CARGO_PKG_VERSION"),
+        "\"\nVERSION_ID=",
+        env!("CARGO_PKG_VERSION"),
+        "\n"
+    );
+    let initrd = [ramdisk.as_slice(), options.handover.as_slice()];
+    let uki = Uki {
+        stub: &stub,
+        os_release,
+        cmdline: &options.cmdline,
+        initrd: &initrd,
+        kernel: &kernel,
+    };
+    Ok(uki.assemble()?)
+}
+
 /// What is written, all in memory.
 struct Content {
     esp: Zeroizing<Vec<u8>>,
@@ -426,37 +460,6 @@ impl Content {
         GPT::write_protective_mbr_into(disk, sector).map_err(broken)?;
         disk.sync_all().map_err(failed)
     }
-}
-
-/// Kernel, ramdisk, handover and command line in one EFI program.
-fn program(options: &StickOptions) -> Result<Zeroizing<Vec<u8>>, StickError> {
-    let stub = read(STUB, options.stub.as_deref().unwrap_or(Path::new(DEFAULT_STUB)))?;
-    let kernel = read(KERNEL, &options.kernel)?;
-    let ramdisk = read(RAMDISK, &options.ramdisk)?;
-    if !ramdisk.starts_with(&ZSTD_MAGIC) {
-        return Err(StickError::NotARamdisk {
-            path: options.ramdisk.clone(),
-        });
-    }
-    if let Some(source) = cpio::Reader::new(&options.handover).find_map(Result::err) {
-        return Err(StickError::BadHandover { source });
-    }
-    let os_release = concat!(
-        "ID=stiefel\nNAME=stiefel\nPRETTY_NAME=\"stiefel ",
-        env!("CARGO_PKG_VERSION"),
-        "\"\nVERSION_ID=",
-        env!("CARGO_PKG_VERSION"),
-        "\n"
-    );
-    let initrd = [ramdisk.as_slice(), options.handover.as_slice()];
-    let uki = Uki {
-        stub: &stub,
-        os_release,
-        cmdline: &options.cmdline,
-        initrd: &initrd,
-        kernel: &kernel,
-    };
-    Ok(uki.assemble()?)
 }
 
 fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, StickError> {

@@ -20,13 +20,13 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
 use anyhow::Context;
-use stiefel_shared::config::{self, Config};
+use stiefel_shared::config::{self, Config, Method};
 use stiefel_shared::discovery::{State, Woken};
 use stiefel_sys::link;
 use stiefel_sys::uevent::{Monitor, Uevent, UeventError};
 
 use crate::collect::KEYS_DIR;
-use crate::{guards, install};
+use crate::{guards, install, reboot};
 pub use control::client::{ControlError, cancel};
 pub use control::{Answer, FOLDER as CONTROL_FOLDER, Notice};
 use control::{Control, Wish};
@@ -74,6 +74,9 @@ pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
         log::notice(format_args!("nothing to do on a desktop: {refusal}"));
         return Ok(());
     }
+    if config.trigger.method == Method::Reboot {
+        not_started();
+    }
     let (sender, events) = mpsc::channel();
     let known = nics::dedicated(&config.trigger);
     // The monitor is opened before the list is taken, so that nothing falls between.
@@ -118,6 +121,20 @@ pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
         leaving: None,
     }
     .run(&events)
+}
+
+/// The firmware may not have started the one-time image: its keys must not stay on the disk.
+fn not_started() {
+    match reboot::sweep(Path::new("/"), false) {
+        Ok(false) => {}
+        Ok(true) => log::warning(format_args!(
+            "the firmware has not started the one-time image of an earlier trigger, or it failed early; the image was removed. If that \
+             happens again, set trigger.method to kexec"
+        )),
+        Err(error) => log::warning(format_args!(
+            "a one-time image of an earlier trigger may be left on the EFI system partition: {error:#}"
+        )),
+    }
 }
 
 /// Listens for wakes; what is missing for that is told, and plugs still count.

@@ -8,17 +8,21 @@ mod baked;
 mod boot;
 mod image;
 pub(crate) mod keys;
+mod once;
+mod place;
 mod root;
+mod search;
 mod target;
+mod ways;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-use stiefel_initrd_builder::modules::{ModuleTree, ModulesError};
+use stiefel_initrd_builder::modules::ModulesError;
 use stiefel_initrd_builder::overlay::OverlayError;
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, ManifestError, RAMDISK};
 use stiefel_shared::config::{Auto, Config};
-use stiefel_shared::handover::{BootFolder, DiskIdentity, DiskTransport, Encryption, HandoverError, Part, SessionMode};
+use stiefel_shared::handover::{BootFolder, DiskIdentity, DiskTransport, HandoverError, Part};
 use stiefel_shared::key::{KeyError, StickKey};
 use stiefel_sys::block::{self, BlockError, Disk};
 
@@ -26,8 +30,14 @@ use crate::payload::{self, FoundPayload, PayloadError};
 use crate::tree::Tree;
 
 pub use image::Image;
+pub(crate) use image::payload;
+pub(crate) use once::once;
+pub use place::PlaceError;
+pub(crate) use place::{partition_of, place};
 pub use root::{RootStack, disks_of_root};
+pub use search::{SearchError, search};
 pub use target::{TargetImage, image_for_target};
+pub(crate) use ways::ways;
 
 /// Where the ramdisk lies.
 pub const STATE_DIR: &str = "/var/lib/stiefel";
@@ -251,22 +261,8 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
     manifest.verify(&state)?;
     let keys = read_keys(&tree.path(KEYS_DIR))?;
     let payload = payload::find(root, &config.boot.load)?;
-    if config.link.encryption == Encryption::Wireguard {
-        check_tunnel(&manifest, &payload)?;
-    }
-    let wanted = match config.session.mode {
-        SessionMode::Normal => config.disk.transport.given().copied(),
-        // Only our own server keeps their writes apart.
-        SessionMode::Guest => Some(DiskTransport::Nbd),
-    };
-    let transport = transport(wanted, &manifest, &payload)?;
+    let transport = ways(config, manifest.wireguard, manifest.nvme_target, &payload)?;
     let disk = disk(&tree, &config.boot.disk)?;
-    let firmware = [
-        "/lib/firmware/updates",
-        "/lib/firmware",
-        "/usr/lib/firmware",
-        "/run/current-system/firmware",
-    ];
     Ok(Collected {
         kernel: state.join(KERNEL),
         ramdisk: state.join(RAMDISK),
@@ -284,48 +280,20 @@ pub fn collect(root: &Path, config: &Config) -> Result<Collected, CollectError> 
         link: config.link.clone(),
         transport,
         modules: config.modules.0.clone(),
-        firmware: firmware
-            .iter()
-            .map(|path| tree.path(path))
-            .filter(|path| path.is_dir())
-            .collect(),
+        firmware: firmware(&tree),
     })
 }
 
-/// Both kernels must be able to make the tunnel: better to hear that now than after the OS is gone.
-fn check_tunnel(manifest: &Manifest, payload: &FoundPayload) -> Result<(), CollectError> {
-    if !manifest.wireguard {
-        return Err(CollectError::NoTunnel {
-            kernel: "the ramdisk".to_owned(),
-        });
-    }
-    if !ModuleTree::open(&payload.modules)?.offers("wireguard") {
-        return Err(CollectError::NoTunnel {
-            kernel: format!("the kernel {} for the desktop", payload.version),
-        });
-    }
-    Ok(())
-}
-
-/// How the disk is served: as configured, if both kernels can; else NVMe where both can.
-fn transport(
-    wanted: Option<DiskTransport>,
-    manifest: &Manifest,
-    payload: &FoundPayload,
-) -> Result<DiskTransport, CollectError> {
-    if wanted == Some(DiskTransport::Nbd) {
-        return Ok(DiskTransport::Nbd);
-    }
-    let desktop = ModuleTree::open(&payload.modules)?.offers("nvme_tcp");
-    let lacks = match (manifest.nvme_target, desktop) {
-        (true, true) => return Ok(DiskTransport::NvmeTcp),
-        (false, _) => "the ramdisk's kernel has no NVMe target (nvmet, nvmet-tcp)".to_owned(),
-        (true, false) => format!("the kernel {} for the desktop has no nvme-tcp", payload.version),
-    };
-    match wanted {
-        Some(_) => Err(CollectError::NoNvme { lacks }),
-        None => Ok(DiskTransport::Nbd),
-    }
+/// Where the firmware for a desktop may be.
+pub(crate) fn firmware(tree: &Tree) -> Vec<PathBuf> {
+    let folders = [
+        "/lib/firmware/updates",
+        "/lib/firmware",
+        "/usr/lib/firmware",
+        "/run/current-system/firmware",
+    ];
+    let there = folders.iter().map(|path| tree.path(path));
+    there.filter(|path| path.is_dir()).collect()
 }
 
 /// The laptop's name, for people.
@@ -344,7 +312,7 @@ pub fn read_keys(folder: &Path) -> Result<Vec<StickKey>, CollectError> {
 }
 
 /// Whether the payload's kernel says that it unpacks zstd; where it says nothing, it need not.
-fn unpacks_zstd(tree: &Tree, version: &str) -> bool {
+pub(crate) fn unpacks_zstd(tree: &Tree, version: &str) -> bool {
     [
         format!("/boot/config-{version}"),
         format!("/lib/modules/{version}/config"),

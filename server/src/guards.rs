@@ -85,13 +85,13 @@ pub enum Refusal {
 
 /// Everything that speaks against leaving the OS below `root` now; empty if nothing does.
 ///
-/// `battery_limit` is in per cent, `ramdisk_kernel` the kernel to be started.
+/// `battery_limit` is in per cent, `ramdisk_kernel` the kernel to be started by kexec, if that is how it is left.
 #[must_use]
-pub fn check(root: &Path, battery_limit: u8, ramdisk_kernel: &Path) -> Vec<Refusal> {
+pub fn check(root: &Path, battery_limit: u8, ramdisk_kernel: Option<&Path>) -> Vec<Refusal> {
     let tree = Tree::new(root);
     let mut refusals = Vec::new();
     refusals.extend(link::check(&tree));
-    refusals.extend(kexec::check(&tree, ramdisk_kernel));
+    refusals.extend(ramdisk_kernel.and_then(|kernel| kexec::check(&tree, kernel)));
     refusals.extend(hibernation::check(&tree));
     refusals.extend(packages::check(&tree));
     refusals.extend(inhibitors::check(&tree));
@@ -148,8 +148,10 @@ mod tests {
             ("/sys/class/power_supply/BAT0/status", "Discharging\n"),
             ("/var/lib/pacman/db.lck", ""),
         ]);
-        let refusals = check(files.0.path(), 10, Path::new("/nonexistent"));
+        let refusals = check(files.0.path(), 10, Some(Path::new("/nonexistent")));
         assert_eq!(refusals.len(), 4, "{refusals:?}");
+        let without = check(files.0.path(), 10, None);
+        assert_eq!(without.len(), 3, "a reboot needs no kexec: {without:?}");
         assert!(refusals.iter().all(|refusal| refusal.to_string().contains("next: ")));
     }
 
@@ -159,6 +161,6 @@ mod tests {
             ("/proc/cmdline", "root=UUID=1 quiet"),
             ("/proc/sys/kernel/kexec_load_disabled", "0\n"),
         ]);
-        assert_eq!(check(files.0.path(), 10, Path::new("/nonexistent")), []);
+        assert_eq!(check(files.0.path(), 10, Some(Path::new("/nonexistent"))), []);
     }
 }

@@ -79,12 +79,9 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
         http_port: PORT,
         ready_in: 0,
     };
-    let responder = Arc::new(Mutex::new(Responder::new(
-        &handover.keys,
-        about,
-        State::Ready,
-        Instant::now(),
-    )));
+    let responder = Arc::new(Mutex::new(
+        Responder::new(&handover.keys, about, State::Ready, Instant::now()).with_tickets(&handover.tickets),
+    ));
 
     let machine = Box::new(Laptop {
         console,
@@ -225,7 +222,7 @@ fn find_disk(console: &Console, wanted: &DiskIdentity) -> Result<Disk, BlockErro
 }
 
 /// Finds the disk; waits for it, as its driver may still be at work.
-fn wait_for_disk(console: &Console, wanted: &DiskIdentity) -> anyhow::Result<Disk> {
+pub(crate) fn wait_for_disk(console: &Console, wanted: &DiskIdentity) -> anyhow::Result<Disk> {
     let deadline = Instant::now() + DISK_PATIENCE;
     // Listening before looking, so that none is missed.
     let mut monitor = Monitor::open()?;

@@ -139,6 +139,8 @@ pub struct Trigger {
     pub usb: Vec<UsbId>,
     /// Whether a stick may wake the laptop over the network.
     pub wake: Wake,
+    /// How the ramdisk is started.
+    pub method: Method,
     /// How long to wait, visibly, before leaving the OS.
     pub countdown: Seconds,
     /// Refuse on battery with less than this charge, in per cent.
@@ -151,6 +153,7 @@ impl Default for Trigger {
             macs: Vec::new(),
             usb: Vec::new(),
             wake: Wake::Wired,
+            method: Method::Kexec,
             countdown: Seconds(Duration::ZERO),
             battery: Percent(10),
         }
@@ -165,6 +168,17 @@ pub enum Wake {
     Wired,
     /// Never listen.
     Off,
+}
+
+/// `trigger.method`: how the ramdisk is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// By the running kernel.
+    #[default]
+    Kexec,
+    /// By the firmware, once: for machines whose kernel starts no other, or whose devices do not survive that.
+    Reboot,
 }
 
 /// `session`: how a session goes and ends.
@@ -596,6 +610,15 @@ mod tests {
     #[test]
     fn the_example_is_the_default_configuration() {
         assert_eq!(Config::parse(EXAMPLE).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_ramdisk_is_started_by_kexec_unless_a_reboot_is_asked_for() {
+        let method = |yaml: &str| Config::parse(yaml).map(|config| config.trigger.method);
+        assert_eq!(method("").unwrap(), Method::Kexec);
+        assert_eq!(method("trigger: {wake: off}").unwrap(), Method::Kexec);
+        assert_eq!(method("trigger: {method: reboot}").unwrap(), Method::Reboot);
+        assert!(method("trigger: {method: firmware}").is_err());
     }
 
     #[test]

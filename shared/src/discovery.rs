@@ -18,9 +18,11 @@ mod responder;
 mod seeker;
 #[cfg(test)]
 mod tests;
+mod ticket;
 
 pub use responder::{About, Answer, Responder, Woken};
-pub use seeker::{Heard, Offer, Seeker};
+pub use seeker::{Heard, Offer, Seeker, Told};
+pub use ticket::{LIFETIME as TICKET_LIFETIME, Ticket};
 
 /// UDP port of the laptop; its HTTP server has the same number by default.
 pub const PORT: u16 = 61570;

@@ -10,11 +10,14 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::cpio;
+use crate::discovery::Ticket;
 use crate::key::StickKey;
 use crate::loader::cmdline::split;
 
 /// Where the ramdisk's handover lies: one JSON document, [`Handover`].
 pub const HANDOVER_PATH: &str = "stiefel/handover.json";
+/// The largest configuration that a stick of the laptop's own carries, in bytes.
+pub const MAX_CARRIED_CONFIG: usize = 64 * 1024;
 /// Where the desktop's session lies inside the payload's initrd: one JSON document, [`crate::bundle::AttachSession`].
 pub const SESSION_PATH: &str = "stiefel/session.json";
 /// Where the program lies inside the payload's initrd; also its `rdinit=`.
@@ -43,6 +46,90 @@ pub enum Handover {
     Client(ClientHandover),
     /// Any machine: lend its disks.
     Target(TargetHandover),
+    /// The laptop, started by its firmware for this one time: the payload's kernel and initrd are still on its disk.
+    Once(Box<OnceHandover>),
+    /// The laptop, started from a stick of its own: what the desktop boots has to be looked for on its disk.
+    Search(Box<SearchHandover>),
+}
+
+/// What the laptop's ramdisk is told by the laptop's OS that was left by a reboot (`trigger.method: reboot`).
+///
+/// It lay on the EFI system partition, so its keys are good for this activation alone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OnceHandover {
+    /// What it will be told to serve, once the parts are there. The overlay came with the handover.
+    pub server: ServerHandover,
+    /// The image that was started: taken away before anything else is done.
+    pub image: Place,
+    /// The kernel.
+    pub kernel: FilePart,
+    /// The initrd.
+    pub initrd: FilePart,
+}
+
+/// A part of the payload that lies in files of the laptop's disk, one after the other, each beginning at a multiple of 4.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FilePart {
+    /// Where.
+    pub files: Vec<Place>,
+    /// The digest of it all, as 64 hexadecimal digits of SHA-256: it must be what the laptop's OS saw.
+    pub sha256: String,
+}
+
+/// A file on a partition of the served disk, or a range of one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Place {
+    /// The file system.
+    pub volume: Volume,
+    /// From that file system's root, with a slash in front.
+    pub path: String,
+    /// Where in the file, and how much, in bytes; all of it, if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<(u64, u64)>,
+}
+
+/// A file system in the clear on a partition of the served disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Volume {
+    /// The partition's number.
+    pub partition: u32,
+    /// Its type; one of [`VOLUMES`].
+    pub fstype: String,
+    /// Which folder of it is meant as its root: a subvolume of btrfs; else `/`.
+    pub folder: String,
+}
+
+/// The file systems that the ramdisk reads, and how each is mounted without bringing its journal up to date: then its content may be
+/// older than what the last system has written.
+pub const VOLUMES: [(&str, Option<&str>); 4] = [
+    ("ext4", Some("noload")),
+    ("xfs", Some("norecovery")),
+    ("btrfs", Some("rescue=nologreplay")),
+    ("vfat", None),
+];
+
+/// What the laptop's ramdisk is told by a stick of the laptop's own (`stiefel stick --laptop`).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SearchHandover {
+    /// The keys of all sticks that may connect.
+    pub keys: Vec<StickKey>,
+    /// The laptop's host name.
+    pub hostname: String,
+    /// The disk to serve.
+    pub disk: DiskIdentity,
+    /// The file systems that make up the laptop's system, `/` first, each with where it is mounted.
+    pub mounts: Vec<(String, Volume)>,
+    /// The text of the configuration.
+    pub config: String,
+    /// Whether this ramdisk can make the tunnel.
+    pub wireguard: bool,
+    /// Whether this ramdisk can serve a disk by NVMe over TCP.
+    pub nvme_target: bool,
 }
 
 /// What the ramdisk of a machine is told that lends its disks.
@@ -89,6 +176,9 @@ pub struct ServerHandover {
     pub session: SessionMode,
     /// How long the laptop waits for a desktop that is not heard any more, in seconds.
     pub grace: u64,
+    /// The keys are those of one activation, and these tell the sticks so.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tickets: Vec<Ticket>,
 }
 
 /// What the desktop's ramdisk is told by its stick.

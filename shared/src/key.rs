@@ -43,6 +43,8 @@ pub enum Purpose {
     LaptopDatagrams,
     /// The pre-shared key of the session's handshake.
     Handshake,
+    /// Seals tickets: [`crate::discovery::Ticket`].
+    Ticket,
 }
 
 impl Purpose {
@@ -51,6 +53,7 @@ impl Purpose {
             Self::DesktopDatagrams => b"datagrams desktop to laptop",
             Self::LaptopDatagrams => b"datagrams laptop to desktop",
             Self::Handshake => b"session handshake",
+            Self::Ticket => b"ticket",
         }
     }
 }
@@ -143,6 +146,18 @@ impl StickKey {
     #[must_use]
     pub fn subkey(&self, purpose: Purpose) -> Zeroizing<[u8; 32]> {
         derive(&self.secret, purpose.label())
+    }
+
+    /// The key of one activation (docs/protocol.md, "Tickets"): leads back neither to this one nor to another activation's.
+    #[must_use]
+    pub fn for_activation(&self, activation: &[u8; 16]) -> Self {
+        let mut key = Self {
+            name: self.name.clone(),
+            secret: [0; 32],
+        };
+        let label = [b"activation ".as_slice(), activation].concat();
+        key.secret.copy_from_slice(&*derive(&self.secret, &label));
+        key
     }
 }
 

@@ -212,6 +212,10 @@ pub(crate) struct StickArgs {
     /// Refuse a laptop that would send its disk in clear (`link.encryption: none`).
     #[arg(long)]
     pub(crate) encrypted_only: bool,
+    /// A stick for this laptop itself: started from it, the laptop serves its disk to all sticks whose keys it has, without its own
+    /// system. Holds all these keys.
+    #[arg(long, conflicts_with_all = ["target_mode", "encrypted_only", "key"])]
+    pub(crate) laptop: bool,
     /// Words for the kernel's command line on the desktop, besides `initrd.cmdline`.
     #[arg(long, value_name = "WORDS", default_value = "")]
     pub(crate) cmdline: String,

@@ -17,7 +17,8 @@ use crate::process::CommandError;
 
 pub use base::{BaseOptions, BaseSystem, Installed};
 pub use image::{
-    DISK_GUID, LaptopDisk, LaptopDiskBuilder, PASSWORD, ROOT_FS_UUID, ROOT_OFFSET, ROOT_PARTUUID, plain_disk,
+    DISK_GUID, LaptopDisk, LaptopDiskBuilder, PASSWORD, ROOT_FS_UUID, ROOT_OFFSET, ROOT_PARTUUID, add_partition,
+    esp_of, ext4_of, plain_disk,
 };
 pub use inspect::{fsck_clean, read_file};
 pub use overlay::ExtraFile;

@@ -86,6 +86,7 @@ const LAPTOP_DISK: &[(&str, &str)] = &[
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("debugfs", "e2fsprogs"),
+    ("mcopy", "mtools"),
     ("tar", "tar"),
 ];
 /// What making a disk needs besides when the user is not root.

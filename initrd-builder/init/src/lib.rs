@@ -51,7 +51,7 @@ enum Role {
 impl Role {
     fn of(handover: &Handover) -> Self {
         match handover {
-            Handover::Server(_) => Self::Server,
+            Handover::Server(_) | Handover::Once(_) | Handover::Search(_) => Self::Server,
             Handover::Client(_) => Self::Client,
             Handover::Target(_) => Self::Target,
         }

@@ -11,13 +11,15 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
-use stiefel_shared::config::Config;
+use stiefel_shared::config::{Config, Method};
 use stiefel_shared::handover::ramdisk_cmdline;
 use stiefel_sys::kexec::{self, KexecError};
 
 use super::log;
-use crate::collect::{self, CollectError, Image, STATE_DIR};
+use crate::collect::{self, CollectError, Collected, Image, STATE_DIR};
 use crate::guards::{self, Refusal};
+use crate::reboot::{self, Plan, RebootError};
+use crate::tree::Tree;
 
 /// Why the laptop stayed in its OS.
 #[derive(Debug, thiserror::Error)]
@@ -49,11 +51,14 @@ pub enum LeaveError {
     /// The kernel did not take it.
     #[error("the ramdisk was not loaded")]
     Kexec(#[from] KexecError),
+    /// The firmware cannot be told to start it.
+    #[error("this laptop cannot be left by a reboot as it is")]
+    Reboot(#[from] RebootError),
     /// The shutdown did not begin.
-    #[error(
-        "`systemctl kexec` did not begin the shutdown: {why}\n  next: see `systemctl status` and the journal; the ramdisk stays loaded until the next boot"
-    )]
+    #[error("`systemctl {verb}` did not begin the shutdown: {why}\n  next: see `systemctl status` and the journal")]
     Systemctl {
+        /// What it was told.
+        verb: &'static str,
         /// What it says.
         why: String,
     },
@@ -108,6 +113,9 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>, tell: &dyn 
             .join(", ")
     ));
     log::info(format_args!("the payload:\n{}", collected.payload));
+    if config.trigger.method == Method::Reboot {
+        return by_reboot(config, mode, cancel, tell, &collected);
+    }
     let image = collected.image()?;
     let cmdline = ramdisk_cmdline(&config.initrd.cmdline.to_string());
     describe(&image, &collected.manifest.kernel_version, &cmdline);
@@ -139,7 +147,7 @@ pub(crate) fn kexec_into(kernel: &File, initrd: File, cmdline: &str) -> Result<(
     // The kernel has its own copy: free ours, the shutdown needs memory too.
     drop(initrd);
     log::notice(format_args!("leaving: the ramdisk is loaded, the shutdown begins"));
-    let begun = shut_down();
+    let begun = shut_down("kexec");
     if begun.is_err()
         && let Err(error) = kexec::unload()
     {
@@ -151,10 +159,49 @@ pub(crate) fn kexec_into(kernel: &File, initrd: File, cmdline: &str) -> Result<(
     begun
 }
 
+/// Has the firmware start the ramdisk once, and reboots.
+fn by_reboot(
+    config: &Config,
+    mode: Mode,
+    cancel: &Receiver<String>,
+    tell: &dyn Fn(Step),
+    collected: &Collected,
+) -> Result<(), LeaveError> {
+    let plan = Plan::of(Path::new("/"), collected, &config.initrd.cmdline.to_string())?;
+    log::info(format_args!(
+        "the one-time image: kernel {}, {} MiB with {} modules for the desktop",
+        collected.manifest.kernel_version,
+        plan.size().div_ceil(1 << 20),
+        plan.modules
+    ));
+    if mode == Mode::DryRun {
+        log::notice(format_args!(
+            "a dry run: would put this on the EFI system partition, to be started once, and call `systemctl reboot`"
+        ));
+        return Ok(());
+    }
+    not_cancelled(cancel)?;
+    guard(config)?;
+    tell(Step::Leaving);
+    plan.arm()?;
+    log::notice(format_args!(
+        "leaving: the firmware starts the ramdisk next, the shutdown begins"
+    ));
+    let begun = shut_down("reboot");
+    if begun.is_err() {
+        plan.disarm();
+    }
+    begun
+}
+
 /// Asks the guards.
 pub(crate) fn guard(config: &Config) -> Result<(), LeaveError> {
     let kernel = Path::new(STATE_DIR).join(stiefel_initrd_builder::ramdisk::KERNEL);
-    let refusals = guards::check(Path::new("/"), config.trigger.battery.0, &kernel);
+    let by_kexec = config.trigger.method == Method::Kexec;
+    if !by_kexec {
+        reboot::check(&Tree::new(Path::new("/")))?;
+    }
+    let refusals = guards::check(Path::new("/"), config.trigger.battery.0, by_kexec.then_some(&kernel));
     if refusals.is_empty() {
         Ok(())
     } else {
@@ -204,11 +251,11 @@ fn service_ends() -> LeaveError {
     }
 }
 
-/// With a kernel loaded, `systemctl kexec` takes that one, ends all units in order, and unmounts.
-fn shut_down() -> Result<(), LeaveError> {
-    let failed = |why: String| LeaveError::Systemctl { why };
+/// Ends all units in order, and unmounts. With a kernel loaded, `systemctl kexec` takes that one.
+fn shut_down(verb: &'static str) -> Result<(), LeaveError> {
+    let failed = |why: String| LeaveError::Systemctl { verb, why };
     let output = Command::new("systemctl")
-        .arg("kexec")
+        .arg(verb)
         .stdin(Stdio::null())
         .output()
         .map_err(|error| failed(format!("it cannot be started: {error}")))?;

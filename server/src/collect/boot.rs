@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use stiefel_shared::handover::{BootFolder, MAX_BOOT_FOLDERS};
 use stiefel_sys::fingerprint::fingerprint;
 
+use super::place::partition_of;
 use crate::payload::FoundPayload;
 use crate::tree::{Mount, Tree};
 
@@ -78,12 +79,7 @@ fn folder(tree: &Tree, path: String, partition: Option<u32>, mount: &Mount) -> O
 
 /// Which partition of the disk is mounted as a whole.
 fn partition(tree: &Tree, disk: &str, mount: &Mount) -> Option<u32> {
-    let name = tree
-        .block_name(&mount.source)
-        .or_else(|| tree.block_name(&mount.device))?;
-    let device = format!("/sys/class/block/{name}");
-    let number = tree.line(format!("{device}/partition"))?.parse().ok()?;
-    (mount.root == "/" && tree.parent_of(&device)? == disk).then_some(number)
+    (mount.root == "/").then(|| partition_of(tree, disk, mount))?
 }
 
 #[cfg(test)]

@@ -7,14 +7,15 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use stiefel_initrd_builder::overlay::{self, Overlay};
+use stiefel_shared::config::Session;
 use stiefel_shared::cpio;
 use stiefel_shared::handover::{
-    Handover, MAX_CMDLINE, Part, PartSize, Payload, SecretBytes, ServerHandover, SessionMode, insert_word,
+    BootFolder, Handover, MAX_CMDLINE, Part, PartSize, Payload, SecretBytes, ServerHandover, SessionMode, insert_word,
 };
 use stiefel_sys::kexec;
 
 use super::{CollectError, Collected, checked, fits};
-use crate::payload::Piece;
+use crate::payload::{FoundPayload, Piece};
 
 /// Stops the OS from using the disk's swap space: systemd.swap= in kernel-command-line(7).
 const NO_SWAP: &str = "systemd.swap=0";
@@ -38,10 +39,7 @@ impl Collected {
     /// # Errors
     /// [`CollectError`].
     pub fn image(&self) -> Result<Image, CollectError> {
-        let overlay = match self.baked {
-            true => overlay::empty(&self.payload.version)?,
-            false => overlay::overlay(&self.payload.modules, &self.modules, &self.firmware, self.zstd)?,
-        };
+        let overlay = self.overlay()?;
         let kernel = Source::open(std::slice::from_ref(&self.payload.kernel))?;
         let initrd = Source::open(&self.payload.initrds)?;
         let handover = self.handover(&kernel, &initrd, &overlay)?;
@@ -68,34 +66,14 @@ impl Collected {
         })
     }
 
-    fn handover(&self, kernel: &Source, initrd: &Source, overlay: &Overlay) -> Result<ServerHandover, CollectError> {
-        let part = |part: Part, size: u64| {
-            Ok::<_, CollectError>(PartSize {
-                part,
-                size: checked(part, size)?,
-            })
-        };
-        let mut cmdline = self.payload.cmdline.clone();
-        // A guest would swap into the laptop's memory.
-        let swap = self.session.swap && self.session.mode == SessionMode::Normal;
-        if !swap && !cmdline.split(' ').any(|word| word == NO_SWAP) {
-            cmdline = insert_word(&cmdline, NO_SWAP);
-        }
-        let payload = Payload {
-            version: self.payload.version.clone(),
-            cmdline,
-            parts: vec![
-                part(Part::Kernel, kernel.len)?,
-                part(Part::Initrd, initrd.len)?,
-                part(Part::Overlay, overlay.bytes.len() as u64)?,
-            ],
-            boot: self.boot.clone(),
-        };
-        let bytes = payload.desktop_cmdline().len();
-        if bytes > MAX_CMDLINE {
-            let limit = MAX_CMDLINE;
-            return Err(CollectError::LongCmdline { bytes, limit });
-        }
+    pub(super) fn handover(
+        &self,
+        kernel: &Source,
+        initrd: &Source,
+        overlay: &Overlay,
+    ) -> Result<ServerHandover, CollectError> {
+        let sizes = [kernel.len, initrd.len, overlay.bytes.len() as u64];
+        let payload = payload(&self.session, &self.payload, sizes, self.boot.clone())?;
         Ok(ServerHandover {
             encryption: self.link.encryption,
             mode: self.link.mode,
@@ -107,13 +85,55 @@ impl Collected {
             disk: self.identity.clone(),
             payload,
             after: self.session.after,
+            tickets: Vec::new(),
+        })
+    }
+
+    /// What goes to the desktop besides the payload's own files; empty, if its initrd has it.
+    pub(super) fn overlay(&self) -> Result<Overlay, CollectError> {
+        Ok(match self.baked {
+            true => overlay::empty(&self.payload.version)?,
+            false => overlay::overlay(&self.payload.modules, &self.modules, &self.firmware, self.zstd)?,
         })
     }
 }
 
+/// What the desktop is told of its payload; `sizes` are those of its parts, in their order.
+pub(crate) fn payload(
+    session: &Session,
+    found: &FoundPayload,
+    sizes: [u64; 3],
+    boot: Option<Vec<BootFolder>>,
+) -> Result<Payload, CollectError> {
+    let mut cmdline = found.cmdline.clone();
+    // A guest would swap into the laptop's memory.
+    let swap = session.swap && session.mode == SessionMode::Normal;
+    if !swap && !cmdline.split(' ').any(|word| word == NO_SWAP) {
+        cmdline = insert_word(&cmdline, NO_SWAP);
+    }
+    let parts = Part::ALL.into_iter().zip(sizes).map(|(part, size)| {
+        Ok::<_, CollectError>(PartSize {
+            part,
+            size: checked(part, size)?,
+        })
+    });
+    let payload = Payload {
+        version: found.version.clone(),
+        cmdline,
+        parts: parts.collect::<Result<_, _>>()?,
+        boot,
+    };
+    let bytes = payload.desktop_cmdline().len();
+    if bytes > MAX_CMDLINE {
+        let limit = MAX_CMDLINE;
+        return Err(CollectError::LongCmdline { bytes, limit });
+    }
+    Ok(payload)
+}
+
 /// Files, or parts of them, that are read one after the other, each beginning at a multiple of 4.
 pub(super) struct Source {
-    reader: Box<dyn Read>,
+    pub(super) reader: Box<dyn Read>,
     pub(super) len: u64,
 }
 

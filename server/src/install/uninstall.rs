@@ -69,6 +69,12 @@ pub fn uninstall(options: &UninstallOptions) -> Result<(), InstallError> {
     if told {
         tell("systemctl", &["stop", UNIT]);
     }
+    if tree.is_live()
+        && let Err(error) = crate::reboot::sweep(&options.root, true)
+    {
+        // Of no use to anybody without our files; but named, for it is not gone.
+        eprintln!("keep     the firmware's entry for one start, or its image: {error:#}");
+    }
     remove(&tree, &record, &plan, options.purge)?;
     if told {
         tell("systemctl", &["daemon-reload"]);

@@ -5,7 +5,7 @@
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use stiefel_shared::config::{Config, EXAMPLE, MAX_CONFIG};
+use stiefel_shared::config::{Config, EXAMPLE, MAX_CONFIG, Method};
 use stiefel_shared::key::StickKey;
 use zeroize::Zeroizing;
 
@@ -31,6 +31,8 @@ const AUTOSTART: &str = "/etc/xdg/autostart/stiefel-notify.desktop";
 
 const AUTOSTART_TEXT: &str = include_str!("../../../hooks/xdg/stiefel-notify.desktop");
 const UNIT_TEXT: &str = include_str!("../../../hooks/systemd/stiefel-autokexec.service");
+/// What else the service may do with `trigger.method: reboot`.
+const REBOOT_TEXT: &str = include_str!("../../../hooks/systemd/reboot.conf");
 /// Stands in the files of `hooks/` for the place of the program.
 pub const PROGRAM_WORD: &str = "@PROGRAM@";
 
@@ -155,6 +157,14 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
             "a first stick's key",
         ));
     }
+    if config.trigger.method == Method::Reboot {
+        let path = format!("/etc/systemd/system/{UNIT}.d/reboot.conf");
+        wanted.push(Wanted::text(
+            path,
+            REBOOT_TEXT,
+            "lets the service put the one-time image in its place",
+        ));
+    }
     wanted.extend(network::guards(&config.trigger));
     wanted.extend(updates::hooks(tree, program));
     wanted.extend(drivers::drop_ins(tree));
@@ -249,6 +259,30 @@ mod tests {
             "StartLimitIntervalSec=2min",
         ] {
             assert!(UNIT_TEXT.lines().any(|found| found == line), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_service_may_write_where_the_one_time_image_goes_and_only_if_it_is_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::new(dir.path());
+        let config = tree.path(CONFIG_PATH);
+        std::fs::create_dir_all(config.parent().unwrap()).unwrap();
+        let has = |method: &str| {
+            std::fs::write(&config, format!("trigger: {{method: {method}}}\n")).unwrap();
+            let wanted = wanted(&tree, &InstallOptions::new(dir.path())).unwrap();
+            wanted
+                .iter()
+                .any(|wanted| wanted.path.ends_with(".service.d/reboot.conf"))
+        };
+        assert!(has("reboot") && !has("kexec"));
+        for place in ["/efi", "/boot/efi", "/boot", "/sys/firmware/efi/efivars"] {
+            assert!(
+                REBOOT_TEXT
+                    .split_whitespace()
+                    .any(|word| word.ends_with(&format!("-{place}"))),
+                "{place}"
+            );
         }
     }
 

@@ -54,6 +54,26 @@ async fn a_bundle_arrives_whole() {
 }
 
 #[tokio::test]
+async fn a_laptop_of_one_activation_is_found_by_its_ticket_and_gives_its_bundle() {
+    let mut laptop = Laptop::start(Plan {
+        activation: true,
+        ..Plan::default()
+    })
+    .await;
+    let (manifest, got) = fetch(&laptop, laptop.http, PATIENT, |_| ()).await;
+    assert_eq!(manifest.unwrap().payload.version, "6.1.0");
+    assert!(got.kernel == noise(300_000));
+    let Seen::Begin(begin) = laptop.next().await else {
+        panic!()
+    };
+    // The key has the stick's name.
+    assert_eq!(begin.key, "blue");
+    let found = laptop.found().await;
+    assert!(found.activation.is_some());
+    assert_ne!(found.key(&laptop.key).to_file(), laptop.key.to_file());
+}
+
+#[tokio::test]
 async fn a_laptop_that_needs_time_is_waited_for() {
     let hold = Arc::new(Notify::new());
     let limits = Limits {

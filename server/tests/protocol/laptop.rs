@@ -4,14 +4,14 @@ use std::fs::File;
 use std::io::{Seek, Write};
 use std::net::SocketAddrV6;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use stiefel_client::discovery::{Event, Found};
 use stiefel_client::fetch::{FetchError, Patience, Progress, Source};
 use stiefel_server::http::{self, Begin, Bundle, FeedError, Limits, Refusal, SessionHost};
 use stiefel_server::{discovery, http::run};
 use stiefel_shared::bundle::{ControlKey, DiskOffer, Goodbye, LinkOffer, Manifest, Transport};
-use stiefel_shared::discovery::{About, LinkEvent, Random, Responder, State, Woken};
+use stiefel_shared::discovery::{About, LinkEvent, Random, Responder, State, Ticket, Woken};
 use stiefel_shared::handover::LinkMode;
 use stiefel_shared::handover::{DiskIdentity, Part, PartSize, Payload};
 use stiefel_shared::key::StickKey;
@@ -155,6 +155,8 @@ pub struct Plan {
     pub refuse: Option<String>,
     pub refuse_goodbyes: Vec<String>,
     pub hold: Option<Arc<Notify>>,
+    /// It has keys of one activation, and tickets, and no stick's own key.
+    pub activation: bool,
 }
 
 impl Default for Plan {
@@ -171,6 +173,7 @@ impl Default for Plan {
             refuse: None,
             refuse_goodbyes: Vec::new(),
             hold: None,
+            activation: false,
         }
     }
 }
@@ -204,7 +207,15 @@ impl Laptop {
             ready_in: 30,
         };
         let keys = [StickKey::generate("red").unwrap(), key.clone()];
-        let responder = Arc::new(Mutex::new(Responder::new(&keys, about, plan.state, Instant::now())));
+        let responder = if plan.activation {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+            let issued = keys.iter().map(|key| Ticket::issue(key, now.as_secs()).unwrap());
+            let (tickets, keys): (Vec<_>, Vec<_>) = issued.unzip();
+            Responder::new(&keys, about, plan.state, Instant::now()).with_tickets(&tickets)
+        } else {
+            Responder::new(&keys, about, plan.state, Instant::now())
+        };
+        let responder = Arc::new(Mutex::new(responder));
         let socket = discovery::bind(0).unwrap();
         let udp = socket.local_addr().unwrap().port();
         let (links, links_seen) = mpsc::channel(4);
@@ -315,11 +326,11 @@ pub async fn fetch(
     patience: Patience,
     mut watch: impl FnMut(Progress),
 ) -> (Result<Manifest, FetchError>, Got) {
-    let challenge = laptop.challenge().await;
+    let found = laptop.found().await;
     let source = Source {
         peer,
-        challenge: &challenge,
-        key: &laptop.key,
+        challenge: &found.challenge,
+        key: &found.key(&laptop.key),
         machine: machine(),
         patience,
     };

@@ -8,7 +8,7 @@ use std::collections::{HashSet, VecDeque};
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::time::{Duration, Instant};
 
-use super::{DatagramKeys, Message, OfferBody, Random, State, presentable};
+use super::{DatagramKeys, Message, OfferBody, Random, State, Ticket, presentable, ticket};
 use crate::key::StickKey;
 use crate::seal;
 
@@ -62,6 +62,10 @@ pub struct Responder {
     bucket: Bucket,
     issued: VecDeque<Issued>,
     answered: Answered,
+    /// For sticks whose own keys are not here; in turn.
+    tickets: VecDeque<Ticket>,
+    /// Of its own: tickets, which anybody can ask for, must not use up the Offers'.
+    ticket_bucket: Bucket,
 }
 
 /// A challenge that went out in an Offer.
@@ -89,6 +93,17 @@ impl Responder {
             bucket: Bucket { tokens: BURST, at: now },
             issued: VecDeque::new(),
             answered: Answered::default(),
+            tickets: VecDeque::new(),
+            ticket_bucket: Bucket { tokens: BURST, at: now },
+        }
+    }
+
+    /// Answers what no key opens by one of these: the keys are those of one activation.
+    #[must_use]
+    pub fn with_tickets(self, tickets: &[Ticket]) -> Self {
+        Self {
+            tickets: tickets.iter().cloned().collect(),
+            ..self
         }
     }
 
@@ -105,11 +120,14 @@ impl Responder {
 
     /// Takes a datagram in; `None`: say nothing. A first valid Wake turns [`State::Asleep`] into [`State::Waking`].
     pub fn receive(&mut self, now: Instant, from: SocketAddrV6, datagram: &[u8]) -> Option<Answer> {
-        let (key, message) = self
+        let opened = self
             .keys
             .iter()
             .enumerate()
-            .find_map(|(index, (_, keys))| Some((index, keys.open_desktop(datagram)?)))?;
+            .find_map(|(index, (_, keys))| Some((index, keys.open_desktop(datagram)?)));
+        let Some((key, message)) = opened else {
+            return self.ticket(now, datagram);
+        };
         match message {
             Message::Discover { random } => self.offer(now, from, key, random),
             Message::Wake { challenge, random } => self.wake(now, from, key, challenge, random),
@@ -144,6 +162,16 @@ impl Responder {
             at: now,
             spent: false,
         });
+        Some(Answer { datagram, woken: None })
+    }
+
+    /// One ticket, as long as what it answers; whose it is only its stick can tell.
+    fn ticket(&mut self, now: Instant, datagram: &[u8]) -> Option<Answer> {
+        if self.tickets.is_empty() || !ticket::may_lack(datagram) || !self.ticket_bucket.take(now) {
+            return None;
+        }
+        self.tickets.rotate_left(1);
+        let datagram = self.tickets.back()?.datagram().to_vec();
         Some(Answer { datagram, woken: None })
     }
 

@@ -6,9 +6,9 @@ use std::collections::VecDeque;
 use std::net::SocketAddrV6;
 use std::time::{Duration, Instant};
 
-use super::{DatagramKeys, Message, Random, State};
+use super::{DatagramKeys, Message, Random, State, ticket};
 use crate::key::StickKey;
-use crate::seal::{self, SealError};
+use crate::seal::{self, SealError, SealKey};
 
 /// How long an answer is waited for.
 const LIFETIME: Duration = Duration::from_secs(5);
@@ -16,6 +16,8 @@ const LIFETIME: Duration = Duration::from_secs(5);
 const MAX_ASKED: usize = 160;
 /// How many laptops can answer one Discover.
 const MAX_ANSWERS: usize = 16;
+/// How many activations' keys are asked with besides the stick's own; the latest count.
+const MAX_ACTIVATIONS: usize = 4;
 
 /// A laptop that answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +34,20 @@ pub struct Offer {
     pub ready_in: u16,
     /// Its host name, without control characters.
     pub hostname: String,
+    /// It answered under the key of this activation ([`StickKey::for_activation`]), and knows no other.
+    pub activation: Option<Random>,
+}
+
+/// What [`Seeker::ticket`] understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// There is an activation that was not known: ask again, under its key, too.
+    Activation,
+    /// The ticket is too old, or one of the two clocks is wrong.
+    OutOfDate {
+        /// When it was issued, in seconds since 1970.
+        issued: u64,
+    },
 }
 
 /// What [`Seeker::receive`] understood.
@@ -51,7 +67,10 @@ pub enum Heard {
 /// The desktop: asks, and believes only answers to what it asked.
 #[derive(Debug)]
 pub struct Seeker {
+    stick: StickKey,
     keys: DatagramKeys,
+    tickets: SealKey,
+    activations: VecDeque<(Random, DatagramKeys)>,
     asked: VecDeque<Asked>,
 }
 
@@ -59,6 +78,8 @@ pub struct Seeker {
 struct Asked {
     random: Random,
     at: Instant,
+    /// Under whose key: an activation's, or the stick's own.
+    activation: Option<Random>,
     what: What,
 }
 
@@ -75,9 +96,44 @@ impl Seeker {
     #[must_use]
     pub fn new(key: &StickKey) -> Self {
         Self {
+            stick: key.clone(),
             keys: DatagramKeys::new(key),
+            tickets: ticket::seal_key(key),
+            activations: VecDeque::new(),
             asked: VecDeque::new(),
         }
+    }
+
+    /// The activations that tickets have told of; each is asked for by a Discover of its own.
+    #[must_use]
+    pub fn activations(&self) -> Vec<Random> {
+        self.activations.iter().map(|(activation, _)| *activation).collect()
+    }
+
+    /// Takes a datagram in that may be a ticket; `unix` is the desktop's clock in seconds since 1970. `None`: it is none, or
+    /// says nothing new.
+    pub fn ticket(&mut self, unix: u64, datagram: &[u8]) -> Option<Told> {
+        let (activation, issued) = ticket::open(&self.tickets, datagram)?;
+        if !ticket::is_fresh(issued, unix) {
+            return Some(Told::OutOfDate { issued });
+        }
+        if self.activations.iter().any(|(known, _)| *known == activation) {
+            return None;
+        }
+        if self.activations.len() >= MAX_ACTIVATIONS {
+            self.activations.pop_front();
+        }
+        let keys = DatagramKeys::new(&self.stick.for_activation(&activation));
+        self.activations.push_back((activation, keys));
+        Some(Told::Activation)
+    }
+
+    fn keys_of(&self, activation: Option<Random>) -> Option<&DatagramKeys> {
+        let Some(activation) = activation else {
+            return Some(&self.keys);
+        };
+        let known = self.activations.iter().find(|(known, _)| *known == activation);
+        known.map(|(_, keys)| keys)
     }
 
     /// A Discover for the link with this scope id; never sent twice, so that each copy can be answered once.
@@ -85,11 +141,21 @@ impl Seeker {
     /// # Errors
     /// [`SealError::Random`] without randomness.
     pub fn discover(&mut self, now: Instant, scope: u32) -> Result<Vec<u8>, SealError> {
+        self.discover_as(now, scope, None)
+    }
+
+    /// As [`Self::discover`], under the key of an activation; `None` is the stick's own.
+    ///
+    /// # Errors
+    /// [`SealError::Random`] without randomness, [`SealError::Unverified`] for an activation that is not known.
+    pub fn discover_as(&mut self, now: Instant, scope: u32, activation: Option<Random>) -> Result<Vec<u8>, SealError> {
         let random = seal::random()?;
-        let datagram = self.keys.seal(&Message::Discover { random })?;
+        let keys = self.keys_of(activation).ok_or(SealError::Unverified)?;
+        let datagram = keys.seal(&Message::Discover { random })?;
         self.remember(Asked {
             random,
             at: now,
+            activation,
             what: What::Discover {
                 scope,
                 answers: Vec::new(),
@@ -104,13 +170,15 @@ impl Seeker {
     /// [`SealError::Random`] without randomness.
     pub fn wake(&mut self, now: Instant, offer: &Offer) -> Result<Vec<u8>, SealError> {
         let random = seal::random()?;
-        let datagram = self.keys.seal(&Message::Wake {
+        let keys = self.keys_of(offer.activation).ok_or(SealError::Unverified)?;
+        let datagram = keys.seal(&Message::Wake {
             challenge: offer.challenge,
             random,
         })?;
         self.remember(Asked {
             random,
             at: now,
+            activation: offer.activation,
             what: What::Wake { peer: offer.from },
         });
         Ok(datagram)
@@ -127,16 +195,19 @@ impl Seeker {
 
     /// Takes a datagram in; `None`: it is not an answer to anything asked lately, or not the first time.
     pub fn receive(&mut self, now: Instant, from: SocketAddrV6, datagram: &[u8]) -> Option<Heard> {
-        let message = self.keys.open_laptop(datagram)?;
+        let own = [(None, &self.keys)].into_iter();
+        let activations = self.activations.iter().map(|(known, keys)| (Some(*known), keys));
+        let (activation, message) = own
+            .chain(activations)
+            .find_map(|(activation, keys)| Some((activation, keys.open_laptop(datagram)?)))?;
         let echo = match &message {
             Message::Offer(offer) => offer.random,
             Message::Waking { random, .. } => *random,
             Message::Discover { .. } | Message::Wake { .. } => return None,
         };
-        let index = self
-            .asked
-            .iter()
-            .position(|asked| asked.random == echo && now.saturating_duration_since(asked.at) < LIFETIME)?;
+        let index = self.asked.iter().position(|asked| {
+            asked.random == echo && asked.activation == activation && now.saturating_duration_since(asked.at) < LIFETIME
+        })?;
         match (message, &mut self.asked.get_mut(index)?.what) {
             (Message::Offer(offer), What::Discover { scope, answers }) => {
                 let fresh = !answers.contains(&offer.challenge) && answers.len() < MAX_ANSWERS;
@@ -151,6 +222,7 @@ impl Seeker {
                     http_port: offer.http_port,
                     ready_in: offer.ready_in,
                     hostname: offer.hostname,
+                    activation,
                 }))
             }
             (Message::Waking { ready_in, .. }, What::Wake { peer }) if *peer == from => {

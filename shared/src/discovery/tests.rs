@@ -9,6 +9,8 @@ use super::*;
 use crate::key;
 use crate::vectors;
 
+mod tickets;
+
 const SECOND: Duration = Duration::from_secs(1);
 
 fn at(last: u16, scope: u32) -> SocketAddrV6 {

@@ -18,6 +18,14 @@ const PARTITION: u8 = 1;
 const FILE: u8 = 4;
 /// A partition known by a GUID.
 const BY_GUID: u8 = 2;
+/// It is in a GPT.
+const GPT_TABLE: u8 = 2;
+/// The end of the whole path.
+const WHOLE: u8 = 0xff;
+/// Attributes of a variable that is kept, and seen by boot loaders and the OS.
+const KEPT: [u8; 4] = [7, 0, 0, 0];
+/// Attributes of an entry: `LOAD_OPTION_ACTIVE`.
+const ACTIVE: [u8; 4] = [1, 0, 0, 0];
 
 /// The value behind the attributes.
 #[must_use]
@@ -60,6 +68,53 @@ pub struct LoadOption {
     pub path: Option<String>,
     /// What the program is given, if that is a text.
     pub arguments: String,
+}
+
+/// Where a program lies that the firmware is to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// The partition's number in its GPT.
+    pub partition: u32,
+    /// Its first block, and how many it has; in the disk's logical blocks.
+    pub blocks: (u64, u64),
+    /// Its own GUID.
+    pub guid: crate::superblock::Guid,
+    /// The path on it, with slashes.
+    pub path: String,
+}
+
+/// The variable of an entry for this program: its attributes, then an active `EFI_LOAD_OPTION` (UEFI, 3.1.3) with a short-form device
+/// path (10.3.5.1, 10.3.5.4). `None` if it is too long for one.
+#[must_use]
+pub fn boot_option(description: &str, program: &Program) -> Option<Vec<u8>> {
+    let wide = |text: &str| -> Vec<u8> { text.encode_utf16().chain([0]).flat_map(u16::to_le_bytes).collect() };
+    let node = |kind: u8, subtype: u8, data: &[u8]| {
+        let [low, high] = u16::try_from(data.len() + 4).ok()?.to_le_bytes();
+        Some([&[kind, subtype, low, high], data].concat())
+    };
+    let (first, count) = program.blocks;
+    let disk = [
+        program.partition.to_le_bytes().as_slice(),
+        &first.to_le_bytes(),
+        &count.to_le_bytes(),
+        &program.guid.0,
+        &[GPT_TABLE, BY_GUID],
+    ]
+    .concat();
+    let path = [
+        node(MEDIUM, PARTITION, &disk)?,
+        node(MEDIUM, FILE, &wide(&program.path.replace('/', "\\")))?,
+        node(END, WHOLE, &[])?,
+    ]
+    .concat();
+    let length = u16::try_from(path.len()).ok()?.to_le_bytes();
+    Some([&KEPT, &ACTIVE, length.as_slice(), &wide(description), &path].concat())
+}
+
+/// The variable that holds a number of 16 bits, such as `BootNext`.
+#[must_use]
+pub fn number_variable(number: u16) -> Vec<u8> {
+    [KEPT.as_slice(), &number.to_le_bytes()].concat()
 }
 
 /// Reads an entry from its variable; `None` if that is broken.
@@ -158,6 +213,65 @@ mod tests {
         );
         assert_eq!(load_option(&option(b"ro quiet\0")).unwrap().arguments, "ro quiet");
         assert_eq!(load_option(&option(&[1, 2, 3])).unwrap().arguments, "");
+    }
+
+    #[test]
+    fn an_entry_that_is_written_has_the_pinned_bytes_and_reads_back() {
+        let program = Program {
+            partition: 1,
+            blocks: (2048, 0x10_0000),
+            guid: crate::superblock::Guid::parse("00112233-4455-6677-8899-aabbccddeeff").unwrap(),
+            path: "/EFI/a.efi".into(),
+        };
+        let written = boot_option("once", &program).unwrap();
+        let pinned = concat!(
+            "07000000", // attributes of the variable
+            "01000000",
+            "4800",                 // active; length of the path
+            "6f006e00630065000000", // once
+            "04012a00",
+            "01000000", // a partition: the first
+            "0008000000000000",
+            "0000100000000000", // its blocks
+            "33221100554477668899aabbccddeeff",
+            "0202",     // its GUID, in a GPT
+            "04041a00", // a file
+            "5c004500460049005c0061002e006500660069000000",
+            "7fff0400"
+        );
+        assert_eq!(data_encoding::HEXLOWER.encode(&written), pinned);
+        let read = load_option(&written).unwrap();
+        assert_eq!(read.description, "once");
+        assert_eq!(read.path.as_deref(), Some("/EFI/a.efi"));
+        assert_eq!(read.partition.as_deref(), Some("00112233-4455-6677-8899-aabbccddeeff"));
+        assert_eq!(
+            boot_option(&"x".repeat(70_000), &program).map(|bytes| bytes.len() > 70_000),
+            Some(true)
+        );
+        let long = Program {
+            path: "x".repeat(40_000),
+            ..program
+        };
+        assert_eq!(boot_option("once", &long), None);
+        assert_eq!(number_variable(0x1a), [7, 0, 0, 0, 0x1a, 0]);
+    }
+
+    #[test]
+    fn guids_are_read_as_they_are_written_and_nothing_else_is() {
+        let text = "00112233-4455-6677-8899-aabbccddeeff";
+        let guid = crate::superblock::Guid::parse(text).unwrap();
+        assert_eq!(guid.to_string(), text);
+        assert_eq!(crate::superblock::Guid::parse(&text.to_uppercase()), Some(guid));
+        for bad in [
+            "",
+            "1234-5678",
+            "deadbeef-01",
+            &text.replace('-', ""),
+            &text.replace("ff", "fg"),
+            &format!("{text}0"),
+        ] {
+            assert_eq!(crate::superblock::Guid::parse(bad), None, "{bad}");
+        }
     }
 
     #[test]

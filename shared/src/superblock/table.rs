@@ -15,6 +15,29 @@ const PROTECTIVE: u8 = 0xee;
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Guid(pub [u8; 16]);
 
+impl Guid {
+    /// Reads one as it is usually written; nothing else.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let dashes = [8, 13, 18, 23];
+        let fits = text.len() == 36
+            && text
+                .bytes()
+                .enumerate()
+                .all(|(at, byte)| (byte == b'-') == dashes.contains(&at));
+        let digits = text.replace('-', "").to_ascii_lowercase();
+        let bytes = data_encoding::HEXLOWER
+            .decode(digits.as_bytes())
+            .ok()
+            .filter(|_| fits)?;
+        let [a0, a1, a2, a3, b0, b1, c0, c1, rest @ ..] = <[u8; 16]>::try_from(bytes).ok()?;
+        let mut stored = [0; 16];
+        stored[..8].copy_from_slice(&[a3, a2, a1, a0, b1, b0, c1, c0]);
+        stored[8..].copy_from_slice(&rest);
+        Some(Self(stored))
+    }
+}
+
 impl fmt::Display for Guid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a0, a1, a2, a3, b0, b1, c0, c1, rest @ ..] = self.0;

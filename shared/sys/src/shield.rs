@@ -163,6 +163,20 @@ impl Drop for Shield {
     }
 }
 
+/// A loop device over `disk` that refuses writes, as the lower half of a [`Shield`]: for mounting a file system whose driver would write
+/// even so (a journal). It goes away with its last user, which is at first the file that comes with its path. `dev` is where devtmpfs
+/// is mounted, `block_size` the disk's logical block size in bytes.
+///
+/// # Errors
+/// [`ShieldError::Open`], [`ShieldError::Loop`].
+pub fn read_only(dev: &Path, disk: &Path, block_size: u32) -> Result<(File, PathBuf), ShieldError> {
+    let path = || disk.to_owned();
+    let file = File::open(disk).map_err(|source| ShieldError::Open { path: path(), source })?;
+    let (held, number) =
+        read_only_loop(dev, &file, block_size).map_err(|source| ShieldError::Loop { path: path(), source })?;
+    Ok((held, dev.join(format!("loop{number}"))))
+}
+
 /// Takes away the shields that an earlier process has left, as far as nobody uses them. `sysfs` and `dev` are where they are
 /// mounted.
 pub fn sweep(sysfs: &Path, dev: &Path) {

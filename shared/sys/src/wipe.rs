@@ -1,4 +1,4 @@
-//! Secrets in files of a ramdisk: overwritten, then removed.
+//! Secrets in files: overwritten, then removed.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -10,12 +10,30 @@ use std::path::Path;
 /// # Errors
 /// What the kernel says.
 pub fn file(path: &Path) -> io::Result<()> {
-    let mut file = match File::options().write(true).open(path) {
+    match File::options().write(true).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
+        other => overwrite(&other?)?,
+    }
+    std::fs::remove_file(path)
+}
+
+/// As [`file()`], of a file on a disk: it is gone from the medium when this returns, as far as the file system and the medium's own
+/// translation of addresses go; what flash has put aside may stay for a while. One that is not there is an error.
+///
+/// # Errors
+/// What the kernel says.
+pub fn written_file(path: &Path) -> io::Result<()> {
+    let file = File::options().write(true).open(path)?;
+    overwrite(&file)?;
+    file.sync_all()?;
+    drop(file);
+    std::fs::remove_file(path)?;
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+fn overwrite(mut file: &File) -> io::Result<()> {
     let mut left = file.metadata()?.len();
-    let zeroes = [0; 4096];
+    let zeroes = [0; 1 << 16];
     while left > 0 {
         let chunk = left.min(zeroes.len() as u64);
         file.write_all(
@@ -25,7 +43,7 @@ pub fn file(path: &Path) -> io::Result<()> {
         )?;
         left -= chunk;
     }
-    std::fs::remove_file(path)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -41,6 +59,9 @@ mod tests {
         let mut open = File::open(&path).unwrap();
         super::file(&path).unwrap();
         assert!(!path.exists());
+        std::fs::write(&path, [7; 100]).unwrap();
+        written_file(&path).unwrap();
+        assert!(!path.exists() && written_file(&path).is_err());
         let mut left = Vec::new();
         open.read_to_end(&mut left).unwrap();
         assert_eq!(left, vec![0; 10_000]);

@@ -103,6 +103,7 @@ def keys():
         "desktop_datagrams": hkdf(SECRET, b"datagrams desktop to laptop"),
         "laptop_datagrams": hkdf(SECRET, b"datagrams laptop to desktop"),
         "handshake": hkdf(SECRET, b"session handshake"),
+        "activation": hkdf(SECRET, b"activation " + counting(0xA0)),
     })
 
 
@@ -114,6 +115,7 @@ def datagrams():
         header = b"stfl" + bytes([VERSION, kind])
         return header + eax(key, counting(nonce), header, body.ljust(128, b"\0"))
 
+    ticket = hkdf(SECRET, b"ticket")
     name = "täst-laptop".encode()
     offer = counting(0xA0) + counting(0xB0) + b"\x02" + (61570).to_bytes(2, "big") + (30).to_bytes(2, "big")
     lending = offer.replace(b"\x02" + (61570).to_bytes(2, "big"), b"\x03" + (61570).to_bytes(2, "big"), 1)
@@ -123,6 +125,7 @@ def datagrams():
         "lending": datagram(laptop, 2, 0x50, lending + bytes([len(name)]) + name),
         "wake": datagram(desktop, 3, 0x30, counting(0xB0) + counting(0xC0)),
         "waking": datagram(laptop, 4, 0x40, counting(0xC0) + (30).to_bytes(2, "big")),
+        "ticket": datagram(ticket, 9, 0x60, counting(0xA0) + (1_800_000_000).to_bytes(8, "big")),
     })
 
 

@@ -25,6 +25,12 @@ use stiefel_shared::config::{CONFIG_PATH, Config, MAX_CONFIG};
 /// Reads the configuration that was named, or the installed one.
 fn config(named: Option<&Path>) -> anyhow::Result<Config> {
     let path = named.unwrap_or(Path::new(CONFIG_PATH));
+    Config::parse(&config_text(named)?).with_context(|| format!("cannot use the configuration {}", path.display()))
+}
+
+/// As [`config`], its text alone.
+fn config_text(named: Option<&Path>) -> anyhow::Result<String> {
+    let path = named.unwrap_or(Path::new(CONFIG_PATH));
     let file = std::fs::File::open(path).with_context(|| {
         format!(
             "cannot read the configuration {}; `stiefel init` makes one, or name another with --config",
@@ -41,7 +47,7 @@ fn config(named: Option<&Path>) -> anyhow::Result<Config> {
             path.display()
         );
     }
-    Config::parse(&text).with_context(|| format!("cannot use the configuration {}", path.display()))
+    Ok(text)
 }
 
 /// As [`config`], but where none was named and none is installed, the defaults count: for commands that work on a machine

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use stiefel_init::RoleEnd;
+use stiefel_server::offline;
 use stiefel_server::role::End;
 use stiefel_shared::handover::Handover;
 use stiefel_sys::console::Console;
@@ -30,7 +31,12 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
         .build()
         .context("cannot start")?;
     let end = runtime.block_on(async {
+        let handover = match settled(console, handover).await {
+            Ok(handover) => handover,
+            Err(error) => return Ok(gave_up(console, &error)),
+        };
         match handover {
+            Handover::Once(_) | Handover::Search(_) => anyhow::bail!("the handover was not settled"),
             Handover::Client(client) => {
                 stiefel_client::role::run(console, &client).await?;
                 Ok(RoleEnd::Kexec)
@@ -44,14 +50,7 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
                     Ok(end) => of(end),
                     // Its desktop has the disk: another try may go on with it. PID 1 counts, and knows when it is over for certain.
                     Err(error) if stiefel_server::role::has_session() => return Err(error),
-                    Err(error) => {
-                        console.error(&format!("{error:#}"));
-                        // A thread that waits for a dead disk may keep this process from ending.
-                        if let Some(custody) = Custody::inherited() {
-                            let _ = custody.verdict(RoleEnd::GiveUp as u8);
-                        }
-                        RoleEnd::GiveUp
-                    }
+                    Err(error) => gave_up(console, &error),
                 },
             ),
         }
@@ -59,6 +58,28 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
     // A thread that waits for a disk that hangs must not keep the laptop from going home.
     runtime.shutdown_background();
     end
+}
+
+/// The handover of a server, where the laptop was not started from its own system: then its disk is read first. Others stay as they are.
+async fn settled(console: &'static Console, handover: Handover) -> anyhow::Result<Handover> {
+    let read = move || {
+        Ok(match handover {
+            Handover::Once(once) => Handover::Server(Box::new(offline::once(console, *once)?)),
+            Handover::Search(search) => Handover::Server(Box::new(offline::search(console, *search)?)),
+            other => other,
+        })
+    };
+    tokio::task::spawn_blocking(read).await?
+}
+
+/// Says why, and that trying again would not help.
+fn gave_up(console: &Console, error: &anyhow::Error) -> RoleEnd {
+    console.error(&format!("{error:#}"));
+    // A thread that waits for a dead disk may keep this process from ending.
+    if let Some(custody) = Custody::inherited() {
+        let _ = custody.verdict(RoleEnd::GiveUp as u8);
+    }
+    RoleEnd::GiveUp
 }
 
 /// What the server's end means to PID 1.

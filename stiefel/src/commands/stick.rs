@@ -9,28 +9,35 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, RAMDISK};
 use stiefel_initrd_builder::stick::{self, StickOptions};
+use stiefel_server::collect;
 use stiefel_shared::handover::{ClientHandover, Handover, TargetHandover, ramdisk_cmdline};
 use stiefel_shared::key::{self, StickKey};
 use zeroize::Zeroizing;
 
-use super::{ask, config_or_default, mebibytes};
+use super::{ask, config_or_default, config_text, mebibytes};
 use crate::cli::StickArgs;
 
 /// Where keys are looked for by name.
 const KEYS: &str = "/etc/stiefel/keys";
 
 /// Writes a file, or after asking a device.
-pub(crate) fn stick(config: Option<&Path>, args: &StickArgs) -> anyhow::Result<()> {
+pub(crate) fn stick(path: Option<&Path>, args: &StickArgs) -> anyhow::Result<()> {
     let target = &args.target;
     let is_device = fs::metadata(target).is_ok_and(|meta| meta.file_type().is_block_device());
     if !is_device {
         stick::check_image_path(target, args.overwrite)?;
     }
-    let config = config_or_default(config)?;
+    let config = config_or_default(path)?;
     let manifest = Manifest::load(&args.ramdisk)
         .context("there is no ramdisk to put on the stick; run `stiefel build`, or name its folder with --ramdisk")?;
     manifest.verify(&args.ramdisk)?;
-    let handover = handover(args)?.to_cpio()?;
+    let handover = if args.laptop {
+        let text = config_text(path)?;
+        Handover::Search(Box::new(collect::search(Path::new("/"), &config, text, &manifest)?))
+    } else {
+        handover(args)?
+    };
+    let handover = handover.to_cpio()?;
     let options = StickOptions {
         kernel: args.ramdisk.join(KERNEL),
         ramdisk: args.ramdisk.join(RAMDISK),

@@ -7,7 +7,7 @@
 //! a second disk, which the laptop unpacks at its first start.
 
 use std::fs::{self, File};
-use std::io::BufWriter;
+use std::io::{BufWriter, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::overlay::Overlay;
@@ -377,4 +377,63 @@ pub fn plain_disk(path: &Path, size_mib: u32, fs_uuid: Option<&str>) -> Result<(
     let mut command = process::command("sgdisk").map_err(command_error(ACTION))?;
     command.args(["--clear", &format!("--new=1:{}:+{partition}M", ROOT_OFFSET / 512)]);
     process::run(command.arg(path)).map(drop).map_err(command_error(ACTION))
+}
+
+/// Makes an ext4 of `size_mib` at `to`, with the files of `folder`.
+///
+/// # Errors
+/// When the tool fails.
+pub fn ext4_of(folder: &Path, to: &Path, size_mib: u32) -> Result<(), DiskError> {
+    const ACTION: &str = "make a file system";
+    let mut command = process::command("mkfs.ext4").map_err(command_error(ACTION))?;
+    command.args(["-q", "-F", "-d"]).arg(folder).arg(to);
+    let made = process::run(command.arg(format!("{size_mib}M")));
+    made.map(drop).map_err(command_error(ACTION))
+}
+
+/// Makes a FAT32 of `size_mib` at `to`, in which the firmware finds `program`: an EFI system partition.
+///
+/// # Errors
+/// When a tool fails.
+pub fn esp_of(program: &Path, to: &Path, size_mib: u32) -> Result<(), DiskError> {
+    const ACTION: &str = "make an EFI system partition";
+    let run = |tool: &str, args: &[&str], file: Option<&Path>| {
+        let mut command = process::command(tool).map_err(command_error(ACTION))?;
+        command
+            .arg("-i")
+            .arg(to)
+            .args(args.iter().take(args.len() - 1))
+            .args(file);
+        command.args(args.last());
+        process::run(&mut command).map(drop).map_err(command_error(ACTION))
+    };
+    let sectors = (u64::from(size_mib) << 11).to_string();
+    run("mformat", &["-C", "-F", "-T", &sectors, "-v", "ESP", "::"], None)?;
+    run("mmd", &["::/EFI", "::/EFI/BOOT"], None)?;
+    run("mcopy", &["::/EFI/BOOT/BOOTX64.EFI"], Some(program))
+}
+
+/// Adds a partition with this content (whole MiB) to a disk's image, behind its others; where it begins, in bytes. `kind` is sgdisk's
+/// code for its type.
+///
+/// # Errors
+/// When a tool fails.
+pub fn add_partition(image: &Path, number: u32, content: &Path, kind: &str) -> Result<u64, DiskError> {
+    const ACTION: &str = "add a partition";
+    let length = |path: &Path| Ok::<_, DiskError>(fs::metadata(path).map_err(io_error("look at", path))?.len());
+    let start = length(image)?.next_multiple_of(TABLE_AT_END);
+    let bytes = length(content)?;
+    let copy = || {
+        let mut to = File::options().write(true).open(image)?;
+        to.set_len(start + bytes.next_multiple_of(TABLE_AT_END) + TABLE_AT_END)?;
+        to.seek(SeekFrom::Start(start))?;
+        std::io::copy(&mut File::open(content)?, &mut to).map(drop)
+    };
+    copy().map_err(io_error("fill", image))?;
+    let mut command = process::command("sgdisk").map_err(command_error(ACTION))?;
+    command.arg("--move-second-header");
+    command.arg(format!("--new={number}:{}:{}", start / 512, (start + bytes) / 512 - 1));
+    command.arg(format!("--typecode={number}:{kind}"));
+    process::run(command.arg(image)).map_err(command_error(ACTION))?;
+    Ok(start)
 }

@@ -70,6 +70,7 @@ impl Fixture {
             transport: DiskTransport::Nbd,
             session,
             grace: 900,
+            tickets: Vec::new(),
         };
         let console = Box::leak(Box::new(Console::open(dir.path(), dir.path())));
         let (tell, news) = mpsc::unbounded_channel();

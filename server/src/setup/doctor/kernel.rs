@@ -4,14 +4,16 @@ use std::path::{Path, PathBuf};
 
 use stiefel_initrd_builder::modules::{FIRMWARE_DIRS, ModuleTree, Selection};
 use stiefel_initrd_builder::ramdisk::KERNEL;
-use stiefel_shared::config::Auto;
+use stiefel_shared::config::{Auto, Method};
 use stiefel_shared::handover::{DiskTransport, Encryption};
 use stiefel_shared::kernel::release_in_header;
 
 use super::super::Package;
+use super::source::explain;
 use super::{Finding, Level, Patient};
 use crate::collect::STATE_DIR;
 use crate::guards::{self, Refusal};
+use crate::reboot;
 
 /// How many names of files are told.
 const NAMED: usize = 3;
@@ -28,17 +30,25 @@ pub(super) fn kexec(patient: &Patient) -> Vec<Finding> {
         )];
     }
     let kernel = ramdisk_kernel(patient);
-    let found = match guards::kexec::check(tree, &kernel) {
+    let refusal = guards::kexec::check(tree, &kernel);
+    if patient.config.trigger.method == Method::Reboot {
+        return vec![by_reboot(patient, refusal.is_none())];
+    }
+    let found = match refusal {
         Some(Refusal::NoKexec { why, next }) => {
             Finding::failure(CHECK, format!("this kernel starts no other: {why}"), {
                 let file = why
                     .contains("kexec_load_disabled")
                     .then(|| sysctl_file(patient))
                     .flatten();
-                file.map_or_else(
+                let mends = file.map_or_else(
                     || next.to_owned(),
                     |file| format!("sed -i '/kexec_load_disabled/d' {file} && reboot"),
-                )
+                );
+                match reboot::check(tree) {
+                    Ok(()) => format!("{mends}; or set trigger.method to reboot in config.yaml, then: stiefel install"),
+                    Err(_) => mends,
+                }
             })
         }
         Some(other) => Finding::failure(CHECK, other.to_string(), "see above"),
@@ -59,6 +69,40 @@ pub(super) fn kexec(patient: &Patient) -> Vec<Finding> {
         }
     };
     vec![found]
+}
+
+/// Whether the firmware can be told to start the ramdisk (`trigger.method: reboot`).
+fn by_reboot(patient: &Patient, kexec_works: bool) -> Finding {
+    const CHECK: &str = "reboot";
+    let reaches = |()| match (patient.machine.root.disks.as_slice(), &patient.payload) {
+        // What else there may be is told by the checks of disk and payload.
+        ([disk], Ok(payload)) if patient.config.boot.disk.given().is_none() => {
+            reboot::reaches(&patient.tree, disk, payload)
+        }
+        _ => Ok(()),
+    };
+    match reboot::check(&patient.tree).and_then(reaches) {
+        Ok(()) => {
+            let quicker = match kexec_works {
+                true => "; kexec would be quicker, if the adapters work after it",
+                false => "",
+            };
+            Finding::ok(
+                CHECK,
+                format!(
+                    "the firmware can start the ramdisk once; `stiefel serve --dry-run` tries all but that{quicker}"
+                ),
+            )
+        }
+        Err(error) => {
+            let (what, next) = explain(&error);
+            Finding::failure(
+                CHECK,
+                what,
+                next.unwrap_or_else(|| "stiefel serve --dry-run".to_owned()),
+            )
+        }
+    }
 }
 
 /// The kernel that is started, or will be once the ramdisk is built.

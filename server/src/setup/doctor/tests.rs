@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 
+use stiefel_initrd_builder::stick::DEFAULT_STUB;
 use stiefel_shared::config::{Config, EXAMPLE};
 
 use super::super::fixture::Fixture;
@@ -104,6 +105,55 @@ fn kexec_that_is_forbidden_is_told_with_the_file_that_forbids_it() {
         &["sed -i '/kexec_load_disabled/d' /etc/sysctl.d/60-x.conf && reboot"],
     );
     is(&Fixture::new(), "kexec", Level::Warning, &["no system runs"]);
+}
+
+#[test]
+fn where_kexec_is_forbidden_a_reboot_is_recommended_if_the_firmware_can_do_it() {
+    let laptop = Fixture::debian_luks_lvm();
+    laptop.write("/proc/sys/kernel/kexec_load_disabled", "1\n");
+    let kexec = |laptop: &Fixture| worst(laptop, "kexec").next.unwrap();
+    assert!(!kexec(&laptop).contains("trigger.method"));
+    laptop.efi("BootOrder-8be4df61-93ca-11d2-aa0d-00e098032b8c", &[0, 0]);
+    laptop.write(DEFAULT_STUB, "stub");
+    assert!(
+        kexec(&laptop).contains("trigger.method to reboot"),
+        "{}",
+        kexec(&laptop)
+    );
+
+    configure(&laptop, "trigger: {method: reboot}");
+    is(
+        &laptop,
+        "reboot",
+        Level::Failure,
+        &["no EFI system partition of nvme0n1"],
+    );
+    laptop.mount("259:2", "/boot/efi", "vfat", "/dev/nvme0n1p1");
+    laptop.write("/boot/efi/EFI/debian/grubx64.efi", "");
+    laptop.link(
+        "../../nvme0n1p1",
+        "/dev/disk/by-partuuid/00112233-4455-6677-8899-aabbccddeeff",
+    );
+    laptop.write("/sys/class/block/nvme0n1/queue/logical_block_size", "512\n");
+    laptop.write("/sys/class/block/nvme0n1p1/start", "2048\n");
+    laptop.write("/sys/class/block/nvme0n1p1/size", "1048576\n");
+    // The kernel is on the encrypted root.
+    is(
+        &laptop,
+        "reboot",
+        Level::Failure,
+        &["/ (ext4 on /dev/mapper/vg-root)", "/boot on a partition of its own"],
+    );
+    laptop.mount("259:3", "/boot", "ext2", "/dev/nvme0n1p2");
+    is(&laptop, "reboot", Level::Ok, &["start the ramdisk once"]);
+    laptop.remove(DEFAULT_STUB);
+    is(&laptop, "reboot", Level::Failure, &["no UEFI stub", "systemd-boot-efi"]);
+    laptop.efi("SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c", &[1]);
+    is(&laptop, "reboot", Level::Failure, &["Secure Boot is on", "not signed"]);
+    let bios = Fixture::debian_luks_lvm();
+    configure(&bios, "trigger: {method: reboot}");
+    bios.write("/proc/sys/kernel/kexec_load_disabled", "1\n");
+    is(&bios, "reboot", Level::Failure, &["BIOS", "trigger.method to kexec"]);
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod image;
 mod interlocks;
 mod journey;
 mod link;
+mod once;
 mod runner;
 mod setup;
 mod systems;
@@ -216,6 +217,18 @@ fn tests() -> Vec<Test> {
         target::reboot,
     );
     tests.add("keys_at_the_laptop_are_heard", faults::keys);
+    tests.add(
+        "laptop_of_one_activation_removes_its_image_and_serves_what_is_on_its_disk",
+        once::activation,
+    );
+    tests.long(
+        "laptop_started_from_its_own_stick_serves_what_is_on_its_disk",
+        once::search,
+    );
+    tests.long(
+        "laptop_that_leaves_by_a_reboot_serves_once_and_comes_home",
+        once::firmware,
+    );
     tests.add("ramdisk_reaches_its_role_in_256_mib", faults::small_memory);
     tests.0
 }

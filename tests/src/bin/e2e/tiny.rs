@@ -113,6 +113,7 @@ impl Server {
             transport: self.transport,
             session: self.session,
             grace: self.grace,
+            tickets: Vec::new(),
         }));
         let mut archive = cpio::Writer::new(handover.to_cpio()?.0.clone());
         archive.dir("stiefel/payload", 0o700)?;
@@ -149,7 +150,8 @@ pub(crate) fn client_without_nic(bench: &Bench, key: &StickKey) -> Result<VmBuil
     Ok(machine(bench, "desktop", &handover.0))
 }
 
-fn machine(bench: &Bench, name: &str, handover: &[u8]) -> VmBuilder {
+/// A machine with the ramdisk and this handover.
+pub(crate) fn machine(bench: &Bench, name: &str, handover: &[u8]) -> VmBuilder {
     let ramdisk = bench.kit.ramdisk();
     let cmdline = ramdisk_cmdline(&CONSOLE.join(" "));
     // For [`stiefel_tests::Vm::sysrq`].

@@ -153,15 +153,14 @@ fn ours(program: &Path, disk: &LaptopDisk, dir: &Path) -> Result<Contender, Fail
         }
         Ok(())
     };
-    let (ramdisk, keys, image) = (dir.join("ramdisk"), dir.join("keys"), dir.join("ours.img"));
+    let (ramdisk, image) = (dir.join("ramdisk"), dir.join("ours.img"));
     stiefel(
         &["build"],
         &[("--kernel", &kernel), ("--modules", &modules), ("--out", &ramdisk)],
     )?;
-    stiefel(&["key", "new", "stick"], &[("--dir", &keys)])?;
     let name = image.to_string_lossy().into_owned();
     let words = ["stick", "--target", "--open", "--cmdline", &CONSOLE.join(" "), &name];
-    stiefel(&words, &[("--ramdisk", &ramdisk), ("--key", &keys.join("stick.key"))])?;
+    stiefel(&words, &[("--ramdisk", &ramdisk)])?;
     let size = ["kernel", "ramdisk.cpio.zst"]
         .iter()
         .map(|file| Ok(std::fs::metadata(ramdisk.join(file))?.len()))

@@ -1,0 +1,184 @@
+//! The laptop's file systems, mounted so that nothing at all is written to its disk.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use stiefel_shared::handover::{VOLUMES, Volume};
+use stiefel_sys::block::{self, Disk};
+use stiefel_sys::console::Console;
+use stiefel_sys::module::Loader;
+use stiefel_sys::mount::{self, MountFlags};
+use stiefel_sys::shield;
+
+use crate::tree::Tree;
+
+/// File systems that are unmounted when this is dropped, the last one first.
+pub(super) struct Volumes<'a> {
+    console: &'a Console,
+    disk: &'a Disk,
+    mounted: Vec<PathBuf>,
+    /// One for each partition: btrfs takes a second one with the same content for a duplicate. They go away after the mounts.
+    devices: Vec<(u32, File, PathBuf)>,
+}
+
+impl<'a> Volumes<'a> {
+    /// Of this disk; loads what is needed for that.
+    pub(super) fn new(console: &'a Console, disk: &'a Disk) -> anyhow::Result<Self> {
+        load(&["loop"])?;
+        Ok(Self {
+            console,
+            disk,
+            mounted: Vec::new(),
+            devices: Vec::new(),
+        })
+    }
+
+    /// Mounts a volume at `point`, which may lie in another one; nothing on it can be run, and nothing is written.
+    pub(super) fn mount(&mut self, volume: &Volume, point: &Path) -> anyhow::Result<()> {
+        let known = VOLUMES.iter().find(|(fstype, _)| *fstype == volume.fstype);
+        let Some((fstype, without_journal)) = known else {
+            bail!("the ramdisk does not read the file system {}", volume.fstype);
+        };
+        load(&modules_of(fstype))?;
+        if !point.is_dir() {
+            mount::make_dir_all(point, 0o700)?;
+        }
+        let device = self.device(volume.partition)?;
+        let looped = device.display().to_string();
+        let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        let folder = subvolume(volume)?;
+        let try_with = |options: &[&str]| {
+            let options = Some(options.join(",")).filter(|options| !options.is_empty());
+            mount::mount(&looped, point, fstype, flags, options.as_deref())
+        };
+        let plain: Vec<&str> = folder.as_deref().into_iter().collect();
+        if let Err(error) = try_with(&plain) {
+            // On a device that cannot be written, a journal that is not empty is refused.
+            let Some(without_journal) = without_journal else {
+                return Err(error.into());
+            };
+            let options: Vec<&str> = plain.into_iter().chain([*without_journal]).collect();
+            try_with(&options)?;
+            self.console.warn(&format!(
+                "partition {} of {} was not unmounted in order when the laptop was used last; it is read as it is, without its \
+                 journal, so what is booted may be older than it should be. Start the laptop's own system once to mend that",
+                volume.partition,
+                self.disk.path.display()
+            ));
+        }
+        self.mounted.push(point.to_owned());
+        Ok(())
+    }
+
+    /// What cannot be written, over a partition.
+    fn device(&mut self, number: u32) -> anyhow::Result<PathBuf> {
+        if let Some((_, _, path)) = self.devices.iter().find(|(known, ..)| *known == number) {
+            return Ok(path.clone());
+        }
+        let device = partition(&Tree::new(Path::new("/")), &self.disk.name, number)?;
+        let file = File::open(&device).with_context(|| format!("cannot open {}", device.display()))?;
+        let (held, path) = shield::read_only(Path::new("/dev"), &device, block::logical_block_size(&file)?)?;
+        self.devices.push((number, held, path.clone()));
+        Ok(path)
+    }
+}
+
+impl Drop for Volumes<'_> {
+    fn drop(&mut self) {
+        for point in self.mounted.iter().rev() {
+            if let Err(error) = mount::unmount(point, false) {
+                self.console.warn(&format!("{error}; it stays mounted read-only"));
+            }
+        }
+    }
+}
+
+/// How a subvolume of btrfs is named; others have none.
+fn subvolume(volume: &Volume) -> anyhow::Result<Option<String>> {
+    if volume.fstype == "btrfs" {
+        ensure!(
+            volume.folder.starts_with('/') && !volume.folder.contains([',', '\0']),
+            "the subvolume {:?} cannot be mounted by name",
+            volume.folder
+        );
+        // Of the top, not of the default subvolume.
+        return Ok(Some(format!("subvol={}", volume.folder)));
+    }
+    ensure!(
+        volume.folder == "/",
+        "the folder {:?} of a {} cannot be mounted by itself",
+        volume.folder,
+        volume.fstype
+    );
+    Ok(None)
+}
+
+/// A file system's own module, and those that nothing names as its dependency.
+pub(super) fn modules_of(fstype: &str) -> Vec<&str> {
+    let besides: &[&str] = match fstype {
+        "vfat" => &["nls_cp437", "nls_ascii", "nls_iso8859_1", "nls_utf8"],
+        _ => &["crc32c_generic"],
+    };
+    besides.iter().copied().chain([fstype]).collect()
+}
+
+/// Loads modules; one that this kernel does not have is in it already, or it will be missed soon.
+pub(super) fn load(modules: &[&str]) -> anyhow::Result<()> {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut loader = Loader::open(&Path::new("/lib/modules").join(release), &[])?;
+    for module in modules {
+        // What is missed is said by who needs it.
+        let _ = loader.load(module);
+    }
+    Ok(())
+}
+
+/// The device of a disk's partition.
+pub(super) fn partition(tree: &Tree, disk: &str, number: u32) -> anyhow::Result<PathBuf> {
+    let folder = format!("/sys/block/{disk}");
+    let name = tree.names(&folder).into_iter().find(|name| {
+        let told = tree.line(format!("{folder}/{name}/partition"));
+        told.and_then(|told| told.parse().ok()) == Some(number)
+    });
+    let name = name.with_context(|| format!("the disk {disk} has no partition {number} any more"))?;
+    Ok(tree.path(Path::new("/dev").join(name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volume(fstype: &str, folder: &str) -> Volume {
+        Volume {
+            partition: 1,
+            fstype: fstype.into(),
+            folder: folder.into(),
+        }
+    }
+
+    #[test]
+    fn a_subvolume_is_named_from_the_top_and_nothing_else_can_be() {
+        let named = |fstype, folder| subvolume(&volume(fstype, folder)).ok();
+        assert_eq!(named("btrfs", "/"), Some(Some("subvol=/".into())));
+        assert_eq!(named("btrfs", "/@/boot"), Some(Some("subvol=/@/boot".into())));
+        assert_eq!(named("ext4", "/"), Some(None));
+        for (fstype, folder) in [("ext4", "/boot"), ("btrfs", "/a,exec"), ("btrfs", "a")] {
+            assert_eq!(named(fstype, folder), None, "{fstype} {folder}");
+        }
+    }
+
+    #[test]
+    fn a_partition_is_found_by_its_number_whatever_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, number) in [("nvme0n1p2", "2\n"), ("nvme0n1p10", "10\n"), ("queue", "")] {
+            let folder = dir.path().join("sys/block/nvme0n1").join(name);
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(folder.join("partition"), number).unwrap();
+        }
+        let tree = Tree::new(dir.path());
+        let found = |number| partition(&tree, "nvme0n1", number).ok();
+        assert_eq!(found(10), Some(dir.path().join("dev/nvme0n1p10")));
+        assert_eq!(found(1), None);
+    }
+}

@@ -1,0 +1,314 @@
+//! Leaving the OS by a reboot (`trigger.method: reboot`): for machines whose kernel starts no other, or whose devices do not survive that.
+//!
+//! The ramdisk is put as one unified kernel image on the EFI system partition, and the firmware is told to start it the next time, and
+//! only then (`BootNext`): a start that fails ends in the installed OS by itself. The image lies outside of the folders where boot loaders
+//! look for entries, so that none of them shows it, or takes it for its default. What is in it: `collect::once`. Counterpart:
+//! `crate::offline::once`, which takes it away again. Specification: docs/architecture.md, "Leaving by a reboot"; UEFI, 3.3 (`BootNext`).
+//!
+//! Refused: BIOS, Secure Boot (the image is not signed), an EFI system partition that others can read, that is on another disk, or has
+//! no room; a payload that the ramdisk could not read.
+
+mod esp;
+mod variables;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use stiefel_initrd_builder::stick::{self, DEFAULT_STUB, StickError, StickOptions};
+use stiefel_shared::handover::{Place, ramdisk_cmdline};
+use stiefel_shared::loader::efi;
+use stiefel_sys::wipe;
+use zeroize::Zeroizing;
+
+use crate::collect::{self, Collected, PlaceError};
+use crate::payload::FoundPayload;
+use crate::tree::Tree;
+use esp::Esp;
+
+/// The image's folder and name on the EFI system partition.
+const FOLDER: &str = "/EFI/stiefel";
+const IMAGE: &str = "/EFI/stiefel/once.efi";
+/// What the firmware's entry is called.
+const TITLE: &str = "stiefel (once)";
+/// What stays free on the EFI system partition, in bytes.
+const SPARE: u64 = 4 << 20;
+
+/// Why the laptop cannot leave by a reboot.
+#[derive(Debug, thiserror::Error)]
+pub enum RebootError {
+    /// Not started by EFI.
+    #[error(
+        "this laptop was started by BIOS, or the firmware's variables are not mounted; trigger.method: reboot needs UEFI\n  \
+         next: set trigger.method to kexec; or see `findmnt /sys/firmware/efi/efivars`"
+    )]
+    NoEfi,
+    /// The firmware would not start the image.
+    #[error(
+        "Secure Boot is on, and the one-time image is not signed: the firmware would not start it\n  \
+         next: turn Secure Boot off; or set trigger.method to kexec with the distribution's signed kernel as initrd.kernel"
+    )]
+    SecureBoot,
+    /// There is no stub.
+    #[error("there is no UEFI stub {stub}\n  next: install it (Debian: systemd-boot-efi; Arch, Fedora: systemd, systemd-boot)", stub = stub.display())]
+    NoStub {
+        /// Where it should be.
+        stub: PathBuf,
+    },
+    /// There is no EFI system partition.
+    #[error(
+        "no EFI system partition of {disk} with a GPT is mounted at /efi, /boot/efi or /boot\n  next: mount it (see /etc/fstab), or set trigger.method to kexec"
+    )]
+    NoEsp {
+        /// The served disk.
+        disk: String,
+    },
+    /// Others could read the keys.
+    #[error(
+        "all users of this laptop can read the EFI system partition at {point}, and the image for it holds keys\n  \
+         next: have umask=0077 among its options in /etc/fstab, then: umount {point} && mount {point}",
+        point = point.display()
+    )]
+    Open {
+        /// Where it is mounted.
+        point: PathBuf,
+    },
+    /// It is too full.
+    #[error(
+        "the EFI system partition at {point} has {free} MiB free, and the one-time image needs {needed} MiB\n  \
+         next: remove what is not needed there, or take fewer classes of `modules` in config.yaml and run `stiefel install`",
+        point = point.display()
+    )]
+    Space {
+        /// Where it is mounted.
+        point: PathBuf,
+        /// What is free, in MiB.
+        free: u64,
+        /// What is needed, in MiB.
+        needed: u64,
+    },
+    /// The ramdisk would not find a file.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The image cannot be put together.
+    #[error("the one-time image cannot be put together")]
+    Collect(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// As above: stub, kernel or ramdisk.
+    #[error("the one-time image cannot be put together")]
+    Image(#[from] StickError),
+    /// Writing failed.
+    #[error("{path} cannot be written\n  next: see whether its file system is read-only; after changing trigger.method run `stiefel install`", path = path.display())]
+    Write {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The firmware did not keep what was written.
+    #[error("the firmware did not keep the entry for one start\n  next: set trigger.method to kexec; see `efibootmgr`")]
+    NotKept,
+}
+
+/// Everything that is decided before anything is written. (Not shown by `Debug`: the program holds keys.)
+pub(crate) struct Plan {
+    tree: Tree,
+    esp: Esp,
+    program: Zeroizing<Vec<u8>>,
+    /// Number of modules for the desktop.
+    pub(crate) modules: usize,
+}
+
+/// Whether this system can be left by a reboot at all, as far as can be told without a payload.
+///
+/// # Errors
+/// [`RebootError::NoEfi`], [`RebootError::SecureBoot`], [`RebootError::NoStub`].
+pub(crate) fn check(tree: &Tree) -> Result<(), RebootError> {
+    if !tree.is_folder(variables::FOLDER) || tree.names(variables::FOLDER).is_empty() {
+        return Err(RebootError::NoEfi);
+    }
+    let secure = variables::read(tree, "SecureBoot").is_some_and(|bytes| efi::value(&bytes) == Some(&[1]));
+    if secure {
+        return Err(RebootError::SecureBoot);
+    }
+    let stub = tree.path(DEFAULT_STUB);
+    if !stub.is_file() {
+        return Err(RebootError::NoStub { stub });
+    }
+    Ok(())
+}
+
+/// Whether the ramdisk would find on `disk` (the kernel's name) what this payload is.
+///
+/// # Errors
+/// [`RebootError::NoEsp`], [`RebootError::Place`].
+pub(crate) fn reaches(tree: &Tree, disk: &str, payload: &FoundPayload) -> Result<(), RebootError> {
+    esp::find(tree, disk)?;
+    for piece in payload.initrds.iter().chain([&payload.kernel]) {
+        collect::place(tree, disk, piece)?;
+    }
+    Ok(())
+}
+
+impl Plan {
+    /// Checks, and puts the image together in memory. Words for the ramdisk's command line are `extra`.
+    ///
+    /// # Errors
+    /// [`RebootError`]; nothing was changed.
+    pub(crate) fn of(root: &Path, collected: &Collected, extra: &str) -> Result<Self, RebootError> {
+        let tree = Tree::new(root);
+        check(&tree)?;
+        let disk = collected.disk.file_name().unwrap_or_default().to_string_lossy();
+        let esp = esp::find(&tree, &disk)?;
+        let image = Place {
+            volume: esp.volume.clone(),
+            path: IMAGE.to_owned(),
+            range: None,
+        };
+        let once = collect::once(&tree, collected, image).map_err(|error| RebootError::Collect(error.into()))?;
+        let options = StickOptions {
+            kernel: collected.kernel.clone(),
+            ramdisk: collected.ramdisk.clone(),
+            handover: Zeroizing::new(once.archive.0.clone()),
+            cmdline: ramdisk_cmdline(extra),
+            stub: Some(tree.path(DEFAULT_STUB)),
+        };
+        let program = stick::program(&options)?;
+        let plan = Self {
+            tree,
+            esp,
+            program,
+            modules: once.modules,
+        };
+        plan.check_space()?;
+        Ok(plan)
+    }
+
+    /// The image's length in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.program.len() as u64
+    }
+
+    fn check_space(&self) -> Result<(), RebootError> {
+        let point = self.tree.path(&self.esp.point);
+        let Ok(found) = rustix::fs::statvfs(&point) else {
+            // Writing will tell.
+            return Ok(());
+        };
+        let free = found.f_bavail.saturating_mul(found.f_frsize);
+        room(free, self.size()).map_or(Ok(()), |needed| {
+            Err(RebootError::Space {
+                point,
+                free: free >> 20,
+                needed,
+            })
+        })
+    }
+
+    /// Writes the image and tells the firmware to start it once.
+    ///
+    /// # Errors
+    /// [`RebootError`]; what was written is taken back.
+    pub(crate) fn arm(&self) -> Result<(), RebootError> {
+        let armed = self.write_image().and_then(|()| {
+            let program = self.esp.program(IMAGE);
+            let option = efi::boot_option(TITLE, &program).ok_or(RebootError::NotKept)?;
+            variables::start_once(&self.tree, TITLE, &option)
+        });
+        if armed.is_err() {
+            self.disarm();
+        }
+        armed
+    }
+
+    /// Takes back what [`Self::arm`] has done, as far as it can; what is left, the next start of the service takes away.
+    pub(crate) fn disarm(&self) {
+        variables::cancel(&self.tree, TITLE);
+        let _ = crate::offline::take_away(&self.tree.path(&self.esp.point), IMAGE);
+    }
+
+    /// Written beside, synced, renamed; the secrets are written only once nobody else can read the file.
+    fn write_image(&self) -> Result<(), RebootError> {
+        let folder = self.tree.path(format!("{}{FOLDER}", self.esp.point));
+        let beside = folder.join("once.new");
+        let failed = |source| RebootError::Write {
+            path: beside.clone(),
+            source,
+        };
+        std::fs::create_dir_all(&folder).map_err(failed)?;
+        if beside.exists() {
+            wipe::written_file(&beside).map_err(failed)?;
+        }
+        let mut options = OpenOptions::new();
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&beside)
+            .map_err(failed)?;
+        let written = self.fill(&mut file).and_then(|()| {
+            let image = self.tree.path(format!("{}{IMAGE}", self.esp.point));
+            // Renaming over one that is left over would leave its keys in clusters that are free.
+            if image.exists() {
+                wipe::written_file(&image).map_err(failed)?;
+            }
+            std::fs::rename(&beside, image).map_err(failed)?;
+            File::open(&folder).and_then(|folder| folder.sync_all()).map_err(failed)
+        });
+        if written.is_err() {
+            let _ = wipe::written_file(&beside);
+        }
+        written
+    }
+
+    fn fill(&self, file: &mut File) -> Result<(), RebootError> {
+        let failed = |source| RebootError::Write {
+            path: self.tree.path(format!("{}{IMAGE}", self.esp.point)),
+            source,
+        };
+        // FAT has no permissions: its mount gives all files the same.
+        if file.metadata().map_err(failed)?.mode() & 0o077 != 0 {
+            return Err(RebootError::Open {
+                point: self.tree.path(&self.esp.point),
+            });
+        }
+        file.write_all(&self.program).map_err(failed)?;
+        file.sync_all().map_err(failed)
+    }
+}
+
+/// How many MiB an image of `size` bytes needs, if that is more than the bytes that are free.
+const fn room(free: u64, size: u64) -> Option<u64> {
+    let needed = size.saturating_add(SPARE);
+    if free >= needed {
+        None
+    } else {
+        Some(needed.div_ceil(1 << 20))
+    }
+}
+
+/// Takes away an image that the firmware has not started, and what tells it to; whether there was one. With `entry` also the entry that
+/// is kept for the next time.
+///
+/// # Errors
+/// Why it is still there.
+pub fn sweep(root: &Path, entry: bool) -> anyhow::Result<bool> {
+    let tree = Tree::new(root);
+    variables::cancel(&tree, TITLE);
+    if entry {
+        variables::forget(&tree, TITLE)?;
+    }
+    let mut found = false;
+    for point in esp::POINTS {
+        for name in [IMAGE, "/EFI/stiefel/once.new"] {
+            found |= crate::offline::take_away(&tree.path(point), name)?;
+        }
+        // Only if it is empty.
+        let _ = std::fs::remove_dir(tree.path(format!("{point}{FOLDER}")));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests;

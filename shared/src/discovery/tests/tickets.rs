@@ -1,0 +1,107 @@
+//! A stick and a laptop that has the key of one activation alone.
+
+use super::*;
+
+/// A laptop that has only the key of one activation, and its ticket.
+fn activated(now: Instant) -> (Responder, StickKey) {
+    let (ticket, key) = Ticket::issue(&key::tests::fixed(), UNIX).unwrap();
+    let (other, _) = Ticket::issue(&StickKey::generate("other").unwrap(), UNIX).unwrap();
+    let responder = Responder::new(std::slice::from_ref(&key), about(), State::Ready, now);
+    (responder.with_tickets(&[other, ticket]), key)
+}
+
+const UNIX: u64 = 1_800_000_000;
+
+#[test]
+fn a_stick_finds_a_laptop_of_one_activation_by_its_ticket() {
+    let now = Instant::now();
+    let (mut responder, key) = activated(now);
+    let mut seeker = Seeker::new(&key::tests::fixed());
+    // Each question gets one ticket, and one of two is this stick's.
+    let told: Vec<_> = (0..2)
+        .filter_map(|_| {
+            let discover = seeker.discover(now, 3).unwrap();
+            let answer = responder.receive(now, desktop(), &discover).unwrap();
+            assert_eq!((answer.datagram.len(), answer.woken), (DATAGRAM, None));
+            assert_eq!(seeker.receive(now, laptop(), &answer.datagram), None);
+            seeker.ticket(UNIX + 60, &answer.datagram)
+        })
+        .collect();
+    assert_eq!(told, [Told::Activation]);
+    let [activation] = seeker.activations()[..] else {
+        panic!()
+    };
+    let discover = seeker.discover_as(now, 3, Some(activation)).unwrap();
+    let answer = responder.receive(now, desktop(), &discover).unwrap();
+    let Some(Heard::Offer(offer)) = seeker.receive(now, laptop(), &answer.datagram) else {
+        panic!()
+    };
+    assert_eq!(offer.activation, Some(activation));
+    let offered = responder.offered(now, &desktop(), &offer.challenge).unwrap();
+    assert_eq!(offered.to_file(), key.to_file());
+    assert_eq!(
+        offered.to_file(),
+        key::tests::fixed().for_activation(&activation).to_file()
+    );
+}
+
+#[test]
+fn an_old_ticket_leads_to_no_question_and_a_known_one_says_nothing_new() {
+    let (ticket, _) = Ticket::issue(&key::tests::fixed(), UNIX).unwrap();
+    let mut seeker = Seeker::new(&key::tests::fixed());
+    let late = UNIX + TICKET_LIFETIME.as_secs() + 1;
+    assert_eq!(
+        seeker.ticket(late, ticket.datagram()),
+        Some(Told::OutOfDate { issued: UNIX })
+    );
+    assert!(seeker.activations().is_empty());
+    assert_eq!(seeker.ticket(UNIX, ticket.datagram()), Some(Told::Activation));
+    assert_eq!(seeker.ticket(UNIX, ticket.datagram()), None);
+    for _ in 0..10 {
+        let (ticket, _) = Ticket::issue(&key::tests::fixed(), UNIX).unwrap();
+        seeker.ticket(UNIX, ticket.datagram());
+    }
+    assert_eq!(seeker.activations().len(), 4);
+}
+
+#[test]
+fn who_holds_an_activations_key_answers_for_nothing_else() {
+    let now = Instant::now();
+    let (mut responder, _) = activated(now);
+    let mut seeker = Seeker::new(&key::tests::fixed());
+    let (ticket, _) = Ticket::issue(&key::tests::fixed(), UNIX).unwrap();
+    seeker.ticket(UNIX, ticket.datagram());
+    let [another] = seeker.activations()[..] else { panic!() };
+    // The laptop of one activation does not open what is asked of another, and answers by a ticket.
+    let discover = seeker.discover_as(now, 3, Some(another)).unwrap();
+    let answer = responder.receive(now, desktop(), &discover).unwrap();
+    assert_eq!(seeker.receive(now, laptop(), &answer.datagram), None);
+}
+
+#[test]
+fn tickets_are_shown_at_a_bounded_rate_for_discovers_only_and_leave_the_offers_alone() {
+    let now = Instant::now();
+    let (mut responder, key) = activated(now);
+    let mut stranger = Seeker::new(&StickKey::generate("stranger").unwrap());
+    let shown = (0..100)
+        .filter(|_| {
+            let discover = stranger.discover(now, 3).unwrap();
+            responder.receive(now, desktop(), &discover).is_some()
+        })
+        .count();
+    assert_eq!(shown, 20);
+    let mut honest = Seeker::new(&key);
+    let discover = honest.discover(now, 3).unwrap();
+    assert!(responder.receive(now, desktop(), &discover).is_some());
+    let later = now + Duration::from_secs(10);
+    for bytes in [&discover[1..], &[0; DATAGRAM], &[]] {
+        assert!(responder.receive(later, desktop(), bytes).is_none());
+    }
+    // A laptop with the sticks' own keys shows none.
+    let mut plain = Responder::new(std::slice::from_ref(&key), about(), State::Ready, now);
+    assert!(
+        plain
+            .receive(later, desktop(), &stranger.discover(later, 3).unwrap())
+            .is_none()
+    );
+}
