@@ -131,6 +131,9 @@ mod tests {
         let handover = Handover::Target(TargetHandover {
             keys: Vec::new(),
             open: false,
+            read_write: Vec::new(),
+            snapshot: false,
+            hostname: None,
         });
         let archive = archive(&handover, b"modules").unwrap();
         assert_eq!(archive.0.len() % 4, 0);
