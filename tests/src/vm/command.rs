@@ -213,8 +213,10 @@ fn virtio_disk(number: usize, disk: &Drive) -> [String; 4] {
 
 fn usb_stick(number: usize, stick: &Drive) -> [String; 4] {
     let id = format!("stick{number}");
+    // A kernel given by the host is 0.
+    let index = number + 1;
     let device = format!(
-        "usb-storage,drive={id},bus=xhci.0,serial={},bootindex={number},removable=on",
+        "usb-storage,drive={id},bus=xhci.0,serial={},bootindex={index},removable=on",
         stick.serial
     );
     ["-drive".to_owned(), drive(&id, stick), "-device".to_owned(), device]
@@ -270,7 +272,7 @@ mod tests {
         };
         let args = args(&VmBuilder::new("x").disk(disk).stick(Path::new("/st")));
         assert!(
-            args.contains("drive=stick0,bus=xhci.0,serial=stick0,bootindex=0,"),
+            args.contains("drive=stick0,bus=xhci.0,serial=stick0,bootindex=1,"),
             "{args}"
         );
         assert!(args.contains("bootindex=100"), "{args}");
