@@ -160,27 +160,42 @@ async fn ask(key: &StickKey, found: &Found, question: &Ask) -> anyhow::Result<Lo
     answer.with_context(|| format!("{} did not answer", found.hostname))
 }
 
+/// The interfaces to ask on; a cable that was just plugged in takes a moment, and is waited for until `end`.
+async fn usable(search: &Search<'_>, end: tokio::time::Instant) -> anyhow::Result<Vec<LinkEvent>> {
+    /// Between two looks.
+    const LOOK: Duration = Duration::from_millis(200);
+    loop {
+        let links = link::list()?.into_iter().filter(|link| {
+            let usual = search.interfaces.is_empty() && link.up && link.carrier && link.index != LOOPBACK;
+            usual || search.interfaces.contains(&link.name)
+        });
+        let events: Vec<_> = links
+            .map(|link| LinkEvent::Added {
+                index: link.index,
+                name: link.name,
+            })
+            .collect();
+        if !events.is_empty() {
+            return Ok(events);
+        }
+        if tokio::time::Instant::now() >= end {
+            bail!("there is no network interface to ask on; plug a cable in, or name one with --interface");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
 /// Searches for the whole patience, or until one is `enough`; each address once, with its newest offer.
 async fn machines(search: &Search<'_>, enough: impl Fn(&Found) -> bool) -> anyhow::Result<Vec<Found>> {
+    let end = tokio::time::Instant::now() + search.patience;
     let (tell, links) = mpsc::channel(256);
-    let mut any = false;
-    for link in link::list()? {
-        let named = search.interfaces.contains(&link.name);
-        let usual = search.interfaces.is_empty() && link.up && link.carrier && link.index != LOOPBACK;
-        if named || usual {
-            any = true;
-            let (index, name) = (link.index, link.name);
-            tell.send(LinkEvent::Added { index, name }).await?;
-        }
-    }
-    if !any {
-        bail!("there is no network interface to ask on; plug a cable in, or name one with --interface");
+    for event in usable(search, end).await? {
+        tell.send(event).await?;
     }
     let (report, mut events) = mpsc::channel(64);
     let key = search.key.clone();
     let searching = tokio::spawn(async move { discovery::run(&key, PORT, false, links, report).await });
     let mut machines: Vec<Found> = Vec::new();
-    let end = tokio::time::Instant::now() + search.patience;
     while let Ok(event) = tokio::time::timeout_at(end, events.recv()).await {
         let Some(event) = event else {
             // It ends by itself only with an error.

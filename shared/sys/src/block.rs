@@ -13,7 +13,8 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use crate::{mount, read};
+use crate::mount::{self, MountEntry};
+use crate::read;
 
 pub use contents::{Content, contents};
 pub use device::{discard, flush_buffers, logical_block_size, open_exclusive, reread_partitions, size, zero_out};
@@ -194,16 +195,21 @@ pub fn whole_disks_of(sysfs: &Path, procfs: &Path, path: &Path) -> Result<Vec<Di
     };
     let mut number = (rustix::fs::major(device), rustix::fs::minor(device));
     if number.0 == 0 {
-        // btrfs has a number of its own that leads nowhere; the table of mounts names a device.
+        // btrfs has numbers that lead nowhere, each subvolume another one than its mount's; the table of mounts names a device.
         let mounts = mount::read_mountinfo(procfs).map_err(|error| missing(io::Error::other(error)))?;
-        let of = mounts
-            .iter()
-            .find(|mount| mount.device == number && mount.source.starts_with("/dev/"));
-        let of = of.ok_or_else(|| missing(io::ErrorKind::NotFound.into()))?;
+        let of = mount_of(&mounts, &path.canonicalize().map_err(missing)?)
+            .filter(|mount| mount.source.starts_with("/dev/"))
+            .ok_or_else(|| missing(io::ErrorKind::NotFound.into()))?;
         let device = std::fs::metadata(&of.source).map_err(missing)?.rdev();
         number = (rustix::fs::major(device), rustix::fs::minor(device));
     }
     whole_disks_of_device(sysfs, number)
+}
+
+/// On which mount a path lies, which has no links in it: the innermost, and of several at one place the last.
+fn mount_of<'a>(mounts: &'a [MountEntry], path: &Path) -> Option<&'a MountEntry> {
+    let above = mounts.iter().filter(|mount| path.starts_with(&mount.mount_point));
+    above.max_by_key(|mount| mount.mount_point.components().count())
 }
 
 /// As [`whole_disks_of`], for the major and minor number of a block device.

@@ -123,3 +123,17 @@ fn proc_has_no_disk_below_it() {
     let error = whole_disks_of(Path::new(crate::SYSFS), Path::new(crate::PROCFS), Path::new("/proc")).unwrap_err();
     assert!(matches!(error, BlockError::NoDevice { .. }), "{error}");
 }
+
+#[test]
+fn a_subvolume_is_found_by_where_it_is_mounted_not_by_its_number() {
+    let mounts = mount::mountinfo(
+        b"22 1 0:25 /@ / rw - btrfs /dev/vda1 rw\n23 22 0:5 / /dev rw - devtmpfs udev rw\n\
+          24 22 0:25 /@home /home rw - btrfs /dev/vda1 rw\n25 22 0:31 / /home rw - tmpfs tmpfs rw\n",
+    );
+    let source = |path: &str| mount_of(&mounts, Path::new(path)).map(|mount| mount.source.as_str());
+    assert_eq!(source("/"), Some("/dev/vda1"));
+    assert_eq!(source("/homestead/x"), Some("/dev/vda1"));
+    // What is mounted over it hides it.
+    assert_eq!(source("/home/x"), Some("tmpfs"));
+    assert_eq!(mount_of(&[], Path::new("/")), None);
+}
