@@ -177,7 +177,8 @@ fn tests() -> Vec<Test> {
     );
     tests.long("btrfs_subvolumes_boot_by_dracut_and_come_home_clean", systems::btrfs);
     tests.long("xfs_root_boots_by_dracut_and_comes_home_clean", systems::xfs);
-    tests.add(
+    tests.add("package_sets_a_debian_up_and_leaves_no_trace", setup::short);
+    tests.long(
         "package_sets_a_debian_up_and_leaves_no_trace (ext4, initramfs-tools)",
         |bench| setup::plain(bench, "bookworm"),
     );
