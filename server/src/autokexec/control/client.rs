@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use super::{Answer, MAX_LINE, Notice, SOCKET};
 
 /// How long it may take until it is known what becomes of a wish: what is being collected is collected to its end.
-const PATIENCE: Duration = Duration::from_mins(2);
+pub(super) const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Why the service was not asked, or did not answer.
 #[derive(Debug, thiserror::Error)]

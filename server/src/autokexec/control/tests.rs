@@ -20,9 +20,13 @@ fn me() -> u32 {
 
 impl Door {
     fn open() -> Self {
+        Self::with(OUTCOME)
+    }
+
+    fn with(outcome: Duration) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("sessions")).unwrap();
-        let control = Control::new(&dir.path().join("sessions"));
+        let control = Control::with(&dir.path().join("sessions"), outcome);
         let (sender, wishes) = mpsc::channel();
         control
             .listen(&dir.path().join("run"), move |wish| sender.send(wish).unwrap())
@@ -78,6 +82,32 @@ fn a_wish_is_answered_when_it_is_known_what_becomes_of_it() {
         wish.answer.send(answer.clone()).unwrap();
         assert_eq!(asking.join().unwrap().unwrap(), answer);
     }
+}
+
+#[test]
+fn a_request_has_a_deadline_however_its_bytes_come() {
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(b"cancel\nwatch\n").unwrap();
+    let late = request(&mut ours, Instant::now()).unwrap_err();
+    assert_eq!(late.kind(), io::ErrorKind::TimedOut, "though bytes are there");
+    assert_eq!(request(&mut ours, Instant::now() + HUNG).unwrap(), b"cancel");
+    // Who has sent a part, and sends nothing more.
+    theirs.write_all(b"can").unwrap();
+    assert_eq!(request(&mut ours, Instant::now() + HUNG).unwrap(), b"watch");
+    assert!(request(&mut ours, Instant::now() + Duration::from_millis(50)).is_err());
+}
+
+#[test]
+fn who_wishes_waits_for_the_outcome_but_not_for_ever() {
+    let door = Door::with(Duration::from_millis(50));
+    let mut stream = UnixStream::connect(door.folder().join(SOCKET)).unwrap();
+    stream.set_read_timeout(Some(HUNG)).unwrap();
+    stream.write_all(b"cancel\n").unwrap();
+    let _unanswered = door.wishes.recv_timeout(HUNG).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    assert!(answer.is_empty(), "it is closed without an answer");
+    assert!(OUTCOME > client::PATIENCE, "who wishes gives up first");
 }
 
 #[test]
