@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::Receiver;
 
-use super::client::{ControlError, cancel_of, watch_of};
+use super::client::{ControlError, cancel_of, watch};
 use super::*;
 
 /// Only a missing message takes so long.
@@ -50,7 +50,7 @@ impl Door {
     fn watch(&self) -> (Receiver<Notice>, thread::JoinHandle<Result<(), ControlError>>) {
         let (sender, heard) = mpsc::channel();
         let (folder, before) = (self.folder(), self.control.lock().watchers.len());
-        let end = thread::spawn(move || watch_of(&folder, me(), |notice| sender.send(notice).is_ok()));
+        let end = thread::spawn(move || watch(&folder, me(), |notice| sender.send(notice).is_ok()));
         let begun = std::time::Instant::now();
         while self.control.lock().watchers.len() == before {
             assert!(begun.elapsed() < HUNG && !end.is_finished(), "it does not watch");
@@ -191,7 +191,7 @@ fn who_may_not_is_told_so() {
     fs::remove_file(door.dir.path().join(format!("sessions/{}", me()))).unwrap();
     assert!(matches!(cancel_of(&door.folder(), me()), Err(ControlError::Denied)));
     assert!(matches!(
-        watch_of(&door.folder(), me(), |_| true),
+        watch(&door.folder(), me(), |_| true),
         Err(ControlError::Denied)
     ));
     assert!(door.wishes.try_recv().is_err());
