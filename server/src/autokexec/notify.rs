@@ -87,12 +87,18 @@ fn listen(folder: &Path, owner: u32, again: Duration, sender: &Sender<Heard>) {
     let mut hear = || {
         let heard = |notice| sender.blocking_send(Heard::Notice(notice)).is_ok();
         match client::watch(folder, owner, heard) {
-            Ok(()) => said.clear(),
+            Ok(()) => {
+                said.clear();
+                true
+            }
             Err(ControlError::NotThere) => {
                 said.clear();
-                return false;
+                false
             }
-            Err(ControlError::Denied) => drop(sender.blocking_send(Heard::Denied)),
+            Err(ControlError::Denied) => {
+                let _ = sender.blocking_send(Heard::Denied);
+                false
+            }
             Err(error) => {
                 let text = reason(&error);
                 // Once, not at each try.
@@ -100,10 +106,9 @@ fn listen(folder: &Path, owner: u32, again: Duration, sender: &Sender<Heard>) {
                     eprintln!("{text}");
                     said = text;
                 }
-                return matches!(error, ControlError::Connection(_));
+                matches!(error, ControlError::Connection(_))
             }
         }
-        true
     };
     let changed = || {
         while hear() && !sender.is_closed() {
