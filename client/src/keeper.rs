@@ -92,9 +92,39 @@ pub(crate) fn start(place: Place) -> anyhow::Result<()> {
 #[must_use]
 pub fn run() -> std::process::ExitCode {
     let console = Arc::new(Console::open(&home("dev"), &home("proc")));
-    let Err(error) = Keeper::new(&console).map(|mut keeper| keeper.keep());
+    let Err(error) = begin(&console).map(|mut keeper| keeper.keep());
     console.error(&format!("there is no keeper of the link: {error:#}"));
     std::process::ExitCode::FAILURE
+}
+
+/// Everything that can fail; who waits for the keeper is told at its end.
+fn begin(console: &Arc<Console>) -> anyhow::Result<Keeper> {
+    let mut keeper = Keeper::new(console)?;
+    keeper.agree_on_packets();
+    outlive(console)?;
+    let mut stdout = std::io::stdout();
+    stdout
+        .write_all(&[READY])
+        .and_then(|()| stdout.flush())
+        .context("nobody waits for the keeper")?;
+    Ok(keeper)
+}
+
+/// Makes this process one that needs nothing of the root file system, and that nothing but SIGKILL ends.
+fn outlive(console: &Console) -> anyhow::Result<()> {
+    std::env::set_current_dir(home("sys")).context("cannot open sysfs")?;
+    if let Err(error) = process::never_wait_for_disks() {
+        console.warn(&format!(
+            "the keeper may wait for the disk when memory is short: {error}"
+        ));
+    }
+    process::lock_memory().context("cannot lock the keeper in memory")?;
+    if let Err(error) = process::oom_protect(&home("proc")) {
+        console.warn(&format!("the keeper can be killed when memory is short: {error}"));
+    }
+    // A terminal's hang-up or a stray signal must not end it.
+    process::ignore_signals(&[libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGPIPE])?;
+    Ok(())
 }
 
 fn home(name: &str) -> PathBuf {
@@ -163,7 +193,7 @@ impl Keeper {
             Transport::Nbd { .. } => Some(Watch::open()?),
             Transport::NvmeTcp { .. } => None,
         };
-        let mut keeper = Self {
+        Ok(Self {
             console: Arc::clone(console),
             mender: Mender::new(console, &session, &place, proc()?),
             firmware,
@@ -187,26 +217,7 @@ impl Keeper {
             mtu: 0,
             proc: proc()?,
             session,
-        };
-        keeper.agree_on_packets();
-        std::env::set_current_dir(home("sys")).context("cannot open sysfs")?;
-        if let Err(error) = process::never_wait_for_disks() {
-            console.warn(&format!(
-                "the keeper may wait for the disk when memory is short: {error}"
-            ));
-        }
-        process::lock_memory().context("cannot lock the keeper in memory")?;
-        if let Err(error) = process::oom_protect(&home("proc")) {
-            console.warn(&format!("the keeper can be killed when memory is short: {error}"));
-        }
-        // A terminal's hang-up or a stray signal must not end it; only SIGKILL does.
-        process::ignore_signals(&[libc::SIGHUP, libc::SIGINT, libc::SIGTERM, libc::SIGPIPE])?;
-        let mut stdout = std::io::stdout();
-        stdout
-            .write_all(&[READY])
-            .and_then(|()| stdout.flush())
-            .context("nobody waits for the keeper")?;
-        Ok(keeper)
+        })
     }
 
     /// Before the disk's connection is made, whose packets are as large as they may be at that moment.

@@ -206,23 +206,29 @@ impl Plan {
         })
     }
 
-    /// Writes the image and tells the firmware to start it once.
+    /// Writes the image and tells the firmware to start it once, unless `cancelled` meanwhile: asked between the two, and an error
+    /// is the end of it.
     ///
     /// # Errors
-    /// [`RebootError`]; what was written is taken back.
-    pub(crate) fn arm(&self) -> Result<(), RebootError> {
-        let armed = self.write_image().and_then(|()| {
+    /// [`RebootError`], or `cancelled`'s; what was written is taken back.
+    pub(crate) fn arm_unless<E: From<RebootError>>(&self, cancelled: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let start = || {
             let program = self.esp.program(IMAGE);
             let option = efi::boot_option(TITLE, &program).ok_or(RebootError::NotKept)?;
             variables::start_once(&self.tree, TITLE, &option)
-        });
+        };
+        let armed = self
+            .write_image()
+            .map_err(E::from)
+            .and_then(|()| cancelled())
+            .and_then(|()| start().map_err(E::from));
         if armed.is_err() {
             self.disarm();
         }
         armed
     }
 
-    /// Takes back what [`Self::arm`] has done, as far as it can; what is left, the next start of the service takes away.
+    /// Takes back what [`Self::arm_unless`] has done, as far as it can; what is left, the next start of the service takes away.
     pub(crate) fn disarm(&self) {
         variables::cancel(&self.tree, TITLE);
         let _ = crate::offline::take_away(&self.tree.path(&self.esp.point), IMAGE);

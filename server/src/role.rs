@@ -61,19 +61,7 @@ const SUPPLY: Duration = Duration::from_secs(10);
 /// What makes serving impossible: no disk, no port, a disk that could not be closed in order. The caller then goes back to
 /// the laptop's own OS.
 pub async fn run(console: &'static Console, handover: ServerHandover, status: fn(End) -> u8) -> anyhow::Result<End> {
-    let wanted = handover.disk.clone();
-    let disk = tokio::task::spawn_blocking(move || wait_for_disk(console, &wanted)).await??;
-    console.info(&format!("serving {} ({})", disk.path.display(), handover.disk));
-    let needed = needed_modules(&handover);
-    tokio::task::spawn_blocking(move || load(&needed)).await??;
-
-    if handover.session == SessionMode::Guest {
-        console.info(
-            "guest: nothing is kept. What desktops write stays in this laptop's memory; its disk is open read-only",
-        );
-    }
-    let names: Vec<&str> = handover.keys.iter().map(|key| key.name.as_str()).collect();
-    console.info(&format!("sticks with these keys may connect: {}", names.join(", ")));
+    prepare(console, &handover).await?;
     let about = About {
         hostname: handover.hostname.clone(),
         http_port: PORT,
@@ -82,22 +70,8 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
     let responder = Arc::new(Mutex::new(
         Responder::new(&handover.keys, about, State::Ready, Instant::now()).with_tickets(&handover.tickets),
     ));
-
-    let machine = Box::new(Laptop {
-        console,
-        identity: handover.disk.clone(),
-    });
     let keys = Arc::new(Keys::new(console));
-    let records = Records::new(Path::new(RECORD), Custody::inherited(), status);
-    let (tell, mut news) = mpsc::unbounded_channel();
-    let setup = Setup {
-        console,
-        machine,
-        person: Arc::<Keys>::clone(&keys),
-        records,
-        root: "/".into(),
-        news: tell,
-    };
+    let (setup, mut news) = setup(console, &handover, Arc::clone(&keys), status);
     let host = Arc::new(Host::new(setup, handover));
     let resumed = {
         let host = Arc::clone(&host);
@@ -134,6 +108,46 @@ pub async fn run(console: &'static Console, handover: ServerHandover, status: fn
             News::End(end) => Ok(end),
         },
     }
+}
+
+/// Waits for the disk, loads what serving it needs, and says who may have it.
+async fn prepare(console: &'static Console, handover: &ServerHandover) -> anyhow::Result<()> {
+    let wanted = handover.disk.clone();
+    let disk = tokio::task::spawn_blocking(move || wait_for_disk(console, &wanted)).await??;
+    console.info(&format!("serving {} ({})", disk.path.display(), handover.disk));
+    let needed = needed_modules(handover);
+    tokio::task::spawn_blocking(move || load(&needed)).await??;
+    if handover.session == SessionMode::Guest {
+        console.info(
+            "guest: nothing is kept. What desktops write stays in this laptop's memory; its disk is open read-only",
+        );
+    }
+    let names: Vec<&str> = handover.keys.iter().map(|key| key.name.as_str()).collect();
+    console.info(&format!("sticks with these keys may connect: {}", names.join(", ")));
+    Ok(())
+}
+
+/// What the host works with, and where its news come out.
+fn setup(
+    console: &'static Console,
+    handover: &ServerHandover,
+    person: Arc<Keys>,
+    status: fn(End) -> u8,
+) -> (Setup, mpsc::UnboundedReceiver<News>) {
+    let machine = Box::new(Laptop {
+        console,
+        identity: handover.disk.clone(),
+    });
+    let (tell, news) = mpsc::unbounded_channel();
+    let setup = Setup {
+        console,
+        machine,
+        person,
+        records: Records::new(Path::new(RECORD), Custody::inherited(), status),
+        root: "/".into(),
+        news: tell,
+    };
+    (setup, news)
 }
 
 /// Whether an earlier process, or this one, has left a session that could go on.

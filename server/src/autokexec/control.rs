@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{SendFlags, send, sockopt::socket_peercred};
 use serde::{Deserialize, Serialize};
@@ -36,8 +36,10 @@ const SOCKET: &str = "control";
 const MAX_OF_ONE: usize = 8;
 /// Connections of all users but root, who is never kept out by others.
 const MAX_OF_ALL: usize = 64;
-/// How long a request may take.
+/// How long a request may take in all, and one write of an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a wish may wait until it is known what becomes of it: a little longer than who wished waits.
+const OUTCOME: Duration = client::PATIENCE.saturating_add(Duration::from_secs(10));
 /// The longest request, in bytes.
 const MAX_REQUEST: usize = 16;
 /// The longest line that is sent, in bytes; longer reasons are cut.
@@ -110,6 +112,8 @@ pub(super) struct Control {
 struct Shared {
     /// logind's description of the sessions.
     sessions: PathBuf,
+    /// [`OUTCOME`].
+    outcome: Duration,
     state: Mutex<State>,
 }
 
@@ -124,9 +128,14 @@ struct State {
 impl Control {
     /// With nobody who watches, and no door yet.
     pub(super) fn new(sessions: &Path) -> Self {
+        Self::with(sessions, OUTCOME)
+    }
+
+    fn with(sessions: &Path, outcome: Duration) -> Self {
         Self {
             shared: Arc::new(Shared {
                 sessions: sessions.to_owned(),
+                outcome,
                 state: Mutex::default(),
             }),
         }
@@ -184,14 +193,14 @@ impl Control {
     }
 
     fn serve(&self, uid: u32, mut stream: UnixStream, wished: &dyn Fn(Wish)) -> io::Result<()> {
-        stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        match request(&mut stream)?.as_slice() {
+        match request(&mut stream, Instant::now() + PATIENCE)?.as_slice() {
             b"cancel" if self.may_cancel(uid) => {
                 let (answer, answered) = mpsc::channel();
                 wished(Wish { who: name(uid), answer });
-                // It is dropped unanswered when the service ends.
-                answered.recv().map_or(Ok(()), |answer| reply(&mut stream, answer))
+                // It is dropped unanswered when the service ends; who wished does not wait for ever, either.
+                let outcome = answered.recv_timeout(self.shared.outcome);
+                outcome.map_or(Ok(()), |answer| reply(&mut stream, answer))
             }
             b"watch" if self.may_watch(uid) => self.watch(stream),
             b"cancel" | b"watch" => reply(&mut stream, Answer::Denied),
@@ -292,11 +301,16 @@ fn bind(folder: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// What is asked for, without the line's end.
-fn request(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
+/// What is asked for, without the line's end; all of it must be there by then.
+fn request(stream: &mut UnixStream, deadline: Instant) -> io::Result<Vec<u8>> {
     let mut request = Vec::new();
     let mut byte = [0];
     while request.len() <= MAX_REQUEST {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
         stream.read_exact(&mut byte)?;
         if byte == *b"\n" {
             return Ok(request);

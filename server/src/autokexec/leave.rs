@@ -127,8 +127,7 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>, tell: &dyn 
     }
     let kernel = kernel(&collected.kernel)?;
     // Collecting took its time: an upgrade may have begun, or the NIC be gone.
-    not_cancelled(cancel)?;
-    guard(config)?;
+    last_look(cancel, || guard(config))?;
     tell(Step::Leaving);
     kexec_into(&kernel, image.initrd, &cmdline)
 }
@@ -180,10 +179,13 @@ fn by_reboot(
         ));
         return Ok(());
     }
-    not_cancelled(cancel)?;
-    guard(config)?;
-    tell(Step::Leaving);
-    plan.arm()?;
+    last_look(cancel, || guard(config))?;
+    plan.arm_unless(|| {
+        // Writing the image took its time.
+        not_cancelled(cancel)?;
+        tell(Step::Leaving);
+        Ok::<(), LeaveError>(())
+    })?;
     log::notice(format_args!(
         "leaving: the firmware starts the ramdisk next, the shutdown begins"
     ));
@@ -235,6 +237,13 @@ fn count_down(config: &Config, cancel: &Receiver<String>, tell: &dyn Fn(Step)) -
         Err(RecvTimeoutError::Timeout) => Ok(()),
         Err(RecvTimeoutError::Disconnected) => Err(service_ends()),
     }
+}
+
+/// Asks `guard`, which takes its time: what was cancelled before or meanwhile is not done.
+fn last_look(cancel: &Receiver<String>, guard: impl FnOnce() -> Result<(), LeaveError>) -> Result<(), LeaveError> {
+    not_cancelled(cancel)?;
+    guard()?;
+    not_cancelled(cancel)
 }
 
 fn not_cancelled(cancel: &Receiver<String>) -> Result<(), LeaveError> {
@@ -314,6 +323,18 @@ mod tests {
         assert_eq!(error.to_string(), "cancelled: the NIC was unplugged");
         drop(sender);
         assert!(not_cancelled(&receiver).is_err());
+    }
+
+    #[test]
+    fn what_is_cancelled_while_the_guards_are_asked_is_not_loaded() {
+        let (sender, receiver) = mpsc::channel();
+        last_look(&receiver, || Ok(())).unwrap();
+        let asked = || {
+            sender.send("by root".to_owned()).unwrap();
+            Ok(())
+        };
+        let error = last_look(&receiver, asked).unwrap_err();
+        assert_eq!(error.to_string(), "cancelled: by root");
     }
 
     #[test]

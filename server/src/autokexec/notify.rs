@@ -31,6 +31,8 @@ const OBJECT: &str = "/org/freedesktop/Notifications";
 const CANCEL: &str = "cancel";
 /// How long one call may take; nobody may show notifications here.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a service that has ended the connection, but may still be there, is left alone.
+const AGAIN: Duration = Duration::from_secs(5);
 /// Notices that wait to be shown.
 const WAITING: usize = 8;
 
@@ -66,7 +68,7 @@ pub fn notify() -> anyhow::Result<()> {
         let service = sender.clone();
         std::thread::Builder::new()
             .name("service".to_owned())
-            .spawn(move || listen(Path::new(FOLDER), &service))
+            .spawn(move || listen(Path::new(FOLDER), 0, AGAIN, &service))
             .context("cannot start a thread")?;
         Desk::new(bus)
             .await?
@@ -78,21 +80,39 @@ pub fn notify() -> anyhow::Result<()> {
     result
 }
 
-/// Hears the service, and waits for one where there is none, until nobody wants to hear it.
-fn listen(folder: &Path, sender: &Sender<Heard>) {
+/// Hears the service, which must be `owner`'s, and waits for one where there is none, until nobody wants to hear it. One that has
+/// ended the connection is tried again after `again`: where it stays, nothing in its folder changes.
+fn listen(folder: &Path, owner: u32, again: Duration, sender: &Sender<Heard>) {
     let mut said = String::new();
-    let changed = || {
-        match client::watch(folder, |notice| sender.blocking_send(Heard::Notice(notice)).is_ok()) {
-            Ok(()) | Err(ControlError::NotThere) => said.clear(),
-            Err(ControlError::Denied) => drop(sender.blocking_send(Heard::Denied)),
+    let mut hear = || {
+        let heard = |notice| sender.blocking_send(Heard::Notice(notice)).is_ok();
+        match client::watch(folder, owner, heard) {
+            Ok(()) => {
+                said.clear();
+                true
+            }
+            Err(ControlError::NotThere) => {
+                said.clear();
+                false
+            }
+            Err(ControlError::Denied) => {
+                let _ = sender.blocking_send(Heard::Denied);
+                false
+            }
             Err(error) => {
                 let text = reason(&error);
-                // Once, not at each change of the folder.
+                // Once, not at each try.
                 if said != text {
                     eprintln!("{text}");
                     said = text;
                 }
+                matches!(error, ControlError::Connection(_))
             }
+        }
+    };
+    let changed = || {
+        while hear() && !sender.is_closed() {
+            std::thread::sleep(again);
         }
         !sender.is_closed()
     };

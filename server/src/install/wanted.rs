@@ -114,26 +114,12 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
     let Configuration { text, is_new, .. } = configuration(tree, options.config.as_deref())?;
     let config = Config::parse(&text)?;
     let program = program(tree, options);
-    let unit = format!("/etc/systemd/system/{UNIT}");
-    let enabled = format!("/etc/systemd/system/multi-user.target.wants/{UNIT}");
     let mut wanted = vec![
         Wanted::folder(STATE_DIR, 0o755, Fate::Remove, "the ramdisk's folder"),
         Wanted::folder("/etc/stiefel", 0o755, Fate::Keep, "the configuration's folder"),
         Wanted::folder(KEYS_DIR, 0o700, Fate::Keep, "the keys' folder"),
-        Wanted::text(unit, UNIT_TEXT.replace(PROGRAM_WORD, program), "the service"),
-        Wanted::new(
-            enabled,
-            Content::Link("/etc/systemd/system/stiefel-autokexec.service"),
-            0o777,
-            Fate::RemoveUnchanged,
-            "starts the service at boot",
-        ),
-        Wanted::text(
-            AUTOSTART,
-            AUTOSTART_TEXT.replace(PROGRAM_WORD, program),
-            "says in graphical sessions when the laptop is about to leave",
-        ),
     ];
+    wanted.extend(service(program));
     if program == PROGRAM {
         let file = Content::File(options.program.clone());
         wanted.push(Wanted::new(PROGRAM, file, 0o755, Fate::Remove, "the program"));
@@ -157,14 +143,7 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
             "a first stick's key",
         ));
     }
-    if config.trigger.method == Method::Reboot {
-        let path = format!("/etc/systemd/system/{UNIT}.d/reboot.conf");
-        wanted.push(Wanted::text(
-            path,
-            REBOOT_TEXT,
-            "lets the service put the one-time image in its place",
-        ));
-    }
+    wanted.extend(reboot(config.trigger.method));
     wanted.extend(network::guards(&config.trigger));
     wanted.extend(updates::hooks(tree, program));
     wanted.extend(drivers::drop_ins(tree));
@@ -172,6 +151,36 @@ pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, Inst
         wanted.extend(ramdisk(folder)?);
     }
     Ok(wanted)
+}
+
+/// The service, what starts it, and what shows in graphical sessions what it says.
+fn service(program: &str) -> [Wanted; 3] {
+    [
+        Wanted::text(
+            format!("/etc/systemd/system/{UNIT}"),
+            UNIT_TEXT.replace(PROGRAM_WORD, program),
+            "the service",
+        ),
+        Wanted::new(
+            format!("/etc/systemd/system/multi-user.target.wants/{UNIT}"),
+            Content::Link("/etc/systemd/system/stiefel-autokexec.service"),
+            0o777,
+            Fate::RemoveUnchanged,
+            "starts the service at boot",
+        ),
+        Wanted::text(
+            AUTOSTART,
+            AUTOSTART_TEXT.replace(PROGRAM_WORD, program),
+            "says in graphical sessions when the laptop is about to leave",
+        ),
+    ]
+}
+
+/// What else the service may do, if it leaves by a reboot.
+fn reboot(method: Method) -> Option<Wanted> {
+    let path = format!("/etc/systemd/system/{UNIT}.d/reboot.conf");
+    let what = "lets the service put the one-time image in its place";
+    (method == Method::Reboot).then(|| Wanted::text(path, REBOOT_TEXT, what))
 }
 
 /// Where the program is started from: a package's own stays where it is.

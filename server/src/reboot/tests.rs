@@ -92,6 +92,13 @@ impl Laptop {
     }
 }
 
+impl Plan {
+    /// As where nobody cancels it.
+    fn arm(&self) -> Result<(), RebootError> {
+        self.arm_unless(|| Ok(()))
+    }
+}
+
 #[test]
 fn the_esp_is_found_with_what_the_firmware_knows_it_by() {
     let laptop = Laptop::new();
@@ -177,6 +184,19 @@ fn disarming_leaves_the_firmware_and_the_esp_as_they_were_but_for_the_entry() {
     assert_eq!(laptop.variables(), ["Boot0000", "BootOrder"]);
     assert!(!laptop.tree.path(format!("/boot/efi{FOLDER}")).exists());
     assert!(laptop.tree.path("/boot/efi/EFI/debian/grubx64.efi").exists());
+}
+
+#[test]
+fn what_is_cancelled_while_the_image_is_written_is_taken_back() {
+    let laptop = Laptop::new();
+    let armed = laptop.plan().arm_unless(|| {
+        assert!(laptop.image().exists(), "it is asked after the image was written");
+        assert_eq!(laptop.read("BootNext"), None, "and before the firmware is told");
+        Err(RebootError::NotKept)
+    });
+    assert!(armed.is_err());
+    assert!(!laptop.image().exists());
+    assert_eq!(laptop.read("BootNext"), None);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use super::{Answer, MAX_LINE, Notice, SOCKET};
 
 /// How long it may take until it is known what becomes of a wish: what is being collected is collected to its end.
-const PATIENCE: Duration = Duration::from_mins(2);
+pub(super) const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Why the service was not asked, or did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -54,14 +54,6 @@ pub fn cancel(folder: &Path) -> Result<Answer, ControlError> {
     cancel_of(folder, 0)
 }
 
-/// Calls `heard` with everything that the service below `folder` tells, until that ends or `heard` says `false`.
-///
-/// # Errors
-/// [`ControlError`]; a service that ends is no error.
-pub fn watch(folder: &Path, heard: impl FnMut(Notice) -> bool) -> Result<(), ControlError> {
-    watch_of(folder, 0, heard)
-}
-
 pub(super) fn cancel_of(folder: &Path, owner: u32) -> Result<Answer, ControlError> {
     let mut stream = ask(folder, owner, b"cancel\n")?;
     stream
@@ -75,7 +67,16 @@ pub(super) fn cancel_of(folder: &Path, owner: u32) -> Result<Answer, ControlErro
     }
 }
 
-pub(super) fn watch_of(folder: &Path, owner: u32, mut heard: impl FnMut(Notice) -> bool) -> Result<(), ControlError> {
+/// Calls `heard` with everything that the service below `folder`, which must be `owner`'s, tells, until that ends or `heard` says
+/// `false`.
+///
+/// # Errors
+/// [`ControlError`]; a service that ends is no error.
+pub(in crate::autokexec) fn watch(
+    folder: &Path,
+    owner: u32,
+    mut heard: impl FnMut(Notice) -> bool,
+) -> Result<(), ControlError> {
     #[derive(serde::Deserialize)]
     #[serde(untagged)]
     enum Said {

@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::Receiver;
 
-use super::client::{ControlError, cancel_of, watch_of};
+use super::client::{ControlError, cancel_of, watch};
 use super::*;
 
 /// Only a missing message takes so long.
@@ -20,9 +20,13 @@ fn me() -> u32 {
 
 impl Door {
     fn open() -> Self {
+        Self::with(OUTCOME)
+    }
+
+    fn with(outcome: Duration) -> Self {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("sessions")).unwrap();
-        let control = Control::new(&dir.path().join("sessions"));
+        let control = Control::with(&dir.path().join("sessions"), outcome);
         let (sender, wishes) = mpsc::channel();
         control
             .listen(&dir.path().join("run"), move |wish| sender.send(wish).unwrap())
@@ -46,7 +50,7 @@ impl Door {
     fn watch(&self) -> (Receiver<Notice>, thread::JoinHandle<Result<(), ControlError>>) {
         let (sender, heard) = mpsc::channel();
         let (folder, before) = (self.folder(), self.control.lock().watchers.len());
-        let end = thread::spawn(move || watch_of(&folder, me(), |notice| sender.send(notice).is_ok()));
+        let end = thread::spawn(move || watch(&folder, me(), |notice| sender.send(notice).is_ok()));
         let begun = std::time::Instant::now();
         while self.control.lock().watchers.len() == before {
             assert!(begun.elapsed() < HUNG && !end.is_finished(), "it does not watch");
@@ -78,6 +82,32 @@ fn a_wish_is_answered_when_it_is_known_what_becomes_of_it() {
         wish.answer.send(answer.clone()).unwrap();
         assert_eq!(asking.join().unwrap().unwrap(), answer);
     }
+}
+
+#[test]
+fn a_request_has_a_deadline_however_its_bytes_come() {
+    let (mut ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(b"cancel\nwatch\n").unwrap();
+    let late = request(&mut ours, Instant::now()).unwrap_err();
+    assert_eq!(late.kind(), io::ErrorKind::TimedOut, "though bytes are there");
+    assert_eq!(request(&mut ours, Instant::now() + HUNG).unwrap(), b"cancel");
+    // Who has sent a part, and sends nothing more.
+    theirs.write_all(b"can").unwrap();
+    assert_eq!(request(&mut ours, Instant::now() + HUNG).unwrap(), b"watch");
+    assert!(request(&mut ours, Instant::now() + Duration::from_millis(50)).is_err());
+}
+
+#[test]
+fn who_wishes_waits_for_the_outcome_but_not_for_ever() {
+    let door = Door::with(Duration::from_millis(50));
+    let mut stream = UnixStream::connect(door.folder().join(SOCKET)).unwrap();
+    stream.set_read_timeout(Some(HUNG)).unwrap();
+    stream.write_all(b"cancel\n").unwrap();
+    let _unanswered = door.wishes.recv_timeout(HUNG).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    assert!(answer.is_empty(), "it is closed without an answer");
+    assert!(OUTCOME > client::PATIENCE, "who wishes gives up first");
 }
 
 #[test]
@@ -161,7 +191,7 @@ fn who_may_not_is_told_so() {
     fs::remove_file(door.dir.path().join(format!("sessions/{}", me()))).unwrap();
     assert!(matches!(cancel_of(&door.folder(), me()), Err(ControlError::Denied)));
     assert!(matches!(
-        watch_of(&door.folder(), me(), |_| true),
+        watch(&door.folder(), me(), |_| true),
         Err(ControlError::Denied)
     ));
     assert!(door.wishes.try_recv().is_err());

@@ -1,6 +1,7 @@
 //! What is shown; and how, on a bus of our own, with somebody who shows notifications in the place of a desktop's shell.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
@@ -42,6 +43,26 @@ fn nothing_in_a_reason_is_taken_as_markup() {
         Shown::of(&Notice::Refused { why }).body,
         "&lt;b&gt;&amp;\"x\"&lt;/b&gt;\u{fffd}[0m\n  next: y"
     );
+}
+
+#[test]
+fn a_service_that_ends_the_connection_and_stays_is_heard_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let service = UnixListener::bind(dir.path().join("control")).unwrap();
+    let (sender, mut heard) = channel(WAITING);
+    let (folder, owner) = (dir.path().to_owned(), rustix::process::geteuid().as_raw());
+    std::thread::spawn(move || listen(&folder, owner, Duration::from_millis(10), &sender));
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(service.accept().unwrap());
+        let (mut again, _) = service.accept().unwrap();
+        let mut line = serde_json::to_vec(&countdown(10)).unwrap();
+        line.push(b'\n');
+        again.write_all(&line).unwrap();
+        tell.send(heard.blocking_recv()).ok().unwrap();
+    });
+    let told = told.recv_timeout(HUNG).expect("it is deaf");
+    assert!(matches!(told, Some(Heard::Notice(notice)) if notice == countdown(10)));
 }
 
 /// A session bus of our own.
