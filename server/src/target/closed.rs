@@ -118,7 +118,7 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
                 _ = look.tick() => {
                     desk.look(Instant::now());
                     desk.traffic(LOOK.as_secs()).iter().for_each(|words| eprintln!("stiefel: {words}"));
-                    if desk.borrowers() != show.borrowers {
+                    if desk.borrowers() != show.borrowers || show.grants.waits() {
                         show.update(options, &desk)?;
                     }
                 }
@@ -209,7 +209,9 @@ impl Shown {
     fn update(&mut self, options: &Options, desk: &Desk) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        for words in self.grants.look(&survey).iter().chain(&self.chosen.look(&survey)) {
+        let now = Instant::now();
+        let news = self.grants.look(&survey, now).into_iter();
+        for words in news.chain(self.chosen.look(&survey, now)) {
             eprintln!("stiefel: {words}");
         }
         let (wanted, left_out) = wanted(options, &self.chosen, &survey);

@@ -46,6 +46,14 @@ pub(super) struct OnOffer {
     pub(super) users: Vec<String>,
 }
 
+impl OnOffer {
+    /// Whether this can stay lent: it is the same disk, and if it is really written, that is still granted.
+    fn allows(&self, share: &Share) -> bool {
+        let writes = |mode: &Mode| matches!(mode, Mode::ReadWrite { .. });
+        self.source == share.source && (writes(&self.mode) || !writes(&share.mode))
+    }
+}
+
 /// A disk that is lent to somebody.
 struct LoanState {
     disk: String,
@@ -108,11 +116,7 @@ impl Desk {
             let mut state = self.lock();
             state.disks = disks.into_iter().map(|disk| (disk.names.key.clone(), disk)).collect();
             let State { disks, loans, .. } = &mut *state;
-            let stays = |loan: &LoanState| {
-                disks
-                    .get(&loan.disk)
-                    .is_some_and(|disk| disk.source == loan.share.source)
-            };
+            let stays = |loan: &LoanState| disks.get(&loan.disk).is_some_and(|disk| disk.allows(&loan.share));
             let names: Vec<String> = loans
                 .iter()
                 .filter(|(_, loan)| !stays(loan))
@@ -121,7 +125,7 @@ impl Desk {
             names
         };
         for name in gone {
-            self.end_aside(&name, "its disk has gone");
+            self.end_aside(&name, "its disk has gone, or must not be written any more");
         }
     }
 
@@ -313,7 +317,7 @@ impl Desk {
         };
         let mut state = self.lock();
         // Gone, or lent to another, while it was opened.
-        let still = state.disks.get(disk).is_some_and(|now| now.source == loan.share.source);
+        let still = state.disks.get(disk).is_some_and(|now| now.allows(&loan.share));
         let still = still && !state.withheld.contains(disk);
         let others = state.loans.values().filter(|other| other.disk == disk);
         let alone = others.fold(true, |alone, other| alone && !other.writable && !read_write);
@@ -524,3 +528,31 @@ impl SessionHost for Hosted {
 
 /// The desk as HTTP's host.
 pub(super) struct Hosted(pub(super) Arc<Desk>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_may_not_be_written_any_more_allows_no_loan_that_writes_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut disk = OnOffer {
+            source: Source::File {
+                path: file.path().to_owned(),
+                size: 1 << 20,
+            },
+            names: Names::of_file("m", "disk.img", &|_| false),
+            mode: Mode::ReadWrite { host: None },
+            users: Vec::new(),
+        };
+        let (written, _) = by_nbd(&disk, true).unwrap();
+        let (read, _) = by_nbd(&disk, false).unwrap();
+        assert!(disk.allows(&written) && disk.allows(&read));
+        disk.mode = Mode::Snapshot;
+        assert!(!disk.allows(&written) && disk.allows(&read));
+        let (thrown_away, _) = by_nbd(&disk, true).unwrap();
+        disk.mode = Mode::ReadOnly;
+        assert!(disk.allows(&thrown_away) && !disk.allows(&written));
+    }
+}
