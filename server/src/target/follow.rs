@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use stiefel_sys::block::Disk;
 
 use super::names::own_key;
-use super::pick::{Named, Survey};
+use super::pick::{Candidate, Named, Survey};
 use super::share::Source;
 
 /// How long an awaited disk has to be the only one of its name before it counts: at a start all disks come within a few seconds, in
@@ -48,7 +48,9 @@ enum To {
 #[derive(Debug, PartialEq, Eq)]
 struct Awaited {
     key: String,
-    /// The size in bytes of the first one that counted: another disk in its case is not it.
+    /// In bytes, if it was named.
+    size: Option<u64>,
+    /// That of the first one that counted: another disk in its case is not it.
     first: Option<u64>,
     /// The only one: its name here, its number, and since when.
     only: Option<(String, Option<u64>, Instant)>,
@@ -56,15 +58,23 @@ struct Awaited {
     counts: Option<bool>,
 }
 
+/// Why no awaited disk is meant any more.
+enum Lost {
+    /// There are several.
+    Several,
+    /// Nothing tells it from another disk in its case.
+    InACase,
+}
+
 impl Awaited {
-    /// Whether there are several.
-    fn look(&mut self, survey: &Survey, now: Instant) -> bool {
-        let disks = survey.disks.iter().map(|found| &found.disk);
-        let mut called = disks.filter(|disk| is_own(disk, &self.key, None));
+    fn look(&mut self, survey: &Survey, now: Instant) -> Result<(), Lost> {
+        let disks = survey.disks.iter();
+        let mut called = disks.filter(|found| is_own(&found.disk, &self.key, self.size));
         match (called.next(), called.next()) {
             (None, _) => self.only = None,
-            (Some(_), Some(_)) => return true,
-            (Some(only), None) => {
+            (Some(_), Some(_)) => return Err(Lost::Several),
+            (Some(found), None) if found.usb && self.size.is_none() => return Err(Lost::InACase),
+            (Some(Candidate { disk: only, .. }), None) => {
                 let before = self.only.take();
                 let since = before.filter(|(name, number, _)| *name == only.name && *number == only.sequence);
                 let since = since.map_or(now, |(_, _, since)| since);
@@ -73,7 +83,7 @@ impl Awaited {
                 self.only = Some((only.name.clone(), only.sequence, since));
             }
         }
-        false
+        Ok(())
     }
 
     fn is(&self, disk: &Disk) -> bool {
@@ -101,11 +111,12 @@ impl Followed {
         Some(Self::to(word, to))
     }
 
-    /// A disk that may come later, by the name that it has by itself.
-    pub(super) fn awaited(key: &str) -> Self {
+    /// A disk that may come later, by the name that it has by itself, and its size in bytes if that is known.
+    pub(super) fn awaited(key: &str, size: Option<u64>) -> Self {
         let awaited = Awaited {
             key: key.to_owned(),
-            first: None,
+            size,
+            first: size,
             only: None,
             counts: None,
         };
@@ -122,20 +133,21 @@ impl Followed {
         Self { word, to }
     }
 
-    pub(super) fn word(&self) -> &str {
-        &self.word
-    }
-
-    /// Looks at what is there; an answer means that there are several of its name now, and whether the one that was here before
-    /// is still meant.
-    pub(super) fn look(&mut self, survey: &Survey, now: Instant) -> Option<bool> {
+    /// Looks at what is there. What is to be said if that changes what is meant; `done` is what may be done with it.
+    pub(super) fn look(&mut self, survey: &Survey, now: Instant, done: &str) -> Option<String> {
+        let word = &self.word;
+        let none = format!("several disks are called {word}: none of them can be {done}");
         let (key, size, last) = match &mut self.to {
             To::Own { key, size, last } => (key, *size, last),
             To::Awaited(awaited) => {
-                let several = awaited.look(survey, now);
-                return several.then(|| {
-                    self.to = To::Nobody;
-                    false
+                let lost = awaited.look(survey, now).err()?;
+                self.to = To::Nobody;
+                return Some(match lost {
+                    Lost::Several => none,
+                    Lost::InACase => format!(
+                        "{word} is behind USB, and its serial number may be that of a case with another disk in it: it cannot be \
+                         {done}; name its size, too: {word}=BYTES (`lsblk --bytes`)"
+                    ),
                 });
             }
             _ => return None,
@@ -149,9 +161,15 @@ impl Followed {
                 None
             }
             (Some(_), Some(_)) => {
-                let kept = last.is_some();
-                self.to = last.map_or(To::Nobody, To::Plugged);
-                Some(kept)
+                let kept = last.map(To::Plugged);
+                let said = match &kept {
+                    None => none,
+                    Some(_) => format!(
+                        "several disks are called {word}: only the one that was here before can be {done}, until it is unplugged"
+                    ),
+                };
+                self.to = kept.unwrap_or(To::Nobody);
+                Some(said)
             }
         }
     }
@@ -205,14 +223,10 @@ impl Chosen {
 
     /// Follows the disks; what is to be said.
     pub(super) fn look(&mut self, survey: &Survey, now: Instant) -> Vec<String> {
-        let said = |followed: &mut Followed| {
-            let rest = match followed.look(survey, now)? {
-                false => "none of them is lent",
-                true => "only the one that was here before is lent, until it is unplugged",
-            };
-            Some(format!("several disks are called {}: {rest}", followed.word))
-        };
-        self.0.iter_mut().filter_map(said).collect()
+        let followed = self.0.iter_mut();
+        followed
+            .filter_map(|followed| followed.look(survey, now, "lent"))
+            .collect()
     }
 
     /// Whether a disk was named.
@@ -232,7 +246,6 @@ impl Chosen {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pick::Candidate;
     use super::*;
 
     fn disk(name: &str, serial: Option<&str>, sequence: Option<u64>) -> Disk {
@@ -257,6 +270,7 @@ mod tests {
         let candidate = |disk: &&Disk| Candidate {
             disk: (*disk).clone(),
             system: false,
+            usb: false,
             users: Vec::new(),
         };
         Survey {

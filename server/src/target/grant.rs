@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use stiefel_shared::handover::WritableDisk;
 
 use super::follow::Followed;
 use super::names::{Names, own_key};
@@ -37,7 +38,7 @@ impl Grants {
             let word = &writable.disk;
             let is_meant = |(source, names): &(&'a Source, &'a Names)| is_called(word, source, names);
             let disk = match lent.clone().find(is_meant) {
-                _ if options.awaited => Followed::awaited(word),
+                _ if options.awaited => Followed::awaited(word, writable.size),
                 Some((Source::Disk(disk), _)) => Followed::disk(word, disk, survey).with_context(|| {
                     format!(
                         "--read-write {word}: it has no serial number of its own, so another disk could be taken for it later (this \
@@ -58,14 +59,10 @@ impl Grants {
 
     /// Follows the disks; what is to be said.
     pub(super) fn look(&mut self, survey: &Survey, now: Instant) -> Vec<String> {
-        let said = |grant: &mut Grant| {
-            let rest = match grant.disk.look(survey, now)? {
-                false => "none of them can be written",
-                true => "only the one that was here before can be written, until it is unplugged",
-            };
-            Some(format!("several disks are called {}: {rest}", grant.disk.word()))
-        };
-        self.0.iter_mut().filter_map(said).collect()
+        let grants = self.0.iter_mut();
+        grants
+            .filter_map(|grant| grant.disk.look(survey, now, "written"))
+            .collect()
     }
 
     /// Whether a disk is there that it is too early to say of.
@@ -89,11 +86,11 @@ fn is_called(word: &str, source: &Source, names: &Names) -> bool {
         || by_path()
 }
 
-/// The name by which a disk of this running system is known after the next start, for the handover.
+/// By what a disk of this running system is known after the next start, for the handover.
 ///
 /// # Errors
 /// In words: it is not there, or has no name that stays.
-pub(super) fn lasting_name(word: &str, survey: &Survey) -> anyhow::Result<String> {
+pub(super) fn lasting(word: &str, survey: &Survey) -> anyhow::Result<WritableDisk> {
     let disks = survey.disks.iter().map(|found| &found.disk);
     let found = disks.clone().find(|disk| {
         let names = Names::of_disk("", disk, &|_| false);
@@ -108,7 +105,10 @@ pub(super) fn lasting_name(word: &str, survey: &Survey) -> anyhow::Result<String
         twins == 1,
         "--read-write {word}: several disks are called {key} and could not be told apart after the start"
     );
-    Ok(key)
+    Ok(WritableDisk {
+        name: key,
+        size: Some(disk.size),
+    })
 }
 
 #[cfg(test)]
@@ -142,6 +142,7 @@ mod tests {
         let candidate = |disk: &&Disk| Candidate {
             disk: (*disk).clone(),
             system: false,
+            usb: false,
             users: Vec::new(),
         };
         Survey {
@@ -151,8 +152,15 @@ mod tests {
     }
 
     fn grants(word: &str, awaited: bool, disks: &[&Disk]) -> anyhow::Result<Grants> {
+        sized(word, None, awaited, disks)
+    }
+
+    fn sized(word: &str, size: Option<u64>, awaited: bool, disks: &[&Disk]) -> anyhow::Result<Grants> {
         let options = Options {
-            writable: vec![word.parse().unwrap()],
+            writable: vec![Writable {
+                size,
+                ..word.parse().unwrap()
+            }],
             awaited,
             ..Options::default()
         };
@@ -285,12 +293,38 @@ mod tests {
     fn only_a_name_that_lasts_goes_into_the_handover() {
         let (own, none) = (disk("sda", Some("A1"), Some(1)), disk("sdb", None, Some(2)));
         let both = survey(&[&own, &none]);
-        assert_eq!(lasting_name("sda", &both).unwrap(), "usb-a1");
-        assert_eq!(lasting_name("usb-a1", &both).unwrap(), "usb-a1");
-        assert!(lasting_name("sdb", &both).is_err());
-        assert!(lasting_name("sdz", &both).is_err());
+        let expected = WritableDisk {
+            name: "usb-a1".to_owned(),
+            size: Some(own.size),
+        };
+        assert_eq!(lasting("sda", &both).unwrap(), expected);
+        assert_eq!(lasting("usb-a1", &both).unwrap(), expected);
+        assert!(lasting("sdb", &both).is_err());
+        assert!(lasting("sdz", &both).is_err());
         let twin = disk("sdc", Some("A1"), Some(3));
-        assert!(lasting_name("sda", &survey(&[&own, &twin])).is_err());
+        assert!(lasting("sda", &survey(&[&own, &twin])).is_err());
+    }
+
+    #[test]
+    fn an_awaited_disk_in_a_usb_case_is_written_only_where_its_size_was_named() {
+        let meant = disk("sdb", Some("CASE"), Some(2));
+        let mut other = disk("sdb", Some("CASE"), Some(3));
+        other.size *= 2;
+        let now = Instant::now();
+        let seen = |disk: &Disk, size: Option<u64>| {
+            let mut grants = sized("usb-case", size, true, &[]).unwrap();
+            let mut survey = survey(&[disk]);
+            survey.disks[0].usb = true;
+            let said: Vec<String> = [now, now + ALONE]
+                .iter()
+                .flat_map(|at| grants.look(&survey, *at))
+                .collect();
+            (may_write(&grants, disk), said.join("\n"))
+        };
+        assert_eq!(seen(&meant, Some(meant.size)), (true, String::new()));
+        assert_eq!(seen(&other, Some(meant.size)), (false, String::new()));
+        let (written, said) = seen(&meant, None);
+        assert!(!written && said.contains("usb-case=BYTES"), "{said}");
     }
 
     proptest! {

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use stiefel_shared::config::Config;
-use stiefel_shared::handover::{TargetHandover, ramdisk_cmdline};
+use stiefel_shared::handover::{TargetHandover, WritableDisk, ramdisk_cmdline};
 use stiefel_shared::key::StickKey;
 
 use super::names::Names;
@@ -83,12 +83,12 @@ fn handover(options: RebootOptions, survey: &Survey) -> anyhow::Result<TargetHan
         snapshot,
     } = options;
     let mut read_write = Vec::new();
-    for Writable { disk, host } in writable {
+    for Writable { disk, host, .. } in writable {
         anyhow::ensure!(
             host.is_none(),
             "--read-write {disk}: a host's NQN does not go along with --reboot; name the disk alone, it is written by NBD, or with a key"
         );
-        read_write.push(grant::lasting_name(&disk, survey)?);
+        read_write.push(grant::lasting(&disk, survey)?);
     }
     Ok(TargetHandover {
         keys: if open { Vec::new() } else { keys },
@@ -113,7 +113,8 @@ fn words(handover: &TargetHandover, survey: &Survey) -> String {
             // Of twins the second one is shown with the kernel's name; it has the same one in the ramdisk in most cases.
             &|_| false,
         );
-        let mode = match (handover.read_write.contains(&names.key), handover.snapshot) {
+        let is_named = |named: &WritableDisk| named.name == names.key && named.size == Some(found.disk.size);
+        let mode = match (handover.read_write.iter().any(is_named), handover.snapshot) {
             (true, _) => "READ-WRITE",
             (false, true) => "snapshot, writes are thrown away",
             (false, false) => "read-only",
@@ -160,7 +161,11 @@ mod tests {
     fn the_handover_names_disks_as_they_are_called_after_the_start() {
         let survey = survey();
         let handover = handover(options("sda"), &survey).unwrap();
-        assert_eq!(handover.read_write, ["a1"]);
+        let named = WritableDisk {
+            name: "a1".to_owned(),
+            size: Some(1 << 20),
+        };
+        assert_eq!(handover.read_write, [named]);
         assert_eq!(handover.keys.len(), 1);
         let said = words(&handover, &survey);
         assert!(said.contains("a1 (/dev/sda, 1 MiB): READ-WRITE"), "{said}");

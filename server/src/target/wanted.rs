@@ -19,7 +19,10 @@ pub(super) struct Wanted {
 /// Which disks are to be lent, and which are not, with the reason.
 pub(super) fn wanted(options: &Options, chosen: &Chosen, survey: &Survey) -> (Vec<Wanted>, Vec<LeftOut>) {
     let (mut wanted, mut left_out) = (Vec::new(), Vec::new());
-    for Candidate { disk, system, users } in &survey.disks {
+    for Candidate {
+        disk, system, users, ..
+    } in &survey.disks
+    {
         let by_name = chosen.has(disk);
         if !by_name && options.all == 0 {
             continue;
@@ -119,6 +122,7 @@ mod tests {
                 sequence: None,
             },
             system,
+            usb: false,
             users: Vec::new(),
         }
     }
