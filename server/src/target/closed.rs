@@ -23,7 +23,7 @@ use super::pick;
 use super::qr::{self, Room};
 use super::role::{Press, Sure};
 use super::run::{self, Event, LOOK, SETTLE, Signals};
-use super::wanted::{look_up, mode, wanted, with_names};
+use super::wanted::{Called, look_up, mode, wanted};
 use super::{Options, tunnel};
 use crate::nbd::{self, Limits, Server};
 use crate::tree::Tree;
@@ -185,6 +185,7 @@ fn follow_links() -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
 struct Shown {
     chosen: Chosen,
     grants: Grants,
+    called: Called,
     machine: String,
     hostname: String,
     text: String,
@@ -198,6 +199,7 @@ impl Shown {
         Ok(Self {
             chosen,
             grants,
+            called: Called::default(),
             machine: machine(&Tree::new(Path::new("/"))),
             hostname,
             text: String::new(),
@@ -215,14 +217,13 @@ impl Shown {
             eprintln!("stiefel: {words}");
         }
         let (wanted, left_out) = wanted(options, &self.chosen, &survey);
-        let on_offer = with_names(&self.machine, wanted)
-            .into_iter()
-            .map(|(want, names)| OnOffer {
-                mode: mode(options, &self.grants, &want.source),
-                source: want.source,
-                users: want.users,
-                names,
-            });
+        let named = self.called.with_names(&self.machine, wanted);
+        let on_offer = named.into_iter().map(|(want, names)| OnOffer {
+            mode: mode(options, &self.grants, &want.source),
+            source: want.source,
+            users: want.users,
+            names,
+        });
         let mut on_offer: Vec<OnOffer> = on_offer.collect();
         // In the order of the desk's names: the screen's numbers are the keys.
         on_offer.sort_by(|a, b| a.names.key.cmp(&b.names.key));

@@ -72,7 +72,8 @@ struct LoanState {
 #[derive(Default)]
 struct State {
     disks: BTreeMap<String, OnOffer>,
-    /// Disks that the person at the machine has taken back.
+    /// Disks that the person at the machine has taken back, by their names: a disk keeps its own while it is there, and is still
+    /// taken back when it is plugged in again.
     withheld: BTreeSet<String>,
     loans: BTreeMap<String, LoanState>,
 }

@@ -72,6 +72,18 @@ impl Source {
         }
     }
 
+    /// Whether this is what `earlier` was, though something about it may have changed: a disk that was not unplugged.
+    pub(super) fn is_still(&self, earlier: &Self) -> bool {
+        match (self, earlier) {
+            (Self::Disk(disk), Self::Disk(earlier)) => {
+                let numbered = disk.sequence.is_some() && disk.sequence == earlier.sequence;
+                (numbered && disk.name == earlier.name) || disk == earlier
+            }
+            (Self::File { path, .. }, Self::File { path: earlier, .. }) => path == earlier,
+            _ => false,
+        }
+    }
+
     pub(super) fn size(&self) -> u64 {
         match self {
             Self::Disk(disk) => disk.size,
