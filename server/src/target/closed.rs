@@ -78,18 +78,9 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
     let hostname = options.hostname.clone().unwrap_or_else(own);
     let nvme = !options.no_nvme && run::load_target().is_ok();
     let desk = Arc::new(Desk::new(hostname.clone(), nvme));
-    let gate: Arc<dyn nbd::Gate> = Arc::<Desk>::clone(&desk);
-    let listener = TcpListener::bind((std::net::Ipv6Addr::UNSPECIFIED, DISK_PORT))
-        .with_context(|| format!("cannot listen on TCP port {DISK_PORT} for the disks"))?;
-    let server = Arc::new(Server::start(listener, gate, Limits::default())?);
-    desk.serve_by(&server);
-    let about = About {
-        hostname: hostname.clone(),
-        http_port: PORT,
-        ready_in: 0,
-    };
-    let responder = Responder::new(keys, about, State::Lending, Instant::now());
-    let responder = Arc::new(Mutex::new(responder));
+    // As long as this function.
+    let _server = serve_disks(&desk)?;
+    let responder = answerer(keys, &hostname);
     let host = Arc::new(Hosted(Arc::clone(&desk)));
     let limits = http::Limits::default();
     let web = http::run(http::bind(PORT)?, host, Arc::clone(&responder), limits, Vec::new());
@@ -135,6 +126,26 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
     // In order also after an error: the kernel would go on serving by itself.
     let closed = tokio::task::spawn_blocking(move || desk.close()).await?;
     served.and(closed)
+}
+
+/// The NBD server for those to whom the desk has lent a disk.
+fn serve_disks(desk: &Arc<Desk>) -> anyhow::Result<Arc<Server>> {
+    let gate: Arc<dyn nbd::Gate> = Arc::<Desk>::clone(desk);
+    let listener = TcpListener::bind((std::net::Ipv6Addr::UNSPECIFIED, DISK_PORT))
+        .with_context(|| format!("cannot listen on TCP port {DISK_PORT} for the disks"))?;
+    let server = Arc::new(Server::start(listener, gate, Limits::default())?);
+    desk.serve_by(&server);
+    Ok(server)
+}
+
+/// Who answers the holders of a key.
+fn answerer(keys: &[StickKey], hostname: &str) -> Arc<Mutex<Responder>> {
+    let about = About {
+        hostname: hostname.to_owned(),
+        http_port: PORT,
+        ready_in: 0,
+    };
+    Arc::new(Mutex::new(Responder::new(keys, about, State::Lending, Instant::now())))
 }
 
 /// Takes away what a process of ours has left that was killed; our ports are bound, so none is alive.
