@@ -19,7 +19,9 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use gptman::{GPT, GPTPartitionEntry};
+use rustix::fs::OFlags;
 use stiefel_shared::cpio;
+use stiefel_sys::wipe;
 use zeroize::Zeroizing;
 
 use crate::uki::{self, Uki, UkiError};
@@ -63,6 +65,8 @@ pub struct StickReport {
     pub bytes: u64,
     /// Length of the EFI program.
     pub program_bytes: u64,
+    /// The file system did not keep a file's mode 0600 (FAT): others may read the key.
+    pub exposed: bool,
 }
 
 /// Gets how many bytes are written, of how many.
@@ -213,7 +217,7 @@ fn is_among_devices(folder: &Path) -> bool {
     folder.starts_with("/dev") || (devices.is_some() && file_system(&folder) == devices)
 }
 
-/// Writes an image file for the whole disk, 0600; an existing one only if `overwrite`. Needs neither root nor loop devices.
+/// Writes an image file for the whole disk, 0600; an existing one, which is wiped, only if `overwrite`. Needs neither root nor loop devices.
 ///
 /// # Errors
 /// See [`StickError`]. The file is written beside, synced and renamed: it is whole or not there.
@@ -225,14 +229,17 @@ pub fn write_image(
 ) -> Result<StickReport, StickError> {
     check_image_path(path, overwrite)?;
     let content = Content::new(options, esp::Sector::S512)?;
-    create(path, overwrite, |file, failed| {
+    let exposed = create(path, overwrite, |file, failed| {
         file.set_len(content.disk_bytes()).map_err(failed)?;
         content.write(file, path, progress)
     })?;
-    Ok(content.report())
+    Ok(StickReport {
+        exposed,
+        ..content.report()
+    })
 }
 
-/// Writes the EFI program alone, as one file, 0600; an existing one only if `overwrite`.
+/// Writes the EFI program alone, as one file, 0600; an existing one, which is wiped, only if `overwrite`.
 ///
 /// # Errors
 /// See [`StickError`]. The file is written beside, synced and renamed: it is whole or not there.
@@ -245,7 +252,7 @@ pub fn write_program(
     check_image_path(path, overwrite)?;
     let program = program(options)?;
     let total = program.len() as u64;
-    create(path, overwrite, |file, failed| {
+    let exposed = create(path, overwrite, |file, failed| {
         let mut done = 0;
         for chunk in program.chunks(CHUNK) {
             file.write_all(chunk).map_err(failed)?;
@@ -257,15 +264,16 @@ pub fn write_program(
     Ok(StickReport {
         bytes: total,
         program_bytes: total,
+        exposed,
     })
 }
 
-/// Lets `fill` write a file beside `path`, which also syncs it, and gives it its name.
+/// Lets `fill` write a file beside `path`, which also syncs it, and gives it its name; whether others can read it then.
 fn create(
     path: &Path,
     overwrite: bool,
     fill: impl FnOnce(&mut File, &dyn Fn(io::Error) -> StickError) -> Result<(), StickError>,
-) -> Result<(), StickError> {
+) -> Result<bool, StickError> {
     let failed = |source| StickError::Write {
         path: path.to_owned(),
         source,
@@ -277,6 +285,10 @@ fn create(
         .tempfile_in(dir)
         .map_err(failed)?;
     fill(file.as_file_mut(), &failed)?;
+    let mode = file.as_file().metadata().map_err(failed)?.mode();
+    if overwrite {
+        wipe_earlier(path).map_err(failed)?;
+    }
     let renamed = if overwrite {
         file.persist(path)
     } else {
@@ -286,7 +298,25 @@ fn create(
         io::ErrorKind::AlreadyExists => StickError::Exists { path: path.to_owned() },
         _ => failed(error.error),
     })?;
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+    Ok(mode & 0o077 != 0)
+}
+
+/// Takes an earlier file away, and the key in it off the disk. One that has another name, too, keeps its content for that.
+fn wipe_earlier(path: &Path) -> io::Result<()> {
+    // Another user may put a link in its place.
+    let flags = OFlags::NOFOLLOW.union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
+    let flags = i32::try_from(flags.bits()).unwrap_or_default();
+    let earlier = match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        earlier => earlier?,
+    };
+    let found = earlier.metadata()?;
+    if found.is_file() && found.nlink() == 1 {
+        wipe::opened(&earlier)?;
+    }
+    drop(earlier);
+    fs::remove_file(path)
 }
 
 /// Writes to a whole block device: all that was on it is lost. `shown` is what [`describe`] said and the user agreed to;
@@ -316,7 +346,7 @@ pub fn write_device(
         source,
     };
     // On a block device O_EXCL fails if anybody in the kernel has it: what was mounted since the check is not overwritten.
-    let flags = rustix::fs::OFlags::EXCL.union(rustix::fs::OFlags::CLOEXEC);
+    let flags = OFlags::EXCL.union(OFlags::CLOEXEC);
     let flags = i32::try_from(flags.bits()).unwrap_or_default();
     let mut device = OpenOptions::new()
         .read(true)
@@ -417,6 +447,7 @@ impl Content {
         StickReport {
             bytes: self.disk_bytes(),
             program_bytes: self.program_bytes,
+            exposed: false,
         }
     }
 

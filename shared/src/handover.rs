@@ -141,15 +141,26 @@ pub struct TargetHandover {
     /// Everybody may, in clear.
     #[serde(default)]
     pub open: bool,
-    /// The disks that one borrower may write, by the names that `stiefel target` lists them by.
+    /// The disks that one borrower may write.
     #[serde(default)]
-    pub read_write: Vec<String>,
+    pub read_write: Vec<WritableDisk>,
     /// All others can be written, too, but what is written is thrown away at the end.
     #[serde(default)]
     pub snapshot: bool,
     /// What the machine is called; `None` if that is not known.
     #[serde(default)]
     pub hostname: Option<String>,
+}
+
+/// A disk that may be written, told by one system to another in which it has to be found again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WritableDisk {
+    /// The name that `stiefel target` lists it by.
+    pub name: String,
+    /// In bytes; `None` if that is not known. It tells it from another disk in the same USB case.
+    #[serde(default)]
+    pub size: Option<u64>,
 }
 
 /// What the laptop's ramdisk is told by the laptop's OS.

@@ -1,6 +1,7 @@
 //! What the user types: parsed here, resolved against the machine in `commands`.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -9,6 +10,7 @@ use stiefel_server::autokexec;
 use stiefel_server::nbd::Upper;
 use stiefel_server::target::Writable;
 use stiefel_shared::config::ConfigError;
+use stiefel_shared::handover::WritableDisk;
 
 use crate::commands;
 
@@ -202,10 +204,11 @@ pub(crate) struct StickArgs {
     /// With --target: lend to everybody, in clear.
     #[arg(long, requires = "target_mode", conflicts_with = "key")]
     pub(crate) open: bool,
-    /// With --target: a disk that one borrower may write, by the name that `stiefel target` lists it by, such as ssd-980-s64d; may
-    /// be given several times.
-    #[arg(long, value_name = "NAME", requires = "target_mode", value_parser = target_disk)]
-    pub(crate) read_write: Vec<String>,
+    /// With --target: a disk that one borrower may write, by the name that `stiefel target` lists it by, such as ssd-980-s64d, and
+    /// its size in bytes; may be given several times. Without the size a disk behind USB is not written: its name may be that of a
+    /// case with another disk in it.
+    #[arg(long, value_name = "NAME[=BYTES]", requires = "target_mode", value_parser = target_disk)]
+    pub(crate) read_write: Vec<WritableDisk>,
     /// With --target: all other disks can be written, too; what is written is thrown away at the end.
     #[arg(long, requires = "target_mode")]
     pub(crate) snapshot: bool,
@@ -425,12 +428,21 @@ pub(crate) struct BakeArgs {
 }
 
 /// A disk's name as `stiefel target` lists it; not the kernel's, which may be another disk's on another machine.
-fn target_disk(name: &str) -> Result<String, String> {
+fn target_disk(text: &str) -> Result<WritableDisk, String> {
+    let (name, size) = match text.split_once('=') {
+        Some((name, size)) => (name, Some(size)),
+        None => (text, None),
+    };
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty() || name.len() > 80 || !name.chars().all(plain) {
         return Err("give the name that `stiefel target` lists, of lower-case letters, digits and dashes".to_owned());
     }
-    Ok(name.to_owned())
+    let size = size.map(str::parse::<NonZeroU64>).transpose();
+    let size = size.map_err(|error| format!("the size in bytes: {error}; `lsblk --bytes` shows it"))?;
+    Ok(WritableDisk {
+        name: name.to_owned(),
+        size: size.map(NonZeroU64::get),
+    })
 }
 
 /// Runs the user's command.
@@ -512,5 +524,21 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_disk_that_a_target_stick_may_write_has_a_name_and_perhaps_a_size() {
+        let disk = |name: &str, size| {
+            let name = name.to_owned();
+            Ok(WritableDisk { name, size })
+        };
+        assert_eq!(target_disk("ssd-980"), disk("ssd-980", None));
+        assert_eq!(
+            target_disk("usb-0123=500107862016"),
+            disk("usb-0123", Some(500_107_862_016))
+        );
+        for wrong in ["", "=1", "Usb", "usb=", "usb=0", "usb=1G", "usb=-1"] {
+            assert!(target_disk(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -247,3 +247,36 @@ fn other_programs_agree() {
         );
     }
 }
+
+#[test]
+fn what_is_replaced_is_wiped_unless_it_has_another_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("target.efi");
+    let replace = || create(&path, true, |file, failed| file.write_all(b"new").map_err(failed)).unwrap();
+    fs::write(&path, [7; 10_000]).unwrap();
+    let mut open = File::open(&path).unwrap();
+    replace();
+    let mut left = Vec::new();
+    open.read_to_end(&mut left).unwrap();
+    assert_eq!((left, fs::read(&path).unwrap()), (vec![0; 10_000], b"new".to_vec()));
+    let other = dir.path().join("other");
+    fs::hard_link(&path, &other).unwrap();
+    replace();
+    assert_eq!(fs::read(&other).unwrap(), b"new");
+    // A link that was put there meanwhile.
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(&other, &path).unwrap();
+    assert!(create(&path, true, |_, _| Ok(())).is_err());
+    assert_eq!(fs::read(&other).unwrap(), b"new");
+}
+
+#[test]
+fn a_file_that_others_can_read_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(!create(&dir.path().join("private"), false, |_, _| Ok(())).unwrap());
+    // As on FAT, which has one mode for all files.
+    let as_on_fat = |file: &mut File, failed: &dyn Fn(io::Error) -> StickError| {
+        file.set_permissions(fs::Permissions::from_mode(0o755)).map_err(failed)
+    };
+    assert!(create(&dir.path().join("on-fat"), false, as_on_fat).unwrap());
+}

@@ -196,14 +196,19 @@ fn by_reboot(
     begun
 }
 
-/// Asks the guards.
-pub(crate) fn guard(config: &Config) -> Result<(), LeaveError> {
+/// Asks the guards, of the configured way out.
+fn guard(config: &Config) -> Result<(), LeaveError> {
+    guard_by(Path::new("/"), config, config.trigger.method)
+}
+
+/// Asks the guards of the system below `root`, whatever way out is configured.
+pub(crate) fn guard_by(root: &Path, config: &Config, method: Method) -> Result<(), LeaveError> {
     let kernel = Path::new(STATE_DIR).join(stiefel_initrd_builder::ramdisk::KERNEL);
-    let by_kexec = config.trigger.method == Method::Kexec;
+    let by_kexec = method == Method::Kexec;
     if !by_kexec {
-        reboot::check(&Tree::new(Path::new("/")))?;
+        reboot::check(&Tree::new(root))?;
     }
-    let refusals = guards::check(Path::new("/"), config.trigger.battery.0, by_kexec.then_some(&kernel));
+    let refusals = guards::check(root, config.trigger.battery.0, by_kexec.then_some(&kernel));
     if refusals.is_empty() {
         Ok(())
     } else {

@@ -51,7 +51,7 @@ mod tests {
     use std::io::Read;
     use stiefel_initrd_builder::ramdisk::MANIFEST;
     use stiefel_shared::cpio;
-    use stiefel_shared::handover::HANDOVER_PATH;
+    use stiefel_shared::handover::{HANDOVER_PATH, WritableDisk};
     use stiefel_shared::key::StickKey;
 
     /// A system with a ramdisk in its place.
@@ -76,11 +76,18 @@ mod tests {
         dir
     }
 
+    fn ssd() -> WritableDisk {
+        WritableDisk {
+            name: "ssd-980".to_owned(),
+            size: Some(1 << 40),
+        }
+    }
+
     fn handover(open: bool) -> TargetHandover {
         TargetHandover {
             keys: vec![StickKey::generate("stick").unwrap()],
             open,
-            read_write: vec!["ssd-980".to_owned()],
+            read_write: vec![ssd()],
             snapshot: true,
             hostname: Some("laptop".to_owned()),
         }
@@ -102,7 +109,7 @@ mod tests {
             panic!("another role");
         };
         assert_eq!((told.keys.len(), told.open, told.snapshot), (1, false, true));
-        assert_eq!(told.read_write, ["ssd-980"]);
+        assert_eq!(told.read_write, [ssd()]);
     }
 
     #[test]

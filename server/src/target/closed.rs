@@ -23,7 +23,7 @@ use super::pick;
 use super::qr::{self, Room};
 use super::role::{Press, Sure};
 use super::run::{self, Event, LOOK, SETTLE, Signals};
-use super::wanted::{look_up, mode, wanted, with_names};
+use super::wanted::{Called, look_up, mode, wanted};
 use super::{Options, tunnel};
 use crate::nbd::{self, Limits, Server};
 use crate::tree::Tree;
@@ -76,20 +76,12 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
     run::watch(&tell)?;
     let own = || rustix::system::uname().nodename().to_string_lossy().into_owned();
     let hostname = options.hostname.clone().unwrap_or_else(own);
+    run::load(&["wireguard"]);
     let nvme = !options.no_nvme && run::load_target().is_ok();
     let desk = Arc::new(Desk::new(hostname.clone(), nvme));
-    let gate: Arc<dyn nbd::Gate> = Arc::<Desk>::clone(&desk);
-    let listener = TcpListener::bind((std::net::Ipv6Addr::UNSPECIFIED, DISK_PORT))
-        .with_context(|| format!("cannot listen on TCP port {DISK_PORT} for the disks"))?;
-    let server = Arc::new(Server::start(listener, gate, Limits::default())?);
-    desk.serve_by(&server);
-    let about = About {
-        hostname: hostname.clone(),
-        http_port: PORT,
-        ready_in: 0,
-    };
-    let responder = Responder::new(keys, about, State::Lending, Instant::now());
-    let responder = Arc::new(Mutex::new(responder));
+    // As long as this function.
+    let _server = serve_disks(&desk)?;
+    let responder = answerer(keys, &hostname);
     let host = Arc::new(Hosted(Arc::clone(&desk)));
     let limits = http::Limits::default();
     let web = http::run(http::bind(PORT)?, host, Arc::clone(&responder), limits, Vec::new());
@@ -118,7 +110,7 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
                 _ = look.tick() => {
                     desk.look(Instant::now());
                     desk.traffic(LOOK.as_secs()).iter().for_each(|words| eprintln!("stiefel: {words}"));
-                    if desk.borrowers() != show.borrowers {
+                    if desk.borrowers() != show.borrowers || show.grants.waits() {
                         show.update(options, &desk)?;
                     }
                 }
@@ -135,6 +127,26 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
     // In order also after an error: the kernel would go on serving by itself.
     let closed = tokio::task::spawn_blocking(move || desk.close()).await?;
     served.and(closed)
+}
+
+/// The NBD server for those to whom the desk has lent a disk.
+fn serve_disks(desk: &Arc<Desk>) -> anyhow::Result<Arc<Server>> {
+    let gate: Arc<dyn nbd::Gate> = Arc::<Desk>::clone(desk);
+    let listener = TcpListener::bind((std::net::Ipv6Addr::UNSPECIFIED, DISK_PORT))
+        .with_context(|| format!("cannot listen on TCP port {DISK_PORT} for the disks"))?;
+    let server = Arc::new(Server::start(listener, gate, Limits::default())?);
+    desk.serve_by(&server);
+    Ok(server)
+}
+
+/// Who answers the holders of a key.
+fn answerer(keys: &[StickKey], hostname: &str) -> Arc<Mutex<Responder>> {
+    let about = About {
+        hostname: hostname.to_owned(),
+        http_port: PORT,
+        ready_in: 0,
+    };
+    Arc::new(Mutex::new(Responder::new(keys, about, State::Lending, Instant::now())))
 }
 
 /// Takes away what a process of ours has left that was killed; our ports are bound, so none is alive.
@@ -185,6 +197,7 @@ fn follow_links() -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
 struct Shown {
     chosen: Chosen,
     grants: Grants,
+    called: Called,
     machine: String,
     hostname: String,
     text: String,
@@ -198,6 +211,7 @@ impl Shown {
         Ok(Self {
             chosen,
             grants,
+            called: Called::default(),
             machine: machine(&Tree::new(Path::new("/"))),
             hostname,
             text: String::new(),
@@ -209,18 +223,19 @@ impl Shown {
     fn update(&mut self, options: &Options, desk: &Desk) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        for words in self.grants.look(&survey).iter().chain(&self.chosen.look(&survey)) {
+        let now = Instant::now();
+        let news = self.grants.look(&survey, now).into_iter();
+        for words in news.chain(self.chosen.look(&survey, now)) {
             eprintln!("stiefel: {words}");
         }
         let (wanted, left_out) = wanted(options, &self.chosen, &survey);
-        let on_offer = with_names(&self.machine, wanted)
-            .into_iter()
-            .map(|(want, names)| OnOffer {
-                mode: mode(options, &self.grants, &want.source),
-                source: want.source,
-                users: want.users,
-                names,
-            });
+        let named = self.called.with_names(&self.machine, wanted);
+        let on_offer = named.into_iter().map(|(want, names)| OnOffer {
+            mode: mode(options, &self.grants, &want.source),
+            source: want.source,
+            users: want.users,
+            names,
+        });
         let mut on_offer: Vec<OnOffer> = on_offer.collect();
         // In the order of the desk's names: the screen's numbers are the keys.
         on_offer.sort_by(|a, b| a.names.key.cmp(&b.names.key));

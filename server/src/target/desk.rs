@@ -46,6 +46,14 @@ pub(super) struct OnOffer {
     pub(super) users: Vec<String>,
 }
 
+impl OnOffer {
+    /// Whether this can stay lent: it is the same disk, and if it is really written, that is still granted.
+    fn allows(&self, share: &Share) -> bool {
+        let writes = |mode: &Mode| matches!(mode, Mode::ReadWrite { .. });
+        self.source == share.source && (writes(&self.mode) || !writes(&share.mode))
+    }
+}
+
 /// A disk that is lent to somebody.
 struct LoanState {
     disk: String,
@@ -64,9 +72,18 @@ struct LoanState {
 #[derive(Default)]
 struct State {
     disks: BTreeMap<String, OnOffer>,
-    /// Disks that the person at the machine has taken back.
+    /// Disks that the person at the machine has taken back, by their names: a disk keeps its own while it is there, and is still
+    /// taken back when it is plugged in again.
     withheld: BTreeSet<String>,
     loans: BTreeMap<String, LoanState>,
+}
+
+impl State {
+    /// Whether who has the disk leaves room for one more: a writer is alone.
+    fn admits(&self, disk: &str, read_write: bool) -> bool {
+        let mut others = self.loans.values().filter(|loan| loan.disk == disk);
+        others.all(|other| !other.writable && !read_write)
+    }
 }
 
 /// Who decides about loans.
@@ -108,11 +125,7 @@ impl Desk {
             let mut state = self.lock();
             state.disks = disks.into_iter().map(|disk| (disk.names.key.clone(), disk)).collect();
             let State { disks, loans, .. } = &mut *state;
-            let stays = |loan: &LoanState| {
-                disks
-                    .get(&loan.disk)
-                    .is_some_and(|disk| disk.source == loan.share.source)
-            };
+            let stays = |loan: &LoanState| disks.get(&loan.disk).is_some_and(|disk| disk.allows(&loan.share));
             let names: Vec<String> = loans
                 .iter()
                 .filter(|(_, loan)| !stays(loan))
@@ -121,7 +134,7 @@ impl Desk {
             names
         };
         for name in gone {
-            self.end_aside(&name, "its disk has gone");
+            self.end_aside(&name, "its disk has gone, or must not be written any more");
         }
     }
 
@@ -243,46 +256,9 @@ impl Desk {
     }
 
     fn attach(&self, begin: &Begin, disk: &str, read_write: bool, nvme: bool) -> anyhow::Result<Loan> {
-        let on_offer = {
-            let state = self.lock();
-            anyhow::ensure!(
-                state.loans.len() < MAX_LOANS,
-                "too many disks are lent already; detach one"
-            );
-            let on_offer = state
-                .disks
-                .get(disk)
-                .filter(|_| !state.withheld.contains(disk))
-                .cloned();
-            let on_offer = on_offer.ok_or_else(|| anyhow::anyhow!("there is no disk {disk}; list them again"))?;
-            let others: Vec<&LoanState> = state.loans.values().filter(|loan| loan.disk == disk).collect();
-            let written = others.iter().any(|loan| loan.writable);
-            anyhow::ensure!(
-                !written && (!read_write || others.is_empty()),
-                "{disk} is lent already, and one that is written is for one alone; detach it there first"
-            );
-            on_offer
-        };
-        anyhow::ensure!(
-            !read_write || on_offer.mode != Mode::ReadOnly,
-            "{disk} is lent for reading only; whoever sits there must start `stiefel target` with --read-write {disk}"
-        );
+        let on_offer = self.free(disk, read_write)?;
         let session = begin.session.to_string();
-        let by_nbd_only = on_offer.mode == Mode::Snapshot || matches!(on_offer.source, Source::File { .. });
-        let nvme = nvme && self.nvme && !(read_write && by_nbd_only);
-        let place = match nvme {
-            // Without one it comes by NBD.
-            true => Namespace::new()
-                .inspect_err(|error| eprintln!("stiefel: no NVMe for this loan: {error}"))
-                .ok(),
-            false => None,
-        };
-        let nvme = place.is_some();
-        let (tunnel, link) = Tunnel::make(GRACE.as_secs(), place)?;
-        let (share, transport) = match nvme {
-            true => tunnel.inside(|| self.by_nvme(&on_offer, &session, read_write, &link))?,
-            false => by_nbd(&on_offer, read_write)?,
-        };
+        let (tunnel, link, share, transport) = self.open(&on_offer, &session, read_write, nvme)?;
         let control = ControlKey::generate()?;
         let lent = Lent {
             hostname: self.hostname.clone(),
@@ -311,19 +287,69 @@ impl Desk {
             heard: (0, Instant::now()),
             told: Stats::default(),
         };
-        let mut state = self.lock();
-        // Gone, or lent to another, while it was opened.
-        let still = state.disks.get(disk).is_some_and(|now| now.source == loan.share.source);
-        let still = still && !state.withheld.contains(disk);
-        let others = state.loans.values().filter(|other| other.disk == disk);
-        let alone = others.fold(true, |alone, other| alone && !other.writable && !read_write);
-        if !still || !alone {
-            drop(state);
-            close(loan, None)?;
-            anyhow::bail!("{disk} has changed while it was opened; try again");
-        }
-        state.loans.insert(session, loan);
+        self.enter(session, loan)?;
         Ok(Loan::Attached(Box::new(lent)))
+    }
+
+    /// A disk that can be lent so now.
+    fn free(&self, disk: &str, read_write: bool) -> anyhow::Result<OnOffer> {
+        let state = self.lock();
+        anyhow::ensure!(
+            state.loans.len() < MAX_LOANS,
+            "too many disks are lent already; detach one"
+        );
+        let on_offer = state.disks.get(disk).filter(|_| !state.withheld.contains(disk));
+        let on_offer = on_offer.ok_or_else(|| anyhow::anyhow!("there is no disk {disk}; list them again"))?;
+        anyhow::ensure!(
+            state.admits(disk, read_write),
+            "{disk} is lent already, and one that is written is for one alone; detach it there first"
+        );
+        anyhow::ensure!(
+            !read_write || on_offer.mode != Mode::ReadOnly,
+            "{disk} is lent for reading only; whoever sits there must start `stiefel target` with --read-write {disk}"
+        );
+        Ok(on_offer.clone())
+    }
+
+    /// Makes a tunnel, and opens the disk for whoever is at its end.
+    fn open(
+        &self,
+        on_offer: &OnOffer,
+        session: &str,
+        read_write: bool,
+        nvme: bool,
+    ) -> anyhow::Result<(Tunnel, LinkOffer, Share, Transport)> {
+        let by_nbd_only = on_offer.mode == Mode::Snapshot || matches!(on_offer.source, Source::File { .. });
+        let nvme = nvme && self.nvme && !(read_write && by_nbd_only);
+        let place = match nvme {
+            // Without one it comes by NBD.
+            true => Namespace::new()
+                .inspect_err(|error| eprintln!("stiefel: no NVMe for this loan: {error}"))
+                .ok(),
+            false => None,
+        };
+        let nvme = place.is_some();
+        let (tunnel, link) = Tunnel::make(GRACE.as_secs(), place)?;
+        let (share, transport) = match nvme {
+            true => tunnel.inside(|| self.by_nvme(on_offer, session, read_write, &link))?,
+            false => by_nbd(on_offer, read_write)?,
+        };
+        Ok((tunnel, link, share, transport))
+    }
+
+    /// Enters a loan, unless its disk has gone, or was lent to another, while it was opened.
+    fn enter(&self, session: String, loan: LoanState) -> anyhow::Result<()> {
+        let mut state = self.lock();
+        let disk = &loan.disk;
+        let still = state.disks.get(disk).is_some_and(|now| now.allows(&loan.share));
+        if still && !state.withheld.contains(disk) && state.admits(disk, loan.writable) {
+            state.loans.insert(session, loan);
+            return Ok(());
+        }
+        drop(state);
+        let disk = disk.clone();
+        close(loan, None)?;
+        anyhow::bail!("{disk} has changed while it was opened; try again")
     }
 
     /// What it publishes listens in the network namespace of the calling thread.
@@ -524,3 +550,36 @@ impl SessionHost for Hosted {
 
 /// The desk as HTTP's host.
 pub(super) struct Hosted(pub(super) Arc<Desk>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_may_not_be_written_any_more_allows_no_loan_that_writes_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut disk = OnOffer {
+            source: Source::File {
+                path: file.path().to_owned(),
+                size: 1 << 20,
+            },
+            names: Names::of_file("m", "disk.img", &|_| false),
+            mode: Mode::ReadWrite { host: None },
+            users: Vec::new(),
+        };
+        let granted = Mode::ReadWrite { host: None };
+        for (mode, writes, then, stays) in [
+            (&granted, true, &granted, true),
+            (&granted, true, &Mode::ReadOnly, false),
+            (&granted, true, &Mode::Snapshot, false),
+            (&granted, false, &Mode::ReadOnly, true),
+            (&Mode::Snapshot, true, &Mode::ReadOnly, true),
+        ] {
+            disk.mode = mode.clone();
+            let (lent, _) = by_nbd(&disk, writes).unwrap();
+            disk.mode = then.clone();
+            assert_eq!(disk.allows(&lent), stays, "{mode:?} {writes} {then:?}");
+        }
+    }
+}

@@ -2,15 +2,20 @@
 //!
 //! It is known by the name that it has by itself (model, serial number or world-wide name) and its size, wherever it is plugged
 //! in; one that has no such name, or shares it with another, only until it is unplugged. So a disk that comes later is never
-//! taken for one of two twins.
+//! taken for one of two twins. One that is named before it is there may be any that comes: see [`Awaited`].
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use stiefel_sys::block::Disk;
 
 use super::names::own_key;
-use super::pick::{Named, Survey};
+use super::pick::{Candidate, Named, Survey};
 use super::share::Source;
+
+/// How long an awaited disk has to be the only one of its name before it counts: at a start all disks come within a few seconds, in
+/// any order.
+pub(super) const ALONE: Duration = Duration::from_secs(5);
 
 /// What the user named.
 #[derive(Debug)]
@@ -22,12 +27,13 @@ pub(super) struct Followed {
 
 #[derive(Debug, PartialEq, Eq)]
 enum To {
-    /// The only disk that calls itself so; `size` in bytes, if it was there when it was named; `last` is its latest number.
+    /// The only disk that calls itself so and has this size in bytes; `last` is its latest number.
     Own {
         key: String,
-        size: Option<u64>,
+        size: u64,
         last: Option<u64>,
     },
+    Awaited(Awaited),
     /// What has this number, until it is unplugged.
     Plugged(u64),
     /// What the kernel calls so.
@@ -35,6 +41,56 @@ enum To {
     File(PathBuf),
     /// Nothing any more.
     Nobody,
+}
+
+/// A disk that was named before it was there: the only one of its name, once it has been that for [`ALONE`], each time anew.
+/// With a second one nobody knows which was meant, so it is neither.
+#[derive(Debug, PartialEq, Eq)]
+struct Awaited {
+    key: String,
+    /// In bytes, if it was named.
+    size: Option<u64>,
+    /// That of the first one that counted: another disk in its case is not it.
+    first: Option<u64>,
+    /// The only one: its name here, its number, and since when.
+    only: Option<(String, Option<u64>, Instant)>,
+    /// Whether it counts; `None` if that is too early to say.
+    counts: Option<bool>,
+}
+
+/// Why no awaited disk is meant any more.
+enum Lost {
+    /// There are several.
+    Several,
+    /// Nothing tells it from another disk in its case.
+    InACase,
+}
+
+impl Awaited {
+    fn look(&mut self, survey: &Survey, now: Instant) -> Result<(), Lost> {
+        let disks = survey.disks.iter();
+        let mut called = disks.filter(|found| is_own(&found.disk, &self.key, self.size));
+        match (called.next(), called.next()) {
+            (None, _) => self.only = None,
+            (Some(_), Some(_)) => return Err(Lost::Several),
+            (Some(found), None) if found.usb && self.size.is_none() => return Err(Lost::InACase),
+            (Some(Candidate { disk: only, .. }), None) => {
+                let before = self.only.take();
+                let since = before.filter(|(name, number, _)| *name == only.name && *number == only.sequence);
+                let since = since.map_or(now, |(_, _, since)| since);
+                let waited = now.saturating_duration_since(since) >= ALONE;
+                self.counts = waited.then(|| *self.first.get_or_insert(only.size) == only.size);
+                self.only = Some((only.name.clone(), only.sequence, since));
+            }
+        }
+        Ok(())
+    }
+
+    fn is(&self, disk: &Disk) -> bool {
+        let only = self.only.as_ref();
+        let is_only = only.is_some_and(|(name, number, _)| *name == disk.name && *number == disk.sequence);
+        is_only && self.counts == Some(true) && is_own(disk, &self.key, self.first)
+    }
 }
 
 impl Followed {
@@ -47,7 +103,7 @@ impl Followed {
         let to = match own_key(disk).filter(|key| !twins(key)) {
             Some(key) => To::Own {
                 key,
-                size: Some(disk.size),
+                size: disk.size,
                 last: disk.sequence,
             },
             None => To::Plugged(disk.sequence?),
@@ -55,14 +111,16 @@ impl Followed {
         Some(Self::to(word, to))
     }
 
-    /// A disk that may come later, by the name that it has by itself.
-    pub(super) fn awaited(key: &str) -> Self {
-        let own = To::Own {
+    /// A disk that may come later, by the name that it has by itself, and its size in bytes if that is known.
+    pub(super) fn awaited(key: &str, size: Option<u64>) -> Self {
+        let awaited = Awaited {
             key: key.to_owned(),
-            size: None,
-            last: None,
+            size,
+            first: size,
+            only: None,
+            counts: None,
         };
-        Self::to(key, own)
+        Self::to(key, To::Awaited(awaited))
     }
 
     /// A file.
@@ -75,18 +133,27 @@ impl Followed {
         Self { word, to }
     }
 
-    pub(super) fn word(&self) -> &str {
-        &self.word
-    }
-
-    /// Looks at what is there; an answer means that there are several of its name now, and whether the one that was here before
-    /// is still meant.
-    pub(super) fn look(&mut self, survey: &Survey) -> Option<bool> {
-        let To::Own { key, size, last } = &mut self.to else {
-            return None;
+    /// Looks at what is there. What is to be said if that changes what is meant; `done` is what may be done with it.
+    pub(super) fn look(&mut self, survey: &Survey, now: Instant, done: &str) -> Option<String> {
+        let word = &self.word;
+        let none = format!("several disks are called {word}: none of them can be {done}");
+        let (key, size, last) = match &mut self.to {
+            To::Own { key, size, last } => (key, *size, last),
+            To::Awaited(awaited) => {
+                let lost = awaited.look(survey, now).err()?;
+                self.to = To::Nobody;
+                return Some(match lost {
+                    Lost::Several => none,
+                    Lost::InACase => format!(
+                        "{word} is behind USB, and its serial number may be that of a case with another disk in it: it cannot be \
+                         {done}; name its size, too: {word}=BYTES (`lsblk --bytes`)"
+                    ),
+                });
+            }
+            _ => return None,
         };
         let disks = survey.disks.iter().map(|found| &found.disk);
-        let mut called = disks.filter(|disk| is_own(disk, key, *size));
+        let mut called = disks.filter(|disk| is_own(disk, key, Some(size)));
         match (called.next(), called.next()) {
             (None, _) => None,
             (Some(only), None) => {
@@ -94,17 +161,36 @@ impl Followed {
                 None
             }
             (Some(_), Some(_)) => {
-                let kept = last.is_some();
-                self.to = last.map_or(To::Nobody, To::Plugged);
-                Some(kept)
+                let kept = last.map(To::Plugged);
+                let said = match &kept {
+                    None => none,
+                    Some(_) => format!(
+                        "several disks are called {word}: only the one that was here before can be {done}, until it is unplugged"
+                    ),
+                };
+                self.to = kept.unwrap_or(To::Nobody);
+                Some(said)
             }
         }
+    }
+
+    /// Whether it is there, and it is too early to say that it is what was named: [`Self::look`] again soon.
+    pub(super) const fn waits(&self) -> bool {
+        matches!(
+            &self.to,
+            To::Awaited(Awaited {
+                only: Some(_),
+                counts: None,
+                ..
+            })
+        )
     }
 
     /// Whether this is what was named.
     pub(super) fn is(&self, source: &Source) -> bool {
         match (&self.to, source) {
-            (To::Own { key, size, .. }, Source::Disk(disk)) => is_own(disk, key, *size),
+            (To::Own { key, size, .. }, Source::Disk(disk)) => is_own(disk, key, Some(*size)),
+            (To::Awaited(awaited), Source::Disk(disk)) => awaited.is(disk),
             (To::Plugged(number), Source::Disk(disk)) => disk.sequence == Some(*number),
             (To::Called(name), Source::Disk(disk)) => disk.name == *name,
             (To::File(named), Source::File { path, .. }) => named == path,
@@ -136,15 +222,11 @@ impl Chosen {
     }
 
     /// Follows the disks; what is to be said.
-    pub(super) fn look(&mut self, survey: &Survey) -> Vec<String> {
-        let said = |followed: &mut Followed| {
-            let rest = match followed.look(survey)? {
-                false => "none of them is lent",
-                true => "only the one that was here before is lent, until it is unplugged",
-            };
-            Some(format!("several disks are called {}: {rest}", followed.word))
-        };
-        self.0.iter_mut().filter_map(said).collect()
+    pub(super) fn look(&mut self, survey: &Survey, now: Instant) -> Vec<String> {
+        let followed = self.0.iter_mut();
+        followed
+            .filter_map(|followed| followed.look(survey, now, "lent"))
+            .collect()
     }
 
     /// Whether a disk was named.
@@ -164,7 +246,6 @@ impl Chosen {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pick::Candidate;
     use super::*;
 
     fn disk(name: &str, serial: Option<&str>, sequence: Option<u64>) -> Disk {
@@ -189,6 +270,7 @@ mod tests {
         let candidate = |disk: &&Disk| Candidate {
             disk: (*disk).clone(),
             system: false,
+            usb: false,
             users: Vec::new(),
         };
         Survey {
@@ -204,13 +286,13 @@ mod tests {
             let mut chosen = Chosen::new(&[Named::Disk("sdb".into())], &survey(&[&meant]));
             assert!(chosen.has(&meant));
             let other = disk("sdb", Some("B2"), Some(2));
-            assert!(chosen.look(&survey(&[&other])).is_empty());
+            assert!(chosen.look(&survey(&[&other]), Instant::now()).is_empty());
             assert!(!chosen.has(&other));
         }
         let twin = disk("sdc", Some("A1"), Some(3));
         let meant = disk("sdb", Some("A1"), Some(1));
         let mut chosen = Chosen::new(&[Named::Disk("sdb".into())], &survey(&[&meant]));
-        assert_eq!(chosen.look(&survey(&[&meant, &twin])).len(), 1);
+        assert_eq!(chosen.look(&survey(&[&meant, &twin]), Instant::now()).len(), 1);
         assert!(chosen.has(&meant) && !chosen.has(&twin));
     }
 

@@ -1,8 +1,10 @@
 //! Which disks may be written, by whom: looked up once, at the start, and followed from then on ([`super::follow`]).
 
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
+use stiefel_shared::handover::WritableDisk;
 
 use super::follow::Followed;
 use super::names::{Names, own_key};
@@ -36,7 +38,7 @@ impl Grants {
             let word = &writable.disk;
             let is_meant = |(source, names): &(&'a Source, &'a Names)| is_called(word, source, names);
             let disk = match lent.clone().find(is_meant) {
-                _ if options.awaited => Followed::awaited(word),
+                _ if options.awaited => Followed::awaited(word, writable.size),
                 Some((Source::Disk(disk), _)) => Followed::disk(word, disk, survey).with_context(|| {
                     format!(
                         "--read-write {word}: it has no serial number of its own, so another disk could be taken for it later (this \
@@ -56,15 +58,16 @@ impl Grants {
     }
 
     /// Follows the disks; what is to be said.
-    pub(super) fn look(&mut self, survey: &Survey) -> Vec<String> {
-        let said = |grant: &mut Grant| {
-            let rest = match grant.disk.look(survey)? {
-                false => "none of them can be written",
-                true => "only the one that was here before can be written, until it is unplugged",
-            };
-            Some(format!("several disks are called {}: {rest}", grant.disk.word()))
-        };
-        self.0.iter_mut().filter_map(said).collect()
+    pub(super) fn look(&mut self, survey: &Survey, now: Instant) -> Vec<String> {
+        let grants = self.0.iter_mut();
+        grants
+            .filter_map(|grant| grant.disk.look(survey, now, "written"))
+            .collect()
+    }
+
+    /// Whether a disk is there that it is too early to say of.
+    pub(super) fn waits(&self) -> bool {
+        self.0.iter().any(|grant| grant.disk.waits())
     }
 
     /// Who may write this; `None`: nobody.
@@ -83,11 +86,11 @@ fn is_called(word: &str, source: &Source, names: &Names) -> bool {
         || by_path()
 }
 
-/// The name by which a disk of this running system is known after the next start, for the handover.
+/// By what a disk of this running system is known after the next start, for the handover.
 ///
 /// # Errors
 /// In words: it is not there, or has no name that stays.
-pub(super) fn lasting_name(word: &str, survey: &Survey) -> anyhow::Result<String> {
+pub(super) fn lasting(word: &str, survey: &Survey) -> anyhow::Result<WritableDisk> {
     let disks = survey.disks.iter().map(|found| &found.disk);
     let found = disks.clone().find(|disk| {
         let names = Names::of_disk("", disk, &|_| false);
@@ -102,14 +105,19 @@ pub(super) fn lasting_name(word: &str, survey: &Survey) -> anyhow::Result<String
         twins == 1,
         "--read-write {word}: several disks are called {key} and could not be told apart after the start"
     );
-    Ok(key)
+    Ok(WritableDisk {
+        name: key,
+        size: Some(disk.size),
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::follow::ALONE;
     use super::super::pick::Candidate;
     use super::*;
     use proptest::prelude::*;
+    use std::time::Duration;
     use stiefel_sys::block::Disk;
 
     fn disk(name: &str, serial: Option<&str>, sequence: Option<u64>) -> Disk {
@@ -134,6 +142,7 @@ mod tests {
         let candidate = |disk: &&Disk| Candidate {
             disk: (*disk).clone(),
             system: false,
+            usb: false,
             users: Vec::new(),
         };
         Survey {
@@ -143,8 +152,15 @@ mod tests {
     }
 
     fn grants(word: &str, awaited: bool, disks: &[&Disk]) -> anyhow::Result<Grants> {
+        sized(word, None, awaited, disks)
+    }
+
+    fn sized(word: &str, size: Option<u64>, awaited: bool, disks: &[&Disk]) -> anyhow::Result<Grants> {
         let options = Options {
-            writable: vec![word.parse().unwrap()],
+            writable: vec![Writable {
+                size,
+                ..word.parse().unwrap()
+            }],
             awaited,
             ..Options::default()
         };
@@ -170,11 +186,11 @@ mod tests {
             let mut grants = grants(word, false, &[&meant]).unwrap();
             assert!(may_write(&grants, &meant), "{word}");
             let other = disk("sdb", Some("B2"), Some(8));
-            assert!(grants.look(&survey(&[&other])).is_empty());
+            assert!(grants.look(&survey(&[&other]), Instant::now()).is_empty());
             assert!(!may_write(&grants, &other), "{word}");
             // The disk itself, in another port.
             let again = disk("sdx", Some("A1"), Some(9));
-            grants.look(&survey(&[&other, &again]));
+            grants.look(&survey(&[&other, &again]), Instant::now());
             assert!(may_write(&grants, &again) && !may_write(&grants, &other), "{word}");
         }
     }
@@ -205,11 +221,12 @@ mod tests {
         let both = grants("sdc", false, &[&meant, &twin]).unwrap();
         assert!(may_write(&both, &twin) && !may_write(&both, &meant));
         // The twin comes later, and stays when the first one has gone.
+        let now = Instant::now();
         let mut one = grants("sdb", false, &[&meant]).unwrap();
-        one.look(&survey(&[&meant]));
-        assert_eq!(one.look(&survey(&[&meant, &twin])).len(), 1);
+        one.look(&survey(&[&meant]), now);
+        assert_eq!(one.look(&survey(&[&meant, &twin]), now).len(), 1);
         assert!(may_write(&one, &meant) && !may_write(&one, &twin));
-        one.look(&survey(&[&twin]));
+        one.look(&survey(&[&twin]), now);
         assert!(!may_write(&one, &twin));
     }
 
@@ -219,28 +236,95 @@ mod tests {
         assert!(grants("sdb", false, &[&there]).unwrap_err().to_string().contains("sdb"));
         let mut later = grants("usb-b2", true, &[&there]).unwrap();
         let comes = disk("sdb", Some("B2"), Some(2));
-        later.look(&survey(&[&there, &comes]));
+        let now = Instant::now();
+        for at in [now, now + ALONE] {
+            later.look(&survey(&[&there, &comes]), at);
+        }
         assert!(may_write(&later, &comes) && !may_write(&later, &there));
         // A kernel's name is nobody's own.
-        let named = grants("sda", true, &[&there]).unwrap();
+        let mut named = grants("sda", true, &[&there]).unwrap();
+        for at in [now, now + ALONE] {
+            named.look(&survey(&[&there]), at);
+        }
         assert!(!may_write(&named, &there));
         // Twins that are there already: nobody could say which is meant.
         let twin = disk("sdc", Some("B2"), Some(3));
         let mut both = grants("usb-b2", true, &[&comes, &twin]).unwrap();
-        assert_eq!(both.look(&survey(&[&comes, &twin])).len(), 1);
+        assert_eq!(both.look(&survey(&[&comes, &twin]), now).len(), 1);
+        both.look(&survey(&[&comes]), now + ALONE);
         assert!(!may_write(&both, &comes) && !may_write(&both, &twin));
+    }
+
+    #[test]
+    fn an_awaited_disk_is_written_only_after_it_was_alone_for_a_while() {
+        let (first, twin) = (disk("sdb", Some("B2"), Some(2)), disk("sdc", Some("B2"), Some(3)));
+        let now = Instant::now();
+        let mut quick = grants("usb-b2", true, &[]).unwrap();
+        quick.look(&survey(&[&first]), now);
+        assert!(quick.waits() && !may_write(&quick, &first));
+        assert_eq!(quick.look(&survey(&[&first, &twin]), now + ALONE).len(), 1);
+        assert!(!quick.waits() && !may_write(&quick, &first) && !may_write(&quick, &twin));
+        // Late: what was written so far may have been the wrong one.
+        let mut late = grants("usb-b2", true, &[]).unwrap();
+        late.look(&survey(&[&first]), now);
+        late.look(&survey(&[&first]), now + ALONE);
+        assert!(may_write(&late, &first) && !may_write(&late, &twin));
+        assert_eq!(late.look(&survey(&[&first, &twin]), now + 2 * ALONE).len(), 1);
+        assert!(!may_write(&late, &first) && !may_write(&late, &twin));
+    }
+
+    #[test]
+    fn another_disk_in_the_case_of_an_awaited_one_is_not_written() {
+        let (first, mut other) = (disk("sdb", Some("B2"), Some(2)), disk("sdb", Some("B2"), Some(3)));
+        other.size *= 2;
+        let now = Instant::now();
+        let mut grants = grants("usb-b2", true, &[]).unwrap();
+        for (there, at) in [(&first, 0), (&first, 1), (&other, 2), (&other, 3)] {
+            grants.look(&survey(&[there]), now + at * ALONE);
+        }
+        assert!(!may_write(&grants, &other) && !grants.waits());
+        for at in [4, 5] {
+            grants.look(&survey(&[&first]), now + at * ALONE);
+        }
+        assert!(may_write(&grants, &first));
     }
 
     #[test]
     fn only_a_name_that_lasts_goes_into_the_handover() {
         let (own, none) = (disk("sda", Some("A1"), Some(1)), disk("sdb", None, Some(2)));
         let both = survey(&[&own, &none]);
-        assert_eq!(lasting_name("sda", &both).unwrap(), "usb-a1");
-        assert_eq!(lasting_name("usb-a1", &both).unwrap(), "usb-a1");
-        assert!(lasting_name("sdb", &both).is_err());
-        assert!(lasting_name("sdz", &both).is_err());
+        let expected = WritableDisk {
+            name: "usb-a1".to_owned(),
+            size: Some(own.size),
+        };
+        assert_eq!(lasting("sda", &both).unwrap(), expected);
+        assert_eq!(lasting("usb-a1", &both).unwrap(), expected);
+        assert!(lasting("sdb", &both).is_err());
+        assert!(lasting("sdz", &both).is_err());
         let twin = disk("sdc", Some("A1"), Some(3));
-        assert!(lasting_name("sda", &survey(&[&own, &twin])).is_err());
+        assert!(lasting("sda", &survey(&[&own, &twin])).is_err());
+    }
+
+    #[test]
+    fn an_awaited_disk_in_a_usb_case_is_written_only_where_its_size_was_named() {
+        let meant = disk("sdb", Some("CASE"), Some(2));
+        let mut other = disk("sdb", Some("CASE"), Some(3));
+        other.size *= 2;
+        let now = Instant::now();
+        let seen = |disk: &Disk, size: Option<u64>| {
+            let mut grants = sized("usb-case", size, true, &[]).unwrap();
+            let mut survey = survey(&[disk]);
+            survey.disks[0].usb = true;
+            let said: Vec<String> = [now, now + ALONE]
+                .iter()
+                .flat_map(|at| grants.look(&survey, *at))
+                .collect();
+            (may_write(&grants, disk), said.join("\n"))
+        };
+        assert_eq!(seen(&meant, Some(meant.size)), (true, String::new()));
+        assert_eq!(seen(&other, Some(meant.size)), (false, String::new()));
+        let (written, said) = seen(&meant, None);
+        assert!(!written && said.contains("usb-case=BYTES"), "{said}");
     }
 
     proptest! {
@@ -254,7 +338,7 @@ mod tests {
             for (first, second) in steps {
                 let both = [(first, &meant), (second, &twin)];
                 let there: Vec<&Disk> = both.iter().filter(|(is, _)| *is).map(|(_, disk)| *disk).collect();
-                grants.look(&survey(&there));
+                grants.look(&survey(&there), Instant::now());
                 met |= there.len() == 2;
                 if let ([only], false) = (there.as_slice(), met) {
                     alone = only;
@@ -262,6 +346,28 @@ mod tests {
                 if met {
                     prop_assert_eq!(may_write(&grants, &meant), alone.name == meant.name);
                     prop_assert_eq!(may_write(&grants, &twin), alone.name == twin.name);
+                }
+            }
+        }
+
+        /// Once both have been seen together, neither; before, none that was not alone for long enough without a break.
+        #[test]
+        fn no_awaited_disk_with_a_twin_is_written(
+            steps in proptest::collection::vec((any::<bool>(), any::<bool>(), 0_u32..12), 1..16)
+        ) {
+            let (one, two) = (disk("sdb", Some("0123"), Some(7)), disk("sdc", Some("0123"), Some(8)));
+            let mut grants = grants("usb-0123", true, &[]).unwrap();
+            let (mut met, mut now, mut since) = (false, Instant::now(), [None, None]);
+            for (first, second, seconds) in steps {
+                now += Duration::from_secs(seconds.into());
+                let both = [(first, &one), (second, &two)];
+                let there: Vec<&Disk> = both.iter().filter(|(is, _)| *is).map(|(_, disk)| *disk).collect();
+                grants.look(&survey(&there), now);
+                met |= there.len() == 2;
+                for ((is, disk), since) in both.iter().zip(&mut since) {
+                    *since = is.then(|| since.unwrap_or(now));
+                    let long = since.is_some_and(|since: Instant| now - since >= ALONE);
+                    prop_assert_eq!(may_write(&grants, disk), !met && long);
                 }
             }
         }

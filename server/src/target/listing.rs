@@ -180,26 +180,7 @@ impl Listing {
                 let _ = writeln!(text, "{name} is taken back");
                 continue;
             };
-            let size = disk.size >> 20;
-            let _ = writeln!(
-                text,
-                "{} ({}, {size} MiB): {}",
-                disk.name,
-                disk.device,
-                disk.mode.words()
-            );
-            for user in &disk.users {
-                let _ = writeln!(text, "  ! {user}: what is read may not fit together");
-            }
-            if let Some(why) = &disk.no_nvme {
-                let _ = writeln!(text, "  not by NVMe: {why}");
-            }
-            for client in &disk.clients {
-                let _ = writeln!(text, "  {client} is connected");
-            }
-            for command in disk.nvme.iter().chain(&disk.nbd_client).chain(&disk.uris) {
-                let _ = writeln!(text, "    {command}");
-            }
+            text += &disk.words();
         }
         if !self.discover.is_empty() {
             let _ = writeln!(text, "all disks at once:");
@@ -233,6 +214,27 @@ impl Listing {
 }
 
 impl Listed {
+    /// Its lines.
+    fn words(&self) -> String {
+        let mut text = String::new();
+        let (size, mode) = (self.size >> 20, self.mode.words());
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{} ({}, {size} MiB): {mode}", self.name, self.device);
+        for user in &self.users {
+            let _ = writeln!(text, "  ! {user}: what is read may not fit together");
+        }
+        if let Some(why) = &self.no_nvme {
+            let _ = writeln!(text, "  not by NVMe: {why}");
+        }
+        for client in &self.clients {
+            let _ = writeln!(text, "  {client} is connected");
+        }
+        for command in self.nvme.iter().chain(&self.nbd_client).chain(&self.uris) {
+            let _ = writeln!(text, "    {command}");
+        }
+        text
+    }
+
     fn new(share: &Share, places: &[Place], nbd_port: u16) -> Self {
         let names = &share.names;
         let by_nvme = share.by_nvme().then_some(());

@@ -71,6 +71,8 @@ pub struct Writable {
     pub disk: String,
     /// The only host's NQN: by NVMe; else by NBD.
     pub host: Option<String>,
+    /// In bytes, if that is known of a disk that is awaited; else nothing.
+    pub size: Option<u64>,
 }
 
 impl std::str::FromStr for Writable {
@@ -87,6 +89,7 @@ impl std::str::FromStr for Writable {
         Ok(Self {
             disk: disk.to_owned(),
             host: host.map(str::to_owned),
+            size: None,
         })
     }
 }

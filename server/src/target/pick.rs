@@ -15,6 +15,8 @@ pub(super) struct Candidate {
     pub(super) disk: Disk,
     /// The running system lives on it.
     pub(super) system: bool,
+    /// It is behind USB: its serial number may be that of a case, in which there may be another disk next time.
+    pub(super) usb: bool,
     /// What uses it, in words: mounts, swap space, volumes.
     pub(super) users: Vec<String>,
 }
@@ -47,8 +49,10 @@ pub(super) fn survey(root: &Path) -> Result<Survey, BlockError> {
     let disks = block::disks(&sysfs)?
         .into_iter()
         .map(|mut disk| {
-            if disk.serial.is_none() {
-                disk.serial = usb_serial(&sysfs, &disk.name);
+            let usb = usb_device(&sysfs, &disk.name);
+            if let (None, Some(usb)) = (&disk.serial, &usb) {
+                // Few such disks tell one of their own.
+                disk.serial = usb.line("/serial");
             }
             let mut users: Vec<String> = users.remove(&disk.name).unwrap_or_default().into_iter().collect();
             users.extend(
@@ -58,6 +62,7 @@ pub(super) fn survey(root: &Path) -> Result<Survey, BlockError> {
             );
             Candidate {
                 system: lives.disks.contains(&disk.name),
+                usb: usb.is_some(),
                 users,
                 disk,
             }
@@ -69,11 +74,11 @@ pub(super) fn survey(root: &Path) -> Result<Survey, BlockError> {
     })
 }
 
-/// The serial number of the USB device that a disk is in: few such disks tell one of their own.
-fn usb_serial(sysfs: &Path, disk: &str) -> Option<String> {
+/// The USB device that a disk is in.
+fn usb_device(sysfs: &Path, disk: &str) -> Option<Tree> {
     let device = sysfs.join("block").join(disk).join("device").canonicalize().ok()?;
     let usb = device.ancestors().find(|folder| folder.join("idVendor").exists())?;
-    Tree::new(usb).line("/serial")
+    Some(Tree::new(usb))
 }
 
 /// What stands on a disk or its partitions: `dm-0`, `md127`.
@@ -224,7 +229,9 @@ mod tests {
         }
         let link = machine.root().join("sys/block/sda/device");
         std::os::unix::fs::symlink(case.join("1-1:1.0/host0/target"), link).unwrap();
-        assert_eq!(machine.survey().disks[0].disk.serial.as_deref(), Some("CASE42"));
+        let found = machine.survey();
+        assert_eq!(found.disks[0].disk.serial.as_deref(), Some("CASE42"));
+        assert!(found.disks[0].usb);
     }
 
     #[test]

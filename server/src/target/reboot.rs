@@ -1,23 +1,27 @@
 //! `stiefel target --reboot`: leaves the installed system by kexec into the ramdisk, which then lends all of this machine's disks.
 //!
-//! As `autokexec::leave` does it, with the same guards and the same way into the ramdisk; what it is told is a
+//! As `autokexec::leave` does it (always by kexec, whatever `trigger.method` is), with the same guards and the same way into the ramdisk; what it is told is a
 //! [`TargetHandover`] with the keys, which is read by [`super::run_role`]. Refused: disks that could not be told apart after the
 //! start.
 
 use std::fmt::Write as _;
 use std::path::Path;
 
-use stiefel_shared::config::Config;
-use stiefel_shared::handover::{TargetHandover, ramdisk_cmdline};
+use stiefel_shared::config::{Config, Method};
+use stiefel_shared::handover::{TargetHandover, WritableDisk, ramdisk_cmdline};
 use stiefel_shared::key::StickKey;
 
 use super::names::Names;
 use super::pick::{self, Survey};
 use super::share::Source;
 use super::{Writable, grant};
-use crate::autokexec::leave;
+use crate::autokexec::leave::{self, LeaveError};
 use crate::collect::{TargetImage, hostname, image_for_target};
 use crate::tree::Tree;
+
+/// Where the laptop is not left by kexec otherwise.
+const BY_KEXEC: &str = "\nNote: the configuration has `trigger.method: reboot`, but this leaves by kexec. If the screen stays dark, switch this machine \
+    off and on: it starts its own system.";
 
 /// Everything that is needed to leave.
 pub struct Reboot {
@@ -45,13 +49,17 @@ impl Reboot {
     /// # Errors
     /// The guards speak against it, a disk is not there, or the ramdisk cannot be used.
     pub fn prepare(config: &Config, options: RebootOptions) -> anyhow::Result<Self> {
-        leave::guard(config)?;
         let root = Path::new("/");
+        guard(root, config)?;
         let survey = pick::survey(root)?;
         let mut handover = handover(options, &survey)?;
         handover.hostname = Some(hostname(&Tree::new(root)));
+        let mut words = words(&handover, &survey);
+        if config.trigger.method == Method::Reboot {
+            words += BY_KEXEC;
+        }
         Ok(Self {
-            words: words(&handover, &survey),
+            words,
             image: image_for_target(root, &handover)?,
             cmdline: ramdisk_cmdline(&config.initrd.cmdline.to_string()),
         })
@@ -70,9 +78,14 @@ impl Reboot {
     pub fn leave(self, config: &Config) -> anyhow::Result<()> {
         let kernel = leave::kernel(&self.image.kernel)?;
         // Whoever was asked may have taken their time.
-        leave::guard(config)?;
+        guard(Path::new("/"), config)?;
         Ok(leave::kexec_into(&kernel, self.image.initrd, &self.cmdline)?)
     }
+}
+
+/// Asks the guards of the way that is taken here, not of the configured one.
+fn guard(root: &Path, config: &Config) -> Result<(), LeaveError> {
+    leave::guard_by(root, config, Method::Kexec)
 }
 
 fn handover(options: RebootOptions, survey: &Survey) -> anyhow::Result<TargetHandover> {
@@ -83,12 +96,12 @@ fn handover(options: RebootOptions, survey: &Survey) -> anyhow::Result<TargetHan
         snapshot,
     } = options;
     let mut read_write = Vec::new();
-    for Writable { disk, host } in writable {
+    for Writable { disk, host, .. } in writable {
         anyhow::ensure!(
             host.is_none(),
             "--read-write {disk}: a host's NQN does not go along with --reboot; name the disk alone, it is written by NBD, or with a key"
         );
-        read_write.push(grant::lasting_name(&disk, survey)?);
+        read_write.push(grant::lasting(&disk, survey)?);
     }
     Ok(TargetHandover {
         keys: if open { Vec::new() } else { keys },
@@ -113,7 +126,8 @@ fn words(handover: &TargetHandover, survey: &Survey) -> String {
             // Of twins the second one is shown with the kernel's name; it has the same one in the ramdisk in most cases.
             &|_| false,
         );
-        let mode = match (handover.read_write.contains(&names.key), handover.snapshot) {
+        let is_named = |named: &WritableDisk| named.name == names.key && named.size == Some(found.disk.size);
+        let mode = match (handover.read_write.iter().any(is_named), handover.snapshot) {
             (true, _) => "READ-WRITE",
             (false, true) => "snapshot, writes are thrown away",
             (false, false) => "read-only",
@@ -160,7 +174,11 @@ mod tests {
     fn the_handover_names_disks_as_they_are_called_after_the_start() {
         let survey = survey();
         let handover = handover(options("sda"), &survey).unwrap();
-        assert_eq!(handover.read_write, ["a1"]);
+        let named = WritableDisk {
+            name: "a1".to_owned(),
+            size: Some(1 << 20),
+        };
+        assert_eq!(handover.read_write, [named]);
         assert_eq!(handover.keys.len(), 1);
         let said = words(&handover, &survey);
         assert!(said.contains("a1 (/dev/sda, 1 MiB): READ-WRITE"), "{said}");
@@ -168,6 +186,20 @@ mod tests {
             said.contains("sdb (/dev/sdb, 1 MiB): read-only") && said.contains("keys, encrypted: stick"),
             "{said}"
         );
+    }
+
+    #[test]
+    fn where_no_kernel_is_started_by_kexec_it_is_refused_whatever_way_is_configured() {
+        let root = tempfile::tempdir().unwrap();
+        let sysctl = root.path().join("proc/sys/kernel");
+        fs::create_dir_all(&sysctl).unwrap();
+        fs::write(sysctl.join("kexec_load_disabled"), "1\n").unwrap();
+        for method in [Method::Kexec, Method::Reboot] {
+            let mut config = Config::default();
+            config.trigger.method = method;
+            let error = guard(root.path(), &config).unwrap_err();
+            assert!(error.to_string().contains("kexec_load_disabled"), "{method:?}: {error}");
+        }
     }
 
     #[test]

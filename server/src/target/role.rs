@@ -54,8 +54,9 @@ pub async fn run_role(console: &'static Console, handover: &TargetHandover) -> a
 /// Everything, for nothing of it is in use; disks that may be written are known by the names that stay.
 fn options(handover: &TargetHandover, root: &Path) -> Options {
     let writable = handover.read_write.iter().map(|disk| Writable {
-        disk: disk.clone(),
+        disk: disk.name.clone(),
         host: None,
+        size: disk.size,
     });
     Options {
         all: 2,
@@ -175,6 +176,7 @@ mod tests {
     use super::super::share::{Mode, Source};
     use super::*;
     use std::sync::Arc;
+    use stiefel_shared::handover::WritableDisk;
 
     fn desk() -> Arc<Desk> {
         let desk = Desk::new("laptop".to_owned(), false);
@@ -246,14 +248,21 @@ mod tests {
         let handover = TargetHandover {
             keys: Vec::new(),
             open: false,
-            read_write: vec!["ssd-980".to_owned()],
+            read_write: vec![WritableDisk {
+                name: "ssd-980".to_owned(),
+                size: Some(1 << 40),
+            }],
             snapshot: true,
             hostname: None,
         };
         let root = tempfile::tempdir().unwrap();
         let options = options(&handover, root.path());
         assert_eq!((options.all, options.snapshot, options.awaited), (2, true, true));
-        assert_eq!(options.writable, ["ssd-980".parse().unwrap()]);
+        let ssd = Writable {
+            size: Some(1 << 40),
+            .."ssd-980".parse().unwrap()
+        };
+        assert_eq!(options.writable, [ssd]);
         let name = options.hostname.unwrap();
         assert!(name.starts_with("stiefel-") && name.len() == 14, "{name}");
         let named = TargetHandover {

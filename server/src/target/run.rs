@@ -30,7 +30,7 @@ use super::names::{Names, machine};
 use super::pick;
 use super::qr::{self, Room};
 use super::role::{Lending, Press};
-use super::share::{Share, Source};
+use super::share::{Mode, Share, Source};
 use super::wanted::{Wanted, look_up, mode, wanted};
 use crate::nbd::{self, Limits, Server, Stats};
 use crate::tree::Tree;
@@ -269,15 +269,19 @@ impl<'a> Lender<'a> {
     fn reconcile(&mut self) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = pick::survey(root)?;
-        for words in self.grants.look(&survey).iter().chain(&self.chosen.look(&survey)) {
+        let now = Instant::now();
+        let news = self.grants.look(&survey, now).into_iter();
+        for words in news.chain(self.chosen.look(&survey, now)) {
             eprintln!("stiefel: {words}");
         }
         let (wanted, mut left_out) = wanted(self.options, &self.chosen, &survey);
         let is_wanted = |source: &Source| wanted.iter().any(|want| want.source == *source);
-        let gone = self.shares.iter().filter(|(_, share)| !is_wanted(&share.source));
-        let gone: Vec<String> = gone.map(|(name, _)| name.clone()).collect();
-        for name in gone {
-            eprintln!("stiefel: {name} has gone");
+        let gone = self.shares.iter().filter_map(|(name, share)| {
+            let now = mode(self.options, &self.grants, &share.source);
+            Some((name.clone(), why_not_so(share, is_wanted(&share.source), &now)?))
+        });
+        for (name, why) in gone.collect::<Vec<_>>() {
+            eprintln!("stiefel: {name} {why}");
             self.take_back(&name);
         }
         self.failed.retain(|(source, _)| is_wanted(source));
@@ -393,7 +397,11 @@ impl<'a> Lender<'a> {
                 eprintln!("stiefel: {words}");
             }
         }
-        if changes.is_empty() { Ok(()) } else { self.show() }
+        match (self.grants.waits(), changes.is_empty()) {
+            (true, _) => self.reconcile(),
+            (false, true) => Ok(()),
+            (false, false) => self.show(),
+        }
     }
 
     /// Takes everything back.
@@ -422,6 +430,14 @@ impl<'a> Lender<'a> {
             result = result.and(shelf.close().map_err(anyhow::Error::from));
         }
         result
+    }
+}
+
+/// Why a disk does not stay lent as it is, if it does not; with another mode it is lent anew when it has been let go of.
+fn why_not_so(share: &Share, is_wanted: bool, mode: &Mode) -> Option<String> {
+    match is_wanted {
+        false => Some("has gone".to_owned()),
+        true => (share.mode != *mode).then(|| format!("is taken back, and lent anew: {}", mode.words())),
     }
 }
 
@@ -473,17 +489,23 @@ fn listen(port: u16) -> std::io::Result<TcpListener> {
     })
 }
 
-/// Loads the modules of the kernel's NVMe target, and mounts where it is set up.
-pub(super) fn load_target() -> anyhow::Result<()> {
+/// Loads modules that no device asks for. Built in, or loaded already, where there is no folder: what is missing shows when it is
+/// used. In the ramdisk there is no modprobe that the kernel could call.
+pub(super) fn load(modules: &[&str]) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    // Built in, or loaded already, where there is no folder: what is missing shows below.
-    if let Ok(mut loader) = Loader::open(&Path::new("/lib/modules").join(release), &[]) {
-        for module in ["nvmet", "nvmet_tcp", "loop", "dm_mod"] {
-            if let Err(error) = loader.load(module) {
-                eprintln!("stiefel: {:#}", anyhow::Error::new(error));
-            }
+    let Ok(mut loader) = Loader::open(&Path::new("/lib/modules").join(release), &[]) else {
+        return;
+    };
+    for module in modules {
+        if let Err(error) = loader.load(module) {
+            eprintln!("stiefel: {:#}", anyhow::Error::new(error));
         }
     }
+}
+
+/// Loads the modules of the kernel's NVMe target, and mounts where it is set up.
+pub(super) fn load_target() -> anyhow::Result<()> {
+    load(&["nvmet", "nvmet_tcp", "loop", "dm_mod"]);
     let target = Path::new(CONFIGFS);
     if target.exists() && std::fs::read_dir(target).is_ok_and(|mut found| found.next().is_none()) {
         let flags = MountFlags::NOEXEC | MountFlags::NOSUID;
@@ -514,4 +536,25 @@ fn shelf() -> anyhow::Result<Shelf> {
     // After what an earlier process had published was taken back.
     shield::sweep(Path::new("/sys"), Path::new("/dev"));
     Ok(shelf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_not_be_written_any_more_does_not_stay_lent_for_writing() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let source = Source::File {
+            path: file.path().to_owned(),
+            size: 1 << 20,
+        };
+        let names = Names::of_file("m", "disk.img", &|_| false);
+        let granted = Mode::ReadWrite { host: None };
+        let share = Share::open(source, names, granted.clone(), Vec::new(), None).unwrap();
+        assert_eq!(why_not_so(&share, true, &granted), None);
+        assert!(why_not_so(&share, true, &Mode::ReadOnly).unwrap().contains("read-only"));
+        assert!(why_not_so(&share, false, &granted).unwrap().contains("gone"));
+    }
 }

@@ -72,6 +72,18 @@ impl Source {
         }
     }
 
+    /// Whether this is what `earlier` was, though something about it may have changed: a disk that was not unplugged.
+    pub(super) fn is_still(&self, earlier: &Self) -> bool {
+        match (self, earlier) {
+            (Self::Disk(disk), Self::Disk(earlier)) => {
+                let numbered = disk.sequence.is_some() && disk.sequence == earlier.sequence;
+                (numbered && disk.name == earlier.name) || disk == earlier
+            }
+            (Self::File { path, .. }, Self::File { path: earlier, .. }) => path == earlier,
+            _ => false,
+        }
+    }
+
     pub(super) fn size(&self) -> u64 {
         match self {
             Self::Disk(disk) => disk.size,
@@ -143,9 +155,8 @@ impl Share {
             }
             _ => None,
         };
-        let export = mode.by_nbd().then(|| export(&source, &names, &mode)).transpose()?;
-        // What is open now stays what it is; before, another disk may have got its name.
-        same_disk(&source)?;
+        let open = || mode.by_nbd().then(|| export(&source, &names, &mode)).transpose();
+        let export = opened(&source, open)?;
         let mut share = Self {
             names,
             source,
@@ -191,11 +202,17 @@ impl Share {
         } else {
             Self::open(source, names, Mode::ReadOnly, users, None)?
         };
-        // The kernel has its own descriptor.
-        share.export = None;
-        share.nvme = Some(share.publish_to(&port, Some(host))?);
+        share.by_nvme_alone(|share| share.publish_to(&port, Some(host)))?;
         share.port = Some(port);
         Ok(share)
+    }
+
+    /// Publishes what is open; it is let go of only when the kernel has a descriptor of its own, so that meanwhile no other disk
+    /// gets its name.
+    fn by_nvme_alone(&mut self, publish: impl FnOnce(&Self) -> anyhow::Result<Nvme>) -> anyhow::Result<()> {
+        self.nvme = Some(publish(self)?);
+        self.export = None;
+        Ok(())
     }
 
     fn publish(&self, shelf: &Shelf) -> anyhow::Result<Nvme> {
@@ -211,7 +228,8 @@ impl Share {
             Mode::ReadWrite { .. } => None,
             Mode::ReadOnly | Mode::Snapshot => {
                 let (path, block) = (self.source.path(), self.source.block_size());
-                Some(Shield::raise(Path::new("/dev"), path, &self.names.key, block)?)
+                let raise = || Ok(Shield::raise(Path::new("/dev"), path, &self.names.key, block)?);
+                Some(opened(&self.source, raise)?)
             }
         };
         let device_path = shield.as_ref().map_or(self.source.path(), Shield::path);
@@ -310,6 +328,13 @@ fn done_on(device: &str) -> Stats {
     text.ok().and_then(|text| clients::done(&text)).unwrap_or_default()
 }
 
+/// Opens something by the disk's name. What is open stays what it is; before, another disk may have got that name.
+fn opened<T>(source: &Source, open: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let opened = open()?;
+    same_disk(source)?;
+    Ok(opened)
+}
+
 /// Whether the device that was just opened by its name is still the disk that was meant.
 fn same_disk(source: &Source) -> anyhow::Result<()> {
     let Source::Disk(disk) = source else { return Ok(()) };
@@ -340,4 +365,59 @@ fn export(source: &Source, names: &Names, mode: &Mode) -> anyhow::Result<Arc<Exp
         Mode::Snapshot => open_guest(&open_base(path)?, path, &Upper::Memory(None), options)?,
         Mode::ReadOnly | Mode::ReadWrite { .. } => Export::open(path, options)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn what_is_opened_by_the_name_of_a_disk_that_has_gone_is_let_go_of() {
+        // No kernel calls a disk so.
+        let gone = Disk {
+            name: "no-such-disk".into(),
+            path: "/dev/no-such-disk".into(),
+            device: (8, 0),
+            size: 1 << 20,
+            logical_block_size: 512,
+            physical_block_size: 512,
+            model: None,
+            serial: None,
+            wwid: None,
+            removable: false,
+            read_only: false,
+            rotational: false,
+            sequence: Some(7),
+        };
+        let (was_opened, gone) = (Cell::new(false), Source::Disk(gone));
+        let open = || {
+            was_opened.set(true);
+            Ok(())
+        };
+        let error = opened(&gone, open).unwrap_err();
+        assert!(
+            was_opened.get() && error.to_string().contains("another disk"),
+            "{error}"
+        );
+        assert!(opened(&gone, || Err::<(), _>(anyhow::anyhow!("no"))).is_err());
+    }
+
+    #[test]
+    fn a_disk_stays_open_until_the_kernel_has_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let source = Source::File {
+            path: file.path().to_owned(),
+            size: 1 << 20,
+        };
+        let names = Names::of_file("m", "disk.img", &|_| false);
+        let mut share = Share::open(source, names, Mode::ReadOnly, Vec::new(), None).unwrap();
+        let open_meanwhile = Cell::new(false);
+        let publish = |share: &Share| {
+            open_meanwhile.set(share.export.is_some());
+            anyhow::bail!("no kernel here")
+        };
+        assert!(share.by_nvme_alone(publish).is_err() && open_meanwhile.get());
+    }
 }

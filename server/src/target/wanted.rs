@@ -19,7 +19,10 @@ pub(super) struct Wanted {
 /// Which disks are to be lent, and which are not, with the reason.
 pub(super) fn wanted(options: &Options, chosen: &Chosen, survey: &Survey) -> (Vec<Wanted>, Vec<LeftOut>) {
     let (mut wanted, mut left_out) = (Vec::new(), Vec::new());
-    for Candidate { disk, system, users } in &survey.disks {
+    for Candidate {
+        disk, system, users, ..
+    } in &survey.disks
+    {
         let by_name = chosen.has(disk);
         if !by_name && options.all == 0 {
             continue;
@@ -67,22 +70,37 @@ pub(super) fn look_up(options: &Options) -> anyhow::Result<(Chosen, Grants)> {
     let named = named.collect::<anyhow::Result<Vec<_>>>()?;
     let survey = pick::survey(root)?;
     let chosen = Chosen::new(&named, &survey);
-    let lent = with_names("", wanted(options, &chosen, &survey).0);
+    let lent = Called::default().with_names("", wanted(options, &chosen, &survey).0);
     let sources = lent.iter().map(|(want, names)| (&want.source, names));
     let grants = Grants::new(options, sources, &survey)?;
     Ok((chosen, grants))
 }
 
-/// Gives each its name.
-pub(super) fn with_names(machine: &str, wanted: Vec<Wanted>) -> Vec<(Wanted, Names)> {
-    let mut all: Vec<(Wanted, Names)> = Vec::new();
-    for want in wanted {
-        let names = Names::of(machine, &want.source, &|key: &str| {
-            all.iter().any(|(_, names)| names.key == key)
-        });
-        all.push((want, names));
+/// What each is called, for as long as it is there: a twin that comes later does not get the name of the one that has it.
+#[derive(Debug, Default)]
+pub(super) struct Called(Vec<(Source, Names)>);
+
+impl Called {
+    /// Gives each its name.
+    pub(super) fn with_names(&mut self, machine: &str, wanted: Vec<Wanted>) -> Vec<(Wanted, Names)> {
+        self.0
+            .retain(|(source, _)| wanted.iter().any(|want| want.source.is_still(source)));
+        let mut all = Vec::new();
+        for want in wanted {
+            let known = self.0.iter().find(|(source, _)| want.source.is_still(source));
+            let names = match known {
+                Some((_, names)) => names.clone(),
+                None => {
+                    let taken = |key: &str| self.0.iter().any(|(_, names)| names.key == key);
+                    let names = Names::of(machine, &want.source, &taken);
+                    self.0.push((want.source.clone(), names.clone()));
+                    names
+                }
+            };
+            all.push((want, names));
+        }
+        all
     }
-    all
 }
 
 pub(super) fn mode(options: &Options, grants: &Grants, source: &Source) -> Mode {
@@ -119,6 +137,7 @@ mod tests {
                 sequence: None,
             },
             system,
+            usb: false,
             users: Vec::new(),
         }
     }
@@ -166,6 +185,37 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_keeps_its_name_while_it_is_there_whatever_twin_comes_or_goes() {
+        let twin = |name: &str, sequence| {
+            let mut disk = candidate(name, false).disk;
+            disk.serial = Some("0123".into());
+            disk.sequence = Some(sequence);
+            disk
+        };
+        let mut called = Called::default();
+        let mut names = |disks: &[&Disk]| -> Vec<String> {
+            let want = |disk: &&Disk| Wanted {
+                source: Source::Disk((*disk).clone()),
+                users: Vec::new(),
+            };
+            let named = called.with_names("m", disks.iter().map(want).collect());
+            named.into_iter().map(|(_, names)| names.key).collect()
+        };
+        let (mut first, second) = (twin("sdb", 1), twin("sda", 2));
+        assert_eq!(names(&[&first]), ["0123"]);
+        assert_eq!(names(&[&second, &first]), ["0123-sda", "0123"]);
+        // Of the same disk something else may change.
+        first.read_only = true;
+        assert_eq!(names(&[&second, &first]), ["0123-sda", "0123"]);
+        assert_eq!(names(&[&second]), ["0123-sda"]);
+        // Another one, though the kernel calls it as the first.
+        assert_eq!(names(&[&second, &twin("sdb", 3)]), ["0123-sda", "0123"]);
+        let mut other = twin("sdb", 4);
+        other.serial = Some("4567".into());
+        assert_eq!(names(&[&second, &other]), ["0123-sda", "4567"]);
+    }
+
+    #[test]
     fn disks_are_read_only_unless_named() {
         let survey = Survey {
             disks: vec![candidate("sda", false)],
@@ -178,7 +228,7 @@ mod tests {
                 snapshot,
                 ..Options::default()
             };
-            let lent = with_names("m", wanted(&options, &Chosen::default(), &survey).0);
+            let lent = Called::default().with_names("m", wanted(&options, &Chosen::default(), &survey).0);
             let sources = lent.iter().map(|(want, names)| (&want.source, names));
             let grants = Grants::new(&options, sources, &survey).unwrap();
             mode(&options, &grants, &lent[0].0.source)

@@ -24,11 +24,19 @@ pub fn file(path: &Path) -> io::Result<()> {
 /// What the kernel says.
 pub fn written_file(path: &Path) -> io::Result<()> {
     let file = File::options().write(true).open(path)?;
-    overwrite(&file)?;
-    file.sync_all()?;
+    opened(&file)?;
     drop(file);
     std::fs::remove_file(path)?;
     File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+/// As [`written_file`], of one that is open and keeps its name.
+///
+/// # Errors
+/// What the kernel says.
+pub fn opened(file: &File) -> io::Result<()> {
+    overwrite(file)?;
+    file.sync_all()
 }
 
 fn overwrite(mut file: &File) -> io::Result<()> {

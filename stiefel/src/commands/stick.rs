@@ -72,6 +72,13 @@ pub(crate) fn stick(path: Option<&Path>, args: &StickArgs) -> anyhow::Result<()>
         false => "holds a key: keep it as you keep the laptop",
     };
     eprintln!("{}: {}, {note}", target.display(), mebibytes(report.bytes));
+    if report.exposed && !args.open {
+        eprintln!(
+            "stiefel: WARNING: other users of this system can read {}, and the key in it: its file system keeps no owner and mode. Mount it \
+             with umask=0077",
+            target.display()
+        );
+    }
     Ok(())
 }
 
