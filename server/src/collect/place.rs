@@ -52,21 +52,29 @@ pub(crate) fn place(tree: &Tree, disk: &str, piece: &Piece) -> Result<Place, Pla
         path: piece.path.clone(),
     };
     let file = tree.inside(&piece.path).ok_or_else(nowhere)?;
-    let mounts = tree.mounts();
-    // Of several at one place the last one counts: `max_by_key` takes that.
-    let below = mounts.iter().filter(|mount| file.starts_with(&mount.point));
-    let mount = below.max_by_key(|mount| mount.point.len()).ok_or_else(nowhere)?;
+    let mount = mount_of(tree, &piece.path).ok_or_else(nowhere)?;
     let rest = file.strip_prefix(&mount.point).map_err(|_| nowhere())?;
     let path = Path::new(&mount.root).join(rest);
     Ok(Place {
         volume: Volume {
             // From the top of the file system, whatever of it is mounted.
             folder: "/".to_owned(),
-            ..volume(tree, disk, mount)?
+            ..volume(tree, disk, &mount)?
         },
         path: path.into_os_string().into_string().map_err(|_| nowhere())?,
         range: piece.section.as_ref().map(|section| (section.offset, section.len)),
     })
+}
+
+/// The mounted file system that a file (as it really lies) is on.
+pub(crate) fn mount_of(tree: &Tree, path: &Path) -> Option<Mount> {
+    let file = tree.inside(path)?;
+    // Of several at one place the last one counts: `max_by_key` takes that.
+    let below = tree
+        .mounts()
+        .into_iter()
+        .filter(|mount| file.starts_with(&mount.point));
+    below.max_by_key(|mount| mount.point.len())
 }
 
 /// The file systems that make up the system in the tree, for reading the payload of a later day: `/` first, then those where kernels

@@ -153,7 +153,6 @@ pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
         folder: "/".to_owned(),
     };
     let handover = Handover::Search(Box::new(SearchHandover {
-        keys: vec![key(bench, "stick")?],
         hostname: "search".to_owned(),
         disk: DiskIdentity {
             serial: Some(disk.serial.clone()),
@@ -161,7 +160,6 @@ pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
             ..DiskIdentity::default()
         },
         mounts: vec![("/".to_owned(), root)],
-        config: bench.kit.config(""),
         wireguard: manifest.wireguard,
         nvme_target: manifest.nvme_target,
     }));
