@@ -7,10 +7,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use stiefel_initrd_builder::overlay;
 use stiefel_shared::config::{CONFIG_PATH, Config, MAX_CONFIG};
-use stiefel_shared::handover::{Part, SearchHandover, ServerHandover};
+use stiefel_shared::handover::{After, Part, SearchHandover, ServerHandover};
 use stiefel_shared::key::StickKey;
 use stiefel_sys::block::Disk;
 use stiefel_sys::console::Console;
@@ -24,6 +24,8 @@ use crate::tree::Tree;
 
 /// Where the laptop's system is put together.
 const FOLDER: &str = "/run/stiefel/disk/root";
+/// Memory that serving needs besides the parts, in bytes.
+const RESERVE: u64 = 64 << 20;
 
 /// Looks for the payload, gets its parts, and gives the handover of a server.
 ///
@@ -97,6 +99,9 @@ fn found(console: &Console, handover: SearchHandover, system: &Path, root: &Path
     let mut gather = Gather::begin(root, Part::Overlay)?;
     gather.write(&overlay.bytes)?;
     let (overlay, _) = gather.end();
+    let sizes = [&found.kernel].into_iter().chain(&found.initrds).map(length);
+    let parts = sizes.sum::<io::Result<u64>>()?;
+    fits(parts, available(&Tree::new(Path::new("/"))))?;
     let kernel = gathered(root, Part::Kernel, std::slice::from_ref(&found.kernel))?;
     let initrd = gathered(root, Part::Initrd, &found.initrds)?;
     Ok(ServerHandover {
@@ -105,7 +110,7 @@ fn found(console: &Console, handover: SearchHandover, system: &Path, root: &Path
         keys,
         hostname: handover.hostname,
         disk: handover.disk,
-        after: config.session.after,
+        after: after(config.session.after),
         encryption: config.link.encryption,
         mode: config.link.mode,
         transport,
@@ -113,6 +118,41 @@ fn found(console: &Console, handover: SearchHandover, system: &Path, root: &Path
         grace: config.session.grace.0.as_secs(),
         tickets: Vec::new(),
     })
+}
+
+/// What follows a desktop's power-off. A reboot could end in this stick again, which would serve again, without end.
+const fn after(configured: After) -> After {
+    match configured {
+        After::Return | After::Poweroff => After::Poweroff,
+        After::Stay => After::Stay,
+    }
+}
+
+/// How much of its file a piece is, in bytes.
+fn length(piece: &Piece) -> io::Result<u64> {
+    match &piece.section {
+        Some(section) => Ok(section.len),
+        None => Ok(piece.path.metadata()?.len()),
+    }
+}
+
+/// The memory that is free for files, in bytes, as far as the kernel tells.
+fn available(tree: &Tree) -> Option<u64> {
+    let text = tree.text("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Whether parts of so many bytes fit into memory, with room to work in.
+fn fits(parts: u64, available: Option<u64>) -> anyhow::Result<()> {
+    let room = available.map_or(u64::MAX, |available| available.saturating_sub(RESERVE));
+    ensure!(
+        parts <= room,
+        "what the desktop boots has {} MiB, and there is room for {} MiB in this laptop's memory; make a smaller initrd (e.g. MODULES=dep)",
+        parts.div_ceil(1 << 20),
+        room >> 20
+    );
+    Ok(())
 }
 
 fn gathered(root: &Path, part: Part, pieces: &[Piece]) -> anyhow::Result<u64> {
@@ -227,6 +267,28 @@ mod tests {
         assert_eq!(server.payload.boot, None, "what changes cannot be seen from here");
         // This kernel has no nvme-tcp.
         assert_eq!((server.transport, server.grace), (DiskTransport::Nbd, 60));
+    }
+
+    #[test]
+    fn a_laptop_that_went_home_would_start_this_stick_again_so_it_is_switched_off() {
+        for (configured, expected) in [("return", After::Poweroff), ("stay", After::Stay), ("poweroff", After::Poweroff)] {
+            let server = look(&format!("session: {{after: {configured}}}\n")).1.unwrap();
+            assert_eq!(server.after, expected, "{configured}");
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_into_memory_are_refused_before_they_are_read() {
+        let (dir, _) = system("");
+        let tree = Tree::new(dir.path());
+        assert_eq!(available(&tree), None);
+        std::fs::create_dir(dir.path().join("proc")).unwrap();
+        std::fs::write(dir.path().join("proc/meminfo"), "MemTotal: 9 kB\nMemAvailable:   204800 kB\n").unwrap();
+        let memory = available(&tree);
+        assert_eq!(memory, Some(200 << 20));
+        assert!(fits(136 << 20, memory).is_ok() && fits(u64::MAX, None).is_ok());
+        let refused = fits((136 << 20) + 1, memory).unwrap_err().to_string();
+        assert!(refused.contains("137 MiB") && refused.contains("136 MiB"), "{refused}");
     }
 
     #[test]
