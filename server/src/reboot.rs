@@ -9,6 +9,7 @@
 //! no room; a payload that the ramdisk could not read.
 
 mod esp;
+mod leftover;
 mod variables;
 
 use std::fs::{File, OpenOptions};
@@ -26,10 +27,15 @@ use crate::collect::{self, Collected, PlaceError};
 use crate::payload::FoundPayload;
 use crate::tree::Tree;
 use esp::Esp;
+use leftover::Turn;
+pub(crate) use leftover::look;
+pub use leftover::{Left, sweep};
 
 /// The image's folder and name on the EFI system partition.
 const FOLDER: &str = "/EFI/stiefel";
 const IMAGE: &str = "/EFI/stiefel/once.efi";
+/// Its name while it is written.
+const BESIDE: &str = "/EFI/stiefel/once.new";
 /// What the firmware's entry is called.
 const TITLE: &str = "stiefel (once)";
 /// What stays free on the EFI system partition, in bytes.
@@ -106,6 +112,15 @@ pub enum RebootError {
         #[source]
         source: io::Error,
     },
+    /// Somebody else is at it.
+    #[error("another `stiefel` is leaving by a reboot, or takes away what an earlier one has left\n  next: try again in a moment")]
+    Busy,
+    /// Somebody else has replaced it.
+    #[error("{path} was replaced while it was written\n  next: find out by whom; then try again", path = path.display())]
+    Replaced {
+        /// What.
+        path: PathBuf,
+    },
     /// The firmware did not keep what was written.
     #[error("the firmware did not keep the entry for one start\n  next: set trigger.method to kexec; see `efibootmgr`")]
     NotKept,
@@ -114,6 +129,8 @@ pub enum RebootError {
 /// Everything that is decided before anything is written. (Not shown by `Debug`: the program holds keys.)
 pub(crate) struct Plan {
     tree: Tree,
+    /// As long as this is there, nobody else arms, or takes away what this one has armed.
+    turn: Turn,
     esp: Esp,
     program: Zeroizing<Vec<u8>>,
     /// Number of modules for the desktop.
@@ -159,6 +176,7 @@ impl Plan {
     pub(crate) fn of(root: &Path, collected: &Collected, extra: &str) -> Result<Self, RebootError> {
         let tree = Tree::new(root);
         check(&tree)?;
+        let turn = Turn::take(&tree)?;
         let disk = collected.disk.file_name().unwrap_or_default().to_string_lossy();
         let esp = esp::find(&tree, &disk)?;
         let image = Place {
@@ -177,6 +195,7 @@ impl Plan {
         let program = stick::program(&options)?;
         let plan = Self {
             tree,
+            turn,
             esp,
             program,
             modules: once.modules,
@@ -225,17 +244,25 @@ impl Plan {
     /// Takes back what [`Self::arm`] has done, as far as it can; what is left, the next start of the service takes away.
     pub(crate) fn disarm(&self) {
         variables::cancel(&self.tree, TITLE);
-        let _ = crate::offline::take_away(&self.tree.path(&self.esp.point), IMAGE);
+        if crate::offline::take_away(&self.tree.path(&self.esp.point), IMAGE).is_ok() {
+            leftover::unmark(&self.tree);
+        }
+    }
+
+    /// The shutdown has begun: nobody takes away any more what is armed, as long as this process lasts.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self.turn);
     }
 
     /// Written beside, synced, renamed; the secrets are written only once nobody else can read the file.
     fn write_image(&self) -> Result<(), RebootError> {
         let folder = self.tree.path(format!("{}{FOLDER}", self.esp.point));
-        let beside = folder.join("once.new");
+        let beside = self.tree.path(format!("{}{BESIDE}", self.esp.point));
         let failed = |source| RebootError::Write {
             path: beside.clone(),
             source,
         };
+        leftover::mark(&self.tree, &self.esp.point)?;
         std::fs::create_dir_all(&folder).map_err(failed)?;
         if beside.exists() {
             wipe::written_file(&beside).map_err(failed)?;
@@ -249,6 +276,11 @@ impl Plan {
             .map_err(failed)?;
         let written = self.fill(&mut file).and_then(|()| {
             let image = self.tree.path(format!("{}{IMAGE}", self.esp.point));
+            let (ours, there) = (file.metadata(), beside.symlink_metadata());
+            let (ours, there) = (ours.map_err(failed)?, there.map_err(failed)?);
+            if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+                return Err(RebootError::Replaced { path: beside.clone() });
+            }
             // Renaming over one that is left over would leave its keys in clusters that are free.
             if image.exists() {
                 wipe::written_file(&image).map_err(failed)?;
@@ -286,28 +318,6 @@ const fn room(free: u64, size: u64) -> Option<u64> {
     } else {
         Some(needed.div_ceil(1 << 20))
     }
-}
-
-/// Takes away an image that the firmware has not started, and what tells it to; whether there was one. With `entry` also the entry that
-/// is kept for the next time.
-///
-/// # Errors
-/// Why it is still there.
-pub fn sweep(root: &Path, entry: bool) -> anyhow::Result<bool> {
-    let tree = Tree::new(root);
-    variables::cancel(&tree, TITLE);
-    if entry {
-        variables::forget(&tree, TITLE)?;
-    }
-    let mut found = false;
-    for point in esp::POINTS {
-        for name in [IMAGE, "/EFI/stiefel/once.new"] {
-            found |= crate::offline::take_away(&tree.path(point), name)?;
-        }
-        // Only if it is empty.
-        let _ = std::fs::remove_dir(tree.path(format!("{point}{FOLDER}")));
-    }
-    Ok(found)
 }
 
 #[cfg(test)]

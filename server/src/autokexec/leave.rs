@@ -188,8 +188,9 @@ fn by_reboot(
         "leaving: the firmware starts the ramdisk next, the shutdown begins"
     ));
     let begun = shut_down("reboot");
-    if begun.is_err() {
-        plan.disarm();
+    match &begun {
+        Ok(()) => plan.keep(),
+        Err(_) => plan.disarm(),
     }
     begun
 }

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use stiefel_shared::handover::Volume;
 
 use super::*;
+use crate::collect::STATE_DIR;
 
 const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
 const GUID: &str = "00112233-4455-6677-8899-aabbccddeeff";
@@ -43,6 +44,7 @@ impl Laptop {
         laptop.variable("BootOrder", &[7, 0, 0, 0, 0, 0]);
         laptop.variable("Boot0000", &[7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         laptop.put(DEFAULT_STUB, "stub");
+        std::fs::create_dir_all(laptop.tree.path(STATE_DIR)).unwrap();
         laptop
     }
 
@@ -77,6 +79,7 @@ impl Laptop {
     fn plan(&self) -> Plan {
         Plan {
             tree: self.tree.clone(),
+            turn: Turn::take(&self.tree).unwrap(),
             esp: esp::find(&self.tree, "sda").unwrap(),
             program: Zeroizing::new(b"secret image".to_vec()),
             modules: 0,
@@ -171,9 +174,10 @@ fn disarming_leaves_the_firmware_and_the_esp_as_they_were_but_for_the_entry() {
     let plan = laptop.plan();
     plan.arm().unwrap();
     plan.disarm();
+    drop(plan);
     assert!(!laptop.image().exists());
     assert_eq!(laptop.read("BootNext"), None);
-    assert!(sweep(laptop.dir.path(), true).is_ok_and(|found| !found));
+    assert_eq!(sweep(laptop.dir.path(), true).unwrap(), Left::Nothing);
     assert_eq!(laptop.variables(), ["Boot0000", "BootOrder"]);
     assert!(!laptop.tree.path(format!("/boot/efi{FOLDER}")).exists());
     assert!(laptop.tree.path("/boot/efi/EFI/debian/grubx64.efi").exists());
@@ -183,7 +187,7 @@ fn disarming_leaves_the_firmware_and_the_esp_as_they_were_but_for_the_entry() {
 fn what_others_have_asked_of_the_firmware_stays() {
     let laptop = Laptop::new();
     laptop.variable("BootNext", &[7, 0, 0, 0, 0, 0]);
-    assert!(!sweep(laptop.dir.path(), true).unwrap());
+    assert_eq!(sweep(laptop.dir.path(), true).unwrap(), Left::Nothing);
     assert_eq!(laptop.read("BootNext").unwrap(), [7, 0, 0, 0, 0, 0]);
     assert_eq!(laptop.variables(), ["Boot0000", "BootNext", "BootOrder"]);
 }
@@ -193,10 +197,46 @@ fn an_image_that_was_not_started_is_found_and_taken_away() {
     let laptop = Laptop::new();
     laptop.plan().arm().unwrap();
     laptop.put(&format!("/boot/efi{FOLDER}/once.new"), "cut off");
-    assert!(sweep(laptop.dir.path(), false).unwrap());
+    assert_eq!(look(&laptop.tree), Left::Image(laptop.image()), "only looked at");
+    assert_eq!(sweep(laptop.dir.path(), false).unwrap(), Left::Image(laptop.image()));
+    assert_eq!(look(&laptop.tree), Left::Nothing);
     assert!(laptop.on_the_esp().is_empty());
     assert_eq!(laptop.read("BootNext"), None);
     assert!(laptop.read("Boot0001").is_some(), "kept for the next time");
+}
+
+#[test]
+fn an_image_on_an_esp_that_is_not_mounted_any_more_is_told_of() {
+    let laptop = Laptop::new();
+    laptop.plan().arm().unwrap();
+    let mounts = std::fs::read_to_string(laptop.tree.path("/proc/self/mountinfo")).unwrap();
+    laptop.put("/proc/self/mountinfo", "22 1 8:2 / / rw - ext4 /dev/sda2 rw\n");
+    let (esp, away) = (laptop.tree.path("/boot/efi"), laptop.tree.path("/away"));
+    std::fs::rename(&esp, &away).unwrap();
+    for _ in 0..2 {
+        assert_eq!(sweep(laptop.dir.path(), false).unwrap(), Left::Unseen("/boot/efi".into()));
+    }
+    std::fs::rename(&away, &esp).unwrap();
+    laptop.put("/proc/self/mountinfo", mounts);
+    assert_eq!(sweep(laptop.dir.path(), false).unwrap(), Left::Image(laptop.image()));
+    // The ramdisk has taken away what was started: that is nothing to tell.
+    laptop.plan().arm().unwrap();
+    std::fs::remove_file(laptop.image()).unwrap();
+    assert_eq!(sweep(laptop.dir.path(), false).unwrap(), Left::Nothing);
+}
+
+#[test]
+fn what_one_has_armed_another_neither_replaces_nor_takes_away() {
+    let laptop = Laptop::new();
+    let plan = laptop.plan();
+    plan.arm().unwrap();
+    assert!(matches!(Turn::take(&laptop.tree), Err(RebootError::Busy)));
+    assert!(sweep(laptop.dir.path(), false).is_err());
+    assert!(laptop.image().exists() && laptop.read("BootNext").is_some());
+    drop(plan);
+    assert!(Turn::take(&laptop.tree).is_ok());
+    laptop.plan().keep();
+    assert!(sweep(laptop.dir.path(), false).is_err(), "the shutdown has begun");
 }
 
 #[test]
