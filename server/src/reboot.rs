@@ -17,13 +17,14 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use stiefel_initrd_builder::ramdisk::Manifest;
 use stiefel_initrd_builder::stick::{self, DEFAULT_STUB, StickError, StickOptions};
 use stiefel_shared::handover::{Place, ramdisk_cmdline};
 use stiefel_shared::loader::efi;
 use stiefel_sys::wipe;
 use zeroize::Zeroizing;
 
-use crate::collect::{self, Collected, PlaceError};
+use crate::collect::{self, Collected, PlaceError, STATE_DIR};
 use crate::payload::FoundPayload;
 use crate::tree::Tree;
 use esp::Esp;
@@ -156,14 +157,17 @@ pub(crate) fn check(tree: &Tree) -> Result<(), RebootError> {
     Ok(())
 }
 
-/// Whether the ramdisk would find on `disk` (the kernel's name) what this payload is.
+/// Whether the ramdisk, as far as there is one, would find on `disk` (the kernel's name) what this payload is.
 ///
 /// # Errors
 /// [`RebootError::NoEsp`], [`RebootError::Place`].
 pub(crate) fn reaches(tree: &Tree, disk: &str, payload: &FoundPayload) -> Result<(), RebootError> {
-    esp::find(tree, disk)?;
+    let mut volumes = vec![esp::find(tree, disk)?.volume];
     for piece in payload.initrds.iter().chain([&payload.kernel]) {
-        collect::place(tree, disk, piece)?;
+        volumes.push(collect::place(tree, disk, piece)?.volume);
+    }
+    if let Ok(ramdisk) = Manifest::load(&tree.path(STATE_DIR)) {
+        collect::readable(&ramdisk, &volumes)?;
     }
     Ok(())
 }

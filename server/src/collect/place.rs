@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use stiefel_initrd_builder::ramdisk::{LOOP, Manifest};
 use stiefel_shared::handover::{Place, VOLUMES, Volume};
 
 use crate::payload::Piece;
@@ -44,6 +45,27 @@ pub enum PlaceError {
         /// Its type.
         kind: String,
     },
+    /// A module that the ramdisk was built without.
+    #[error(
+        "the ramdisk has no {module}, without which it cannot read the laptop's disk\n  \
+         next: have `default`, or `fs` besides the others, among `modules` in config.yaml, then: stiefel install"
+    )]
+    NotInRamdisk {
+        /// Which.
+        module: String,
+    },
+}
+
+/// Whether this ramdisk can mount these, as `crate::offline` does: better to hear that while the OS is there.
+pub(crate) fn readable<'a>(ramdisk: &Manifest, volumes: impl IntoIterator<Item = &'a Volume>) -> Result<(), PlaceError> {
+    let file_systems = volumes.into_iter().map(|volume| volume.fstype.as_str());
+    let mut needed = [LOOP].into_iter().chain(file_systems);
+    let missing = needed.find(|module| !ramdisk.reads.iter().any(|has| has == module));
+    missing.map_or(Ok(()), |module| {
+        Err(PlaceError::NotInRamdisk {
+            module: module.to_owned(),
+        })
+    })
 }
 
 /// Where a piece of the payload lies on `disk`.
@@ -196,6 +218,23 @@ pub(crate) mod tests {
         assert_eq!(found(btrfs, "/boot/vmlinuz"), Ok(at(3, "btrfs", "/@/boot/vmlinuz")));
         let old = "22 1 8:3 / / rw - ext3 /dev/sda3 rw\n";
         assert_eq!(found(old, "/boot/vmlinuz"), Ok(at(3, "ext4", "/boot/vmlinuz")));
+    }
+
+    #[test]
+    fn a_ramdisk_that_was_built_without_what_reads_the_disk_is_refused_by_name() {
+        let part = serde_json::json!({"bytes": 0, "sha256": ""});
+        let mut manifest: Manifest = serde_json::from_value(serde_json::json!({
+            "stiefel_version": "0", "kernel_version": "6.1", "kernel": part, "ramdisk": part, "unpacked_bytes": 0, "modules": 0,
+            "wireguard": true, "firmware": 0, "missing_firmware": 0, "classes": [],
+        }))
+        .unwrap();
+        let volumes = [at(1, "vfat", "/a").volume, at(2, "ext4", "/a").volume];
+        for has in ["loop", "vfat", "ext4"] {
+            let refused = readable(&manifest, &volumes);
+            assert!(matches!(refused, Err(PlaceError::NotInRamdisk { module }) if module == has), "{has}");
+            manifest.reads.push(has.to_owned());
+        }
+        assert_eq!(readable(&manifest, &volumes), Ok(()));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use stiefel_initrd_builder::ramdisk::Manifest;
 use stiefel_shared::config::{CONFIG_PATH, Config};
 use stiefel_shared::handover::{SearchHandover, Volume};
 
-use super::place::{PlaceError, mount_of, mounts};
+use super::place::{PlaceError, mount_of, mounts, readable};
 use super::{CollectError, KEYS_DIR, disk, hostname, identity, read_keys};
 use crate::tree::Tree;
 
@@ -47,6 +47,7 @@ pub fn search(root: &Path, config: &Config, ramdisk: &Manifest) -> Result<Search
     let disk = disk(&tree, &config.boot.disk)?;
     let mounts = mounts(&tree, &disk.name)?;
     is_read(&tree, &mounts)?;
+    readable(ramdisk, mounts.iter().map(|(_, volume)| volume))?;
     Ok(SearchHandover {
         hostname: hostname(&tree),
         mounts,

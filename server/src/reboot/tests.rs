@@ -6,7 +6,6 @@ use std::time::SystemTime;
 use stiefel_shared::handover::Volume;
 
 use super::*;
-use crate::collect::STATE_DIR;
 
 const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
 const GUID: &str = "00112233-4455-6677-8899-aabbccddeeff";
