@@ -41,6 +41,7 @@ impl<'a> Volumes<'a> {
             bail!("the ramdisk does not read the file system {}", volume.fstype);
         };
         load(&modules_of(fstype))?;
+        super::step();
         if !point.is_dir() {
             mount::make_dir_all(point, 0o700)?;
         }
