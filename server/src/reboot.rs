@@ -57,6 +57,17 @@ pub enum RebootError {
          next: turn Secure Boot off; or set trigger.method to kexec with the distribution's signed kernel as initrd.kernel"
     )]
     SecureBoot,
+    /// The reboot would not be one.
+    #[error(
+        "a reboot of this system would start another kernel by kexec, and not go through the firmware: {why}\n  next: {next}; or set \
+         trigger.method to kexec"
+    )]
+    NotThroughFirmware {
+        /// What does that.
+        why: &'static str,
+        /// What ends it.
+        next: &'static str,
+    },
     /// There is no stub.
     #[error("there is no UEFI stub {stub}\n  next: install it (Debian: systemd-boot-efi; Arch, Fedora: systemd, systemd-boot)", stub = stub.display())]
     NoStub {
@@ -141,7 +152,7 @@ pub(crate) struct Plan {
 /// Whether this system can be left by a reboot at all, as far as can be told without a payload.
 ///
 /// # Errors
-/// [`RebootError::NoEfi`], [`RebootError::SecureBoot`], [`RebootError::NoStub`].
+/// [`RebootError::NoEfi`], [`RebootError::SecureBoot`], [`RebootError::NotThroughFirmware`], [`RebootError::NoStub`].
 pub(crate) fn check(tree: &Tree) -> Result<(), RebootError> {
     if !tree.is_folder(variables::FOLDER) || tree.names(variables::FOLDER).is_empty() {
         return Err(RebootError::NoEfi);
@@ -150,9 +161,35 @@ pub(crate) fn check(tree: &Tree) -> Result<(), RebootError> {
     if secure {
         return Err(RebootError::SecureBoot);
     }
+    through_firmware(tree)?;
     let stub = tree.path(DEFAULT_STUB);
     if !stub.is_file() {
         return Err(RebootError::NoStub { stub });
+    }
+    Ok(())
+}
+
+/// Whether `systemctl reboot` is a reboot: a kernel that is loaded is started by systemd (254 and later) or kexec-tools instead.
+fn through_firmware(tree: &Tree) -> Result<(), RebootError> {
+    if tree.line("/sys/kernel/kexec_loaded").as_deref() == Some("1") {
+        return Err(RebootError::NotThroughFirmware {
+            why: "one is loaded (/sys/kernel/kexec_loaded)",
+            next: "kexec --unload",
+        });
+    }
+    // Debian's kexec-tools load one while the system is shut down.
+    let settings = tree.text("/etc/default/kexec").unwrap_or_default();
+    let mut lines = settings.lines().map(str::trim);
+    let loads = |line: &str| {
+        let value = line.strip_prefix("LOAD_KEXEC=");
+        value.is_some_and(|value| value.trim_matches(['"', '\'']) == "true")
+    };
+    let installed = ["/usr/sbin/kexec", "/sbin/kexec"].iter().any(|path| tree.is_file(path));
+    if installed && lines.any(loads) {
+        return Err(RebootError::NotThroughFirmware {
+            why: "kexec-tools load one at each reboot (/etc/default/kexec)",
+            next: "dpkg-reconfigure kexec-tools",
+        });
     }
     Ok(())
 }

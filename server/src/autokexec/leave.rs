@@ -252,11 +252,20 @@ fn service_ends() -> LeaveError {
     }
 }
 
+/// What ends the OS. A plain `reboot` goes through the firmware, whatever is loaded, or prepared at /run/nextroot (systemd 254 and later).
+fn systemctl(verb: &str) -> Command {
+    let mut command = Command::new("systemctl");
+    command
+        .arg(verb)
+        .env("SYSTEMCTL_SKIP_AUTO_KEXEC", "1")
+        .env("SYSTEMCTL_SKIP_AUTO_SOFT_REBOOT", "1");
+    command
+}
+
 /// Ends all units in order, and unmounts. With a kernel loaded, `systemctl kexec` takes that one.
 fn shut_down(verb: &'static str) -> Result<(), LeaveError> {
     let failed = |why: String| LeaveError::Systemctl { verb, why };
-    let output = Command::new("systemctl")
-        .arg(verb)
+    let output = systemctl(verb)
         .stdin(Stdio::null())
         .output()
         .map_err(|error| failed(format!("it cannot be started: {error}")))?;
@@ -315,6 +324,17 @@ mod tests {
         assert_eq!(error.to_string(), "cancelled: the NIC was unplugged");
         drop(sender);
         assert!(not_cancelled(&receiver).is_err());
+    }
+
+    #[test]
+    fn a_reboot_is_none_by_kexec_or_of_the_user_space_alone() {
+        let command = systemctl("reboot");
+        let set: Vec<_> = command
+            .get_envs()
+            .filter(|(_, value)| value.is_some_and(|value| value == "1"))
+            .map(|(name, _)| name.to_str().unwrap())
+            .collect();
+        assert_eq!(set, ["SYSTEMCTL_SKIP_AUTO_KEXEC", "SYSTEMCTL_SKIP_AUTO_SOFT_REBOOT"]);
     }
 
     #[test]

@@ -262,6 +262,22 @@ fn a_machine_that_cannot_be_left_so_is_refused_with_what_to_do() {
 }
 
 #[test]
+fn a_reboot_that_would_start_a_loaded_kernel_is_refused() {
+    let laptop = Laptop::new();
+    laptop.put("/sys/kernel/kexec_loaded", "0\n");
+    laptop.put("/etc/default/kexec", "# LOAD_KEXEC=true\nLOAD_KEXEC=true\n");
+    assert!(check(&laptop.tree).is_ok(), "left over from kexec-tools that are gone");
+    laptop.put("/usr/sbin/kexec", "");
+    let refused = check(&laptop.tree).unwrap_err().to_string();
+    assert!(refused.contains("/etc/default/kexec"), "{refused}");
+    laptop.put("/etc/default/kexec", "# LOAD_KEXEC=true\nLOAD_KEXEC=false\n");
+    assert!(check(&laptop.tree).is_ok());
+    laptop.put("/sys/kernel/kexec_loaded", "1\n");
+    let refused = check(&laptop.tree).unwrap_err().to_string();
+    assert!(refused.contains("kexec --unload"), "{refused}");
+}
+
+#[test]
 fn an_esp_without_room_is_refused_before_anything_is_written() {
     let laptop = Laptop::new();
     let plan = laptop.plan();
