@@ -92,6 +92,18 @@ pub enum RebootError {
         /// Where it is mounted.
         point: PathBuf,
     },
+    /// Its owner could read them.
+    #[error(
+        "the EFI system partition at {point} belongs to the user {owner}, who could read or replace the image for it, which holds keys\n  \
+         next: take uid= out of its options in /etc/fstab, then: umount {point} && mount {point}",
+        point = point.display()
+    )]
+    NotRoots {
+        /// Where it is mounted.
+        point: PathBuf,
+        /// The owner's number.
+        owner: u32,
+    },
     /// It is too full.
     #[error(
         "the EFI system partition at {point} has {free} MiB free, and the one-time image needs {needed} MiB\n  \
@@ -340,15 +352,29 @@ impl Plan {
             path: self.tree.path(format!("{}{IMAGE}", self.esp.point)),
             source,
         };
+        let point = self.tree.path(&self.esp.point);
+        let folder = self.tree.path(format!("{}{FOLDER}", self.esp.point));
+        let (ours, above) = (file.metadata().map_err(failed)?, folder.metadata().map_err(failed)?);
         // FAT has no permissions: its mount gives all files the same.
-        if file.metadata().map_err(failed)?.mode() & 0o077 != 0 {
-            return Err(RebootError::Open {
-                point: self.tree.path(&self.esp.point),
-            });
-        }
+        private(&point, ours.mode(), ours.uid())?;
+        // Who may look into the folder does not matter, but who may replace what is in it.
+        private(&point, above.mode() & 0o022, above.uid())?;
         file.write_all(&self.program).map_err(failed)?;
         file.sync_all().map_err(failed)
     }
+}
+
+/// Whether nobody else can read what has this mode and owner, on what is mounted at `point`.
+fn private(point: &Path, mode: u32, owner: u32) -> Result<(), RebootError> {
+    let point = point.to_owned();
+    if mode & 0o077 != 0 {
+        return Err(RebootError::Open { point });
+    }
+    // Without being root, only a tree of one's own can be written: in tests.
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        return Err(RebootError::NotRoots { point, owner });
+    }
+    Ok(())
 }
 
 /// How many MiB an image of `size` bytes needs, if that is more than the bytes that are free.

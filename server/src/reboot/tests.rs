@@ -262,6 +262,28 @@ fn a_machine_that_cannot_be_left_so_is_refused_with_what_to_do() {
 }
 
 #[test]
+fn an_esp_that_belongs_to_another_user_is_refused_before_a_key_is_written() {
+    let point = Path::new("/boot/efi");
+    let own = rustix::process::geteuid().as_raw();
+    for owner in [0, own] {
+        assert!(private(point, 0o100_600, owner).is_ok());
+    }
+    assert!(matches!(private(point, 0o100_640, 0), Err(RebootError::Open { .. })));
+    let refused = private(point, 0o100_600, own + 1).unwrap_err().to_string();
+    assert!(refused.contains("uid=") && refused.contains(&(own + 1).to_string()), "{refused}");
+    let laptop = Laptop::new();
+    let folder = laptop.image().parent().unwrap().to_owned();
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o775)).unwrap();
+    assert!(matches!(laptop.plan().arm(), Err(RebootError::Open { .. })));
+    assert!(laptop.on_the_esp().is_empty());
+    if own == 0 && std::os::unix::fs::chown(&folder, Some(12345), None).is_ok() {
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).unwrap();
+        assert!(matches!(laptop.plan().arm(), Err(RebootError::NotRoots { owner: 12345, .. })));
+    }
+}
+
+#[test]
 fn a_reboot_that_would_start_a_loaded_kernel_is_refused() {
     let laptop = Laptop::new();
     laptop.put("/sys/kernel/kexec_loaded", "0\n");
