@@ -12,9 +12,9 @@ mod esp;
 mod leftover;
 mod variables;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use stiefel_initrd_builder::ramdisk::Manifest;
@@ -316,7 +316,8 @@ impl Plan {
             source,
         };
         leftover::mark(&self.tree, &self.esp.point)?;
-        std::fs::create_dir_all(&folder).map_err(failed)?;
+        let mut closed = DirBuilder::new();
+        closed.recursive(true).mode(0o700).create(&folder).map_err(failed)?;
         if beside.exists() {
             wipe::written_file(&beside).map_err(failed)?;
         }
