@@ -13,19 +13,17 @@ use stiefel_sys::console::Console;
 use stiefel_sys::mount::{self, MountFlags};
 use stiefel_sys::wipe;
 
-use super::volumes::{self, Volumes};
+use super::volumes::{self, FOLDER, Volumes};
 use super::{Gather, part_path, settle};
 use crate::role::wait_for_disk;
 use crate::tree::Tree;
-
-/// Where file systems of the disk are mounted for a moment.
-const FOLDER: &str = "/run/stiefel/disk";
 
 /// Takes the image away, gets the parts from the disk, and gives the handover of a server.
 ///
 /// # Errors
 /// Why nobody can be served; the caller then goes back to the laptop's own OS.
 pub fn once(console: &Console, handover: OnceHandover) -> anyhow::Result<ServerHandover> {
+    volumes::release()?;
     let disk = wait_for_disk(console, &handover.server.disk)?;
     remove(console, &disk, &handover.image)
         .context("the image that was started could not be taken off the disk, and it holds keys: nobody is served")?;
@@ -98,6 +96,7 @@ fn gather(console: &Console, disk: &Disk, root: &Path, part: Part, from: &FilePa
             .map_err(anyhow::Error::from)
             .and_then(|path| gather.add(&path, place.range));
         read.with_context(|| format!("{} on partition {}", place.path, place.volume.partition))?;
+        volumes.end()?;
     }
     let (size, sha256) = gather.end();
     ensure!(

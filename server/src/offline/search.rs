@@ -15,7 +15,7 @@ use stiefel_shared::key::StickKey;
 use stiefel_sys::block::Disk;
 use stiefel_sys::console::Console;
 
-use super::volumes::Volumes;
+use super::volumes::{self, Volumes};
 use super::{Gather, settle};
 use crate::collect::{self, KEYS_DIR};
 use crate::payload::{self, Piece};
@@ -32,12 +32,15 @@ const RESERVE: u64 = 64 << 20;
 /// # Errors
 /// Why nobody can be served.
 pub fn search(console: &Console, handover: SearchHandover) -> anyhow::Result<ServerHandover> {
+    volumes::release()?;
     let disk = wait_for_disk(console, &handover.disk)?;
     let root = Path::new("/");
     let server = {
         let mut volumes = Volumes::new(console, &disk)?;
         assemble(&mut volumes, &handover, &disk)?;
-        found(console, handover, Path::new(FOLDER), root)?
+        let server = found(console, handover, Path::new(FOLDER), root)?;
+        volumes.end()?;
+        server
     };
     settle(root, &server)?;
     Ok(server)
