@@ -296,7 +296,7 @@ impl Plan {
 
     /// Takes back what [`Self::arm`] has done, as far as it can; what is left, the next start of the service takes away.
     pub(crate) fn disarm(&self) {
-        variables::cancel(&self.tree, TITLE);
+        let _ = variables::cancel(&self.tree, TITLE);
         if crate::offline::take_away(&self.tree.path(&self.esp.point), IMAGE).is_ok() {
             leftover::unmark(&self.tree);
         }
@@ -363,6 +363,18 @@ impl Plan {
         file.write_all(&self.program).map_err(failed)?;
         file.sync_all().map_err(failed)
     }
+}
+
+/// Where the firmware's variables are mounted.
+pub(crate) const VARIABLES: &str = variables::FOLDER;
+
+/// In the ramdisk that was started: has the firmware not do that again. It should have removed `BootNext` itself (UEFI, 3.3), but where one
+/// does not, the laptop would never come home. Whether this one did not.
+///
+/// # Errors
+/// [`RebootError::Write`].
+pub(crate) fn not_again(tree: &Tree) -> Result<bool, RebootError> {
+    variables::cancel(tree, TITLE)
 }
 
 /// Whether nobody else can read what has this mode and owner, on what is mounted at `point`.

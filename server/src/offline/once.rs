@@ -15,6 +15,7 @@ use stiefel_sys::wipe;
 
 use super::volumes::{self, FOLDER, Volumes};
 use super::{Gather, part_path, settle};
+use crate::reboot;
 use crate::role::wait_for_disk;
 use crate::tree::Tree;
 
@@ -23,6 +24,10 @@ use crate::tree::Tree;
 /// # Errors
 /// Why nobody can be served; the caller then goes back to the laptop's own OS.
 pub fn once(console: &Console, handover: OnceHandover) -> anyhow::Result<ServerHandover> {
+    if let Err(error) = not_again(console) {
+        // The firmware has, unless it is broken; and the image goes next, so that it would find nothing.
+        console.warn(&format!("whether the firmware would start this again cannot be seen: {error:#}"));
+    }
     volumes::release()?;
     let disk = wait_for_disk(console, &handover.server.disk)?;
     remove(console, &disk, &handover.image)
@@ -39,6 +44,21 @@ pub fn once(console: &Console, handover: OnceHandover) -> anyhow::Result<ServerH
     fits(&handover.server, Part::Overlay, overlay.len())?;
     settle(root, &handover.server)?;
     Ok(handover.server)
+}
+
+/// Before all else: a firmware that does not forget what it was told to start once would never start the laptop's own system again.
+fn not_again(console: &Console) -> anyhow::Result<()> {
+    let tree = Tree::new(Path::new("/"));
+    let point = Path::new(reboot::VARIABLES);
+    volumes::load(&["efivarfs"])?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount::mount("efivarfs", point, "efivarfs", flags, None)?;
+    let kept = reboot::not_again(&tree);
+    mount::unmount(point, false)?;
+    if kept? {
+        console.warn("this firmware does not forget what it was told to start once (BootNext); it was removed");
+    }
+    Ok(())
 }
 
 /// The server's handover says what the parts are, and the desktop goes by that.

@@ -80,7 +80,7 @@ pub fn sweep(root: &Path, entry: bool) -> anyhow::Result<Left> {
     let tree = Tree::new(root);
     // Not that of an activation which goes on right now.
     let _turn = Turn::take(&tree)?;
-    variables::cancel(&tree, TITLE);
+    let cancelled = variables::cancel(&tree, TITLE);
     if entry {
         variables::forget(&tree, TITLE)?;
     }
@@ -95,6 +95,7 @@ pub fn sweep(root: &Path, entry: bool) -> anyhow::Result<Left> {
     if !matches!(left, Left::Unseen(_)) {
         unmark(&tree);
     }
+    cancelled?;
     Ok(left)
 }
 

@@ -192,6 +192,19 @@ fn what_others_have_asked_of_the_firmware_stays() {
 }
 
 #[test]
+fn a_firmware_that_keeps_bootnext_does_not_start_us_again() {
+    let laptop = Laptop::new();
+    laptop.plan().arm().unwrap();
+    assert!(not_again(&laptop.tree).unwrap());
+    assert_eq!(laptop.read("BootNext"), None);
+    assert!(laptop.read("Boot0001").is_some(), "kept for the next time");
+    assert!(!not_again(&laptop.tree).unwrap());
+    laptop.variable("BootNext", &[7, 0, 0, 0, 0, 0]);
+    assert!(!not_again(&laptop.tree).unwrap());
+    assert!(laptop.read("BootNext").is_some(), "somebody else's");
+}
+
+#[test]
 fn an_image_that_was_not_started_is_found_and_taken_away() {
     let laptop = Laptop::new();
     laptop.plan().arm().unwrap();
