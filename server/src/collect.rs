@@ -30,6 +30,8 @@ use crate::payload::{self, FoundPayload, PayloadError};
 use crate::tree::Tree;
 
 pub use image::Image;
+#[cfg(test)]
+pub(crate) use image::tests::collected as collected_in_tests;
 pub(crate) use image::payload;
 pub(crate) use once::once;
 pub use place::PlaceError;

@@ -221,6 +221,22 @@ pub(crate) fn reaches(tree: &Tree, disk: &str, payload: &FoundPayload) -> Result
     Ok(())
 }
 
+/// What can be told before an image is put together: said before anybody is kept waiting for it.
+///
+/// # Errors
+/// As of [`Plan::of`].
+pub(crate) fn foresee(root: &Path, collected: &Collected) -> Result<(), RebootError> {
+    let tree = Tree::new(root);
+    check(&tree)?;
+    let disk = collected.disk.file_name().unwrap_or_default().to_string_lossy();
+    reaches(&tree, &disk, &collected.payload)?;
+    let esp = esp::find(&tree, &disk)?;
+    esp::closed(&tree, &esp)?;
+    // The overlay comes to that.
+    let manifest = &collected.manifest;
+    check_space(&tree, &esp, manifest.kernel.bytes.saturating_add(manifest.ramdisk.bytes))
+}
+
 impl Plan {
     /// Checks, and puts the image together in memory. Words for the ramdisk's command line are `extra`.
     ///
@@ -232,6 +248,7 @@ impl Plan {
         let turn = Turn::take(&tree)?;
         let disk = collected.disk.file_name().unwrap_or_default().to_string_lossy();
         let esp = esp::find(&tree, &disk)?;
+        esp::closed(&tree, &esp)?;
         let image = Place {
             volume: esp.volume.clone(),
             path: IMAGE.to_owned(),
@@ -253,29 +270,13 @@ impl Plan {
             program,
             modules: once.modules,
         };
-        plan.check_space()?;
+        check_space(&plan.tree, &plan.esp, plan.size())?;
         Ok(plan)
     }
 
     /// The image's length in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.program.len() as u64
-    }
-
-    fn check_space(&self) -> Result<(), RebootError> {
-        let point = self.tree.path(&self.esp.point);
-        let Ok(found) = rustix::fs::statvfs(&point) else {
-            // Writing will tell.
-            return Ok(());
-        };
-        let free = found.f_bavail.saturating_mul(found.f_frsize);
-        room(free, self.size()).map_or(Ok(()), |needed| {
-            Err(RebootError::Space {
-                point,
-                free: free >> 20,
-                needed,
-            })
-        })
     }
 
     /// Writes the image and tells the firmware to start it once.
@@ -388,6 +389,23 @@ fn private(point: &Path, mode: u32, owner: u32) -> Result<(), RebootError> {
         return Err(RebootError::NotRoots { point, owner });
     }
     Ok(())
+}
+
+/// Whether an image of `size` bytes has room.
+fn check_space(tree: &Tree, esp: &Esp, size: u64) -> Result<(), RebootError> {
+    let point = tree.path(&esp.point);
+    let Ok(found) = rustix::fs::statvfs(&point) else {
+        // Writing will tell.
+        return Ok(());
+    };
+    let free = found.f_bavail.saturating_mul(found.f_frsize);
+    room(free, size).map_or(Ok(()), |needed| {
+        Err(RebootError::Space {
+            point,
+            free: free >> 20,
+            needed,
+        })
+    })
 }
 
 /// How many MiB an image of `size` bytes needs, if that is more than the bytes that are free.

@@ -96,7 +96,10 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>, tell: &dyn 
     if mode == Mode::Real {
         if !config.trigger.countdown.0.is_zero() {
             // What cannot work is told before the wait; what counts is collected after it.
-            collect::collect(Path::new("/"), config)?;
+            let collected = collect::collect(Path::new("/"), config)?;
+            if config.trigger.method == Method::Reboot {
+                reboot::foresee(Path::new("/"), &collected)?;
+            }
         }
         count_down(config, cancel, tell)?;
     }

@@ -297,6 +297,53 @@ fn an_esp_that_belongs_to_another_user_is_refused_before_a_key_is_written() {
 }
 
 #[test]
+fn an_esp_that_others_can_read_is_told_by_any_file_on_it() {
+    let laptop = Laptop::new();
+    let esp = esp::find(&laptop.tree, "sda").unwrap();
+    let loader = laptop.tree.path("/boot/efi/EFI/debian/grubx64.efi");
+    let mode = |mode| std::fs::set_permissions(&loader, std::fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o755);
+    assert!(matches!(esp::closed(&laptop.tree, &esp), Err(RebootError::Open { .. })));
+    mode(0o700);
+    assert!(esp::closed(&laptop.tree, &esp).is_ok());
+    std::fs::remove_file(&loader).unwrap();
+    assert!(esp::closed(&laptop.tree, &esp).is_ok(), "the image itself will tell");
+}
+
+/// What this laptop would leave with.
+fn collected(laptop: &Laptop) -> Collected {
+    let payload = FoundPayload {
+        kernel: laptop.tree.path("/boot/vmlinuz").into(),
+        initrds: Vec::new(),
+        cmdline: String::new(),
+        version: "6.1".to_owned(),
+        modules: PathBuf::new(),
+        reason: String::new(),
+        notes: Vec::new(),
+    };
+    collect::collected_in_tests(PathBuf::new(), PathBuf::new(), payload)
+}
+
+#[test]
+fn what_cannot_work_is_told_before_the_countdown() {
+    let laptop = Laptop::new();
+    laptop.put("/boot/vmlinuz", "kernel");
+    let loader = laptop.tree.path("/boot/efi/EFI/debian/grubx64.efi");
+    let mode = |mode| std::fs::set_permissions(&loader, std::fs::Permissions::from_mode(mode)).unwrap();
+    let foreseen = || foresee(laptop.dir.path(), &collected(&laptop));
+    mode(0o700);
+    assert!(foreseen().is_ok());
+    mode(0o755);
+    assert!(matches!(foreseen(), Err(RebootError::Open { .. })));
+    mode(0o700);
+    let mut large = collected(&laptop);
+    large.manifest.ramdisk.bytes = u64::MAX / 2;
+    assert!(matches!(foresee(laptop.dir.path(), &large), Err(RebootError::Space { .. })));
+    laptop.put("/proc/self/mountinfo", "22 1 8:2 / / rw - ext4 /dev/sda2 rw\n");
+    assert!(matches!(foreseen(), Err(RebootError::NoEsp { .. })));
+}
+
+#[test]
 fn a_reboot_that_would_start_a_loaded_kernel_is_refused() {
     let laptop = Laptop::new();
     laptop.put("/sys/kernel/kexec_loaded", "0\n");
@@ -315,8 +362,10 @@ fn a_reboot_that_would_start_a_loaded_kernel_is_refused() {
 #[test]
 fn an_esp_without_room_is_refused_before_anything_is_written() {
     let laptop = Laptop::new();
-    let plan = laptop.plan();
-    assert!(plan.check_space().is_ok());
+    let esp = esp::find(&laptop.tree, "sda").unwrap();
+    assert!(check_space(&laptop.tree, &esp, 1).is_ok());
+    let much = check_space(&laptop.tree, &esp, u64::MAX / 2);
+    assert!(matches!(much, Err(RebootError::Space { .. })));
     let found = rustix::fs::statvfs(laptop.dir.path()).unwrap();
     let free = found.f_bavail * found.f_frsize;
     assert!(room(free, free - SPARE).is_none());
