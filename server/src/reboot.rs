@@ -279,15 +279,16 @@ impl Plan {
         self.program.len() as u64
     }
 
-    /// Writes the image and tells the firmware to start it once.
+    /// Writes the image and tells the firmware to start it once, unless `go_on` refuses that in between: writing takes its time.
     ///
     /// # Errors
-    /// [`RebootError`]; what was written is taken back.
-    pub(crate) fn arm(&self) -> Result<(), RebootError> {
-        let armed = self.write_image().and_then(|()| {
+    /// [`RebootError`], or what `go_on` says; what was written is taken back.
+    pub(crate) fn arm<E: From<RebootError>>(&self, go_on: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let armed = self.write_image().map_err(E::from).and_then(|()| {
+            go_on()?;
             let program = self.esp.program(IMAGE);
             let option = efi::boot_option(TITLE, &program).ok_or(RebootError::NotKept)?;
-            variables::start_once(&self.tree, TITLE, &option)
+            Ok(variables::start_once(&self.tree, TITLE, &option)?)
         });
         if armed.is_err() {
             self.disarm();

@@ -132,6 +132,8 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>, tell: &dyn 
     // Collecting took its time: an upgrade may have begun, or the NIC be gone.
     not_cancelled(cancel)?;
     guard(config)?;
+    // Asking takes its time, too.
+    not_cancelled(cancel)?;
     tell(Step::Leaving);
     kexec_into(&kernel, image.initrd, &cmdline)
 }
@@ -185,8 +187,10 @@ fn by_reboot(
     }
     not_cancelled(cancel)?;
     guard(config)?;
+    // Asking takes its time, too.
+    not_cancelled(cancel)?;
     tell(Step::Leaving);
-    plan.arm()?;
+    plan.arm(|| not_cancelled(cancel))?;
     log::notice(format_args!(
         "leaving: the firmware starts the ramdisk next, the shutdown begins"
     ));

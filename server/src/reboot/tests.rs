@@ -94,6 +94,25 @@ impl Laptop {
     }
 }
 
+/// Nobody cancels it.
+fn arm(plan: &Plan) -> Result<(), RebootError> {
+    plan.arm(|| Ok(()))
+}
+
+#[test]
+fn what_is_cancelled_while_the_image_is_written_is_taken_back() {
+    let laptop = Laptop::new();
+    let plan = laptop.plan();
+    let image = laptop.image();
+    let cancelled = plan.arm(|| {
+        assert!(image.exists());
+        Err(RebootError::NotKept)
+    });
+    assert!(matches!(cancelled, Err(RebootError::NotKept)));
+    assert!(!image.exists());
+    assert_eq!(laptop.variables(), ["Boot0000", "BootOrder"]);
+}
+
 #[test]
 fn the_esp_is_found_with_what_the_firmware_knows_it_by() {
     let laptop = Laptop::new();
@@ -126,7 +145,7 @@ fn the_esp_is_found_with_what_the_firmware_knows_it_by() {
 #[test]
 fn arming_writes_the_image_an_entry_and_what_names_it_once() {
     let laptop = Laptop::new();
-    laptop.plan().arm().unwrap();
+    arm(&laptop.plan()).unwrap();
     assert_eq!(std::fs::read(laptop.image()).unwrap(), b"secret image");
     assert_eq!(laptop.image().metadata().unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(laptop.on_the_esp(), ["once.efi"]);
@@ -142,7 +161,7 @@ fn arming_writes_the_image_an_entry_and_what_names_it_once() {
 #[test]
 fn the_entry_is_kept_for_the_next_time_and_replaced_only_if_it_differs() {
     let laptop = Laptop::new();
-    laptop.plan().arm().unwrap();
+    arm(&laptop.plan()).unwrap();
     let first = laptop.read("Boot0001").unwrap();
     let entry = laptop.tree.path(format!("{}/Boot0001-{GLOBAL}", variables::FOLDER));
     std::fs::File::open(&entry)
@@ -151,7 +170,7 @@ fn the_entry_is_kept_for_the_next_time_and_replaced_only_if_it_differs() {
         .unwrap();
     // The firmware has taken it.
     std::fs::remove_file(laptop.tree.path(format!("{}/BootNext-{GLOBAL}", variables::FOLDER))).unwrap();
-    laptop.plan().arm().unwrap();
+    arm(&laptop.plan()).unwrap();
     assert_eq!(
         laptop.on_the_esp(),
         ["once.efi"],
@@ -162,7 +181,7 @@ fn the_entry_is_kept_for_the_next_time_and_replaced_only_if_it_differs() {
     assert_eq!(written, SystemTime::UNIX_EPOCH, "it was not written again");
     // Another partition, after the disk was partitioned anew.
     laptop.put("/sys/devices/sda/sda1/start", "4096");
-    laptop.plan().arm().unwrap();
+    arm(&laptop.plan()).unwrap();
     assert_ne!(laptop.read("Boot0001").unwrap(), first);
     assert_eq!(laptop.variables(), ["Boot0000", "Boot0001", "BootNext", "BootOrder"]);
 }
@@ -171,7 +190,7 @@ fn the_entry_is_kept_for_the_next_time_and_replaced_only_if_it_differs() {
 fn disarming_leaves_the_firmware_and_the_esp_as_they_were_but_for_the_entry() {
     let laptop = Laptop::new();
     let plan = laptop.plan();
-    plan.arm().unwrap();
+    arm(&plan).unwrap();
     plan.disarm();
     drop(plan);
     assert!(!laptop.image().exists());
@@ -194,7 +213,7 @@ fn what_others_have_asked_of_the_firmware_stays() {
 #[test]
 fn a_firmware_that_keeps_bootnext_does_not_start_us_again() {
     let laptop = Laptop::new();
-    laptop.plan().arm().unwrap();
+    arm(&laptop.plan()).unwrap();
     assert!(not_again(&laptop.tree).unwrap());
     assert_eq!(laptop.read("BootNext"), None);
     assert!(laptop.read("Boot0001").is_some(), "kept for the next time");
@@ -207,7 +226,7 @@ fn a_firmware_that_keeps_bootnext_does_not_start_us_again() {
 #[test]
 fn an_image_that_was_not_started_is_found_and_taken_away() {
     let laptop = Laptop::new();
-    laptop.plan().arm().unwrap();
+    arm(&laptop.plan()).unwrap();
     laptop.put(&format!("/boot/efi{FOLDER}/once.new"), "cut off");
     assert_eq!(look(&laptop.tree), Left::Image(laptop.image()), "only looked at");
     assert_eq!(sweep(laptop.dir.path(), false).unwrap(), Left::Image(laptop.image()));
@@ -220,7 +239,7 @@ fn an_image_that_was_not_started_is_found_and_taken_away() {
 #[test]
 fn an_image_on_an_esp_that_is_not_mounted_any_more_is_told_of() {
     let laptop = Laptop::new();
-    laptop.plan().arm().unwrap();
+    arm(&laptop.plan()).unwrap();
     let mounts = std::fs::read_to_string(laptop.tree.path("/proc/self/mountinfo")).unwrap();
     laptop.put("/proc/self/mountinfo", "22 1 8:2 / / rw - ext4 /dev/sda2 rw\n");
     let (esp, away) = (laptop.tree.path("/boot/efi"), laptop.tree.path("/away"));
@@ -232,7 +251,7 @@ fn an_image_on_an_esp_that_is_not_mounted_any_more_is_told_of() {
     laptop.put("/proc/self/mountinfo", mounts);
     assert_eq!(sweep(laptop.dir.path(), false).unwrap(), Left::Image(laptop.image()));
     // The ramdisk has taken away what was started: that is nothing to tell.
-    laptop.plan().arm().unwrap();
+    arm(&laptop.plan()).unwrap();
     std::fs::remove_file(laptop.image()).unwrap();
     assert_eq!(sweep(laptop.dir.path(), false).unwrap(), Left::Nothing);
 }
@@ -241,7 +260,7 @@ fn an_image_on_an_esp_that_is_not_mounted_any_more_is_told_of() {
 fn what_one_has_armed_another_neither_replaces_nor_takes_away() {
     let laptop = Laptop::new();
     let plan = laptop.plan();
-    plan.arm().unwrap();
+    arm(&plan).unwrap();
     assert!(matches!(Turn::take(&laptop.tree), Err(RebootError::Busy)));
     assert!(sweep(laptop.dir.path(), false).is_err());
     assert!(laptop.image().exists() && laptop.read("BootNext").is_some());
@@ -256,7 +275,7 @@ fn arming_that_fails_halfway_leaves_no_image() {
     let laptop = Laptop::new();
     // Nothing can be written where the firmware's variables are: a folder is in the way.
     std::fs::create_dir(laptop.tree.path(format!("{}/BootNext-{GLOBAL}", variables::FOLDER))).unwrap();
-    assert!(matches!(laptop.plan().arm(), Err(RebootError::Write { .. })));
+    assert!(matches!(arm(&laptop.plan()), Err(RebootError::Write { .. })));
     assert!(laptop.on_the_esp().is_empty());
 }
 
@@ -288,11 +307,11 @@ fn an_esp_that_belongs_to_another_user_is_refused_before_a_key_is_written() {
     let folder = laptop.image().parent().unwrap().to_owned();
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o775)).unwrap();
-    assert!(matches!(laptop.plan().arm(), Err(RebootError::Open { .. })));
+    assert!(matches!(arm(&laptop.plan()), Err(RebootError::Open { .. })));
     assert!(laptop.on_the_esp().is_empty());
     if own == 0 && std::os::unix::fs::chown(&folder, Some(12345), None).is_ok() {
         std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).unwrap();
-        assert!(matches!(laptop.plan().arm(), Err(RebootError::NotRoots { owner: 12345, .. })));
+        assert!(matches!(arm(&laptop.plan()), Err(RebootError::NotRoots { owner: 12345, .. })));
     }
 }
 
