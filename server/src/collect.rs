@@ -30,9 +30,9 @@ use crate::payload::{self, FoundPayload, PayloadError};
 use crate::tree::Tree;
 
 pub use image::Image;
+pub(crate) use image::payload;
 #[cfg(test)]
 pub(crate) use image::tests::collected as collected_in_tests;
-pub(crate) use image::payload;
 pub(crate) use once::once;
 pub use place::PlaceError;
 pub(crate) use place::{partition_of, place, readable};

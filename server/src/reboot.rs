@@ -137,7 +137,9 @@ pub enum RebootError {
         source: io::Error,
     },
     /// Somebody else is at it.
-    #[error("another `stiefel` is leaving by a reboot, or takes away what an earlier one has left\n  next: try again in a moment")]
+    #[error(
+        "another `stiefel` is leaving by a reboot, or takes away what an earlier one has left\n  next: try again in a moment"
+    )]
     Busy,
     /// Somebody else has replaced it.
     #[error("{path} was replaced while it was written\n  next: find out by whom; then try again", path = path.display())]
@@ -234,7 +236,11 @@ pub(crate) fn foresee(root: &Path, collected: &Collected) -> Result<(), RebootEr
     esp::closed(&tree, &esp)?;
     // The overlay comes to that.
     let manifest = &collected.manifest;
-    check_space(&tree, &esp, manifest.kernel.bytes.saturating_add(manifest.ramdisk.bytes))
+    check_space(
+        &tree,
+        &esp,
+        manifest.kernel.bytes.saturating_add(manifest.ramdisk.bytes),
+    )
 }
 
 impl Plan {

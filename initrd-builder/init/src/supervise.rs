@@ -122,12 +122,7 @@ enum Ended {
 }
 
 /// Runs the role's process to its end.
-fn run_once(
-    console: &'static Console,
-    drivers: &mut Child,
-    kept: &Arc<Kept>,
-    role: Role,
-) -> std::io::Result<Ended> {
+fn run_once(console: &'static Console, drivers: &mut Child, kept: &Arc<Kept>, role: Role) -> std::io::Result<Ended> {
     let (stdin, attended) = kept.attend(console)?;
     let mut child = spawn(stdin)?;
     let overdue = || kept.verdict().is_some_and(|verdict| verdict.since.elapsed() >= EXIT);
@@ -186,11 +181,9 @@ const fn home(role: Role) -> (u32, &'static str, Power) {
             "pull the stick out and start the laptop anew; switching it off",
             Power::PowerOff,
         ),
-        Role::Server | Role::Client | Role::Target => (
-            HOME_COUNTDOWN,
-            "going back to the laptop's own system",
-            Power::Restart,
-        ),
+        Role::Server | Role::Client | Role::Target => {
+            (HOME_COUNTDOWN, "going back to the laptop's own system", Power::Restart)
+        }
     }
 }
 

@@ -57,7 +57,10 @@ pub enum PlaceError {
 }
 
 /// Whether this ramdisk can mount these, as `crate::offline` does: better to hear that while the OS is there.
-pub(crate) fn readable<'a>(ramdisk: &Manifest, volumes: impl IntoIterator<Item = &'a Volume>) -> Result<(), PlaceError> {
+pub(crate) fn readable<'a>(
+    ramdisk: &Manifest,
+    volumes: impl IntoIterator<Item = &'a Volume>,
+) -> Result<(), PlaceError> {
     let file_systems = volumes.into_iter().map(|volume| volume.fstype.as_str());
     let mut needed = [LOOP].into_iter().chain(file_systems);
     let missing = needed.find(|module| !ramdisk.reads.iter().any(|has| has == module));
@@ -92,10 +95,7 @@ pub(crate) fn place(tree: &Tree, disk: &str, piece: &Piece) -> Result<Place, Pla
 pub(crate) fn mount_of(tree: &Tree, path: &Path) -> Option<Mount> {
     let file = tree.inside(path)?;
     // Of several at one place the last one counts: `max_by_key` takes that.
-    let below = tree
-        .mounts()
-        .into_iter()
-        .filter(|mount| file.starts_with(&mount.point));
+    let below = tree.mounts().into_iter().filter(|mount| file.starts_with(&mount.point));
     below.max_by_key(|mount| mount.point.len())
 }
 
@@ -231,7 +231,10 @@ pub(crate) mod tests {
         let volumes = [at(1, "vfat", "/a").volume, at(2, "ext4", "/a").volume];
         for has in ["loop", "vfat", "ext4"] {
             let refused = readable(&manifest, &volumes);
-            assert!(matches!(refused, Err(PlaceError::NotInRamdisk { module }) if module == has), "{has}");
+            assert!(
+                matches!(refused, Err(PlaceError::NotInRamdisk { module }) if module == has),
+                "{has}"
+            );
             manifest.reads.push(has.to_owned());
         }
         assert_eq!(readable(&manifest, &volumes), Ok(()));

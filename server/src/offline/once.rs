@@ -26,7 +26,9 @@ use crate::tree::Tree;
 pub fn once(console: &Console, handover: OnceHandover) -> anyhow::Result<ServerHandover> {
     if let Err(error) = not_again(console) {
         // The firmware has, unless it is broken; and the image goes next, so that it would find nothing.
-        console.warn(&format!("whether the firmware would start this again cannot be seen: {error:#}"));
+        console.warn(&format!(
+            "whether the firmware would start this again cannot be seen: {error:#}"
+        ));
     }
     volumes::release()?;
     let disk = wait_for_disk(console, &handover.server.disk)?;

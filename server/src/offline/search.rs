@@ -143,7 +143,12 @@ fn length(piece: &Piece) -> io::Result<u64> {
 fn available(tree: &Tree) -> Option<u64> {
     let text = tree.text("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
 }
 
 /// Whether parts of so many bytes fit into memory, with room to work in.
@@ -274,7 +279,11 @@ mod tests {
 
     #[test]
     fn a_laptop_that_went_home_would_start_this_stick_again_so_it_is_switched_off() {
-        for (configured, expected) in [("return", After::Poweroff), ("stay", After::Stay), ("poweroff", After::Poweroff)] {
+        for (configured, expected) in [
+            ("return", After::Poweroff),
+            ("stay", After::Stay),
+            ("poweroff", After::Poweroff),
+        ] {
             let server = look(&format!("session: {{after: {configured}}}\n")).1.unwrap();
             assert_eq!(server.after, expected, "{configured}");
         }
@@ -286,7 +295,11 @@ mod tests {
         let tree = Tree::new(dir.path());
         assert_eq!(available(&tree), None);
         std::fs::create_dir(dir.path().join("proc")).unwrap();
-        std::fs::write(dir.path().join("proc/meminfo"), "MemTotal: 9 kB\nMemAvailable:   204800 kB\n").unwrap();
+        std::fs::write(
+            dir.path().join("proc/meminfo"),
+            "MemTotal: 9 kB\nMemAvailable:   204800 kB\n",
+        )
+        .unwrap();
         let memory = available(&tree);
         assert_eq!(memory, Some(200 << 20));
         assert!(fits(136 << 20, memory).is_ok() && fits(u64::MAX, None).is_ok());

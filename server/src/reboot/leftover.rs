@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::esp::POINTS;
 use super::{BESIDE, FOLDER, IMAGE, RebootError, TITLE, variables};
@@ -46,7 +47,11 @@ impl Turn {
         };
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { _folder: Some(file) }),
-            Err(_) => Err(RebootError::Busy),
+            Err(Errno::WOULDBLOCK) => Err(RebootError::Busy),
+            Err(error) => Err(RebootError::Write {
+                path: folder,
+                source: error.into(),
+            }),
         }
     }
 }

@@ -245,7 +245,10 @@ fn an_image_on_an_esp_that_is_not_mounted_any_more_is_told_of() {
     let (esp, away) = (laptop.tree.path("/boot/efi"), laptop.tree.path("/away"));
     std::fs::rename(&esp, &away).unwrap();
     for _ in 0..2 {
-        assert_eq!(sweep(laptop.dir.path(), false).unwrap(), Left::Unseen("/boot/efi".into()));
+        assert_eq!(
+            sweep(laptop.dir.path(), false).unwrap(),
+            Left::Unseen("/boot/efi".into())
+        );
     }
     std::fs::rename(&away, &esp).unwrap();
     laptop.put("/proc/self/mountinfo", mounts);
@@ -302,7 +305,10 @@ fn an_esp_that_belongs_to_another_user_is_refused_before_a_key_is_written() {
     }
     assert!(matches!(private(point, 0o100_640, 0), Err(RebootError::Open { .. })));
     let refused = private(point, 0o100_600, own + 1).unwrap_err().to_string();
-    assert!(refused.contains("uid=") && refused.contains(&(own + 1).to_string()), "{refused}");
+    assert!(
+        refused.contains("uid=") && refused.contains(&(own + 1).to_string()),
+        "{refused}"
+    );
     let laptop = Laptop::new();
     let folder = laptop.image().parent().unwrap().to_owned();
     std::fs::create_dir_all(&folder).unwrap();
@@ -311,7 +317,10 @@ fn an_esp_that_belongs_to_another_user_is_refused_before_a_key_is_written() {
     assert!(laptop.on_the_esp().is_empty());
     if own == 0 && std::os::unix::fs::chown(&folder, Some(12345), None).is_ok() {
         std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700)).unwrap();
-        assert!(matches!(arm(&laptop.plan()), Err(RebootError::NotRoots { owner: 12345, .. })));
+        assert!(matches!(
+            arm(&laptop.plan()),
+            Err(RebootError::NotRoots { owner: 12345, .. })
+        ));
     }
 }
 
@@ -357,7 +366,10 @@ fn what_cannot_work_is_told_before_the_countdown() {
     mode(0o700);
     let mut large = collected(&laptop);
     large.manifest.ramdisk.bytes = u64::MAX / 2;
-    assert!(matches!(foresee(laptop.dir.path(), &large), Err(RebootError::Space { .. })));
+    assert!(matches!(
+        foresee(laptop.dir.path(), &large),
+        Err(RebootError::Space { .. })
+    ));
     laptop.put("/proc/self/mountinfo", "22 1 8:2 / / rw - ext4 /dev/sda2 rw\n");
     assert!(matches!(foreseen(), Err(RebootError::NoEsp { .. })));
 }

@@ -120,7 +120,9 @@ pub(super) fn leftover(patient: &Patient) -> Vec<Finding> {
         )],
         Left::Unseen(point) => vec![Finding::warning(
             CHECK,
-            format!("a one-time image may be on the EFI system partition, which is not mounted at {point}; it would hold keys"),
+            format!(
+                "a one-time image may be on the EFI system partition, which is not mounted at {point}; it would hold keys"
+            ),
             "mount it, then: stiefel install",
         )],
     }

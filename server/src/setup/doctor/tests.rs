@@ -155,7 +155,12 @@ fn where_kexec_is_forbidden_a_reboot_is_recommended_if_the_firmware_can_do_it() 
         )
     };
     laptop.write("/var/lib/stiefel/manifest", &ramdisk("\"loop\", \"ext4\""));
-    is(&laptop, "reboot", Level::Failure, &["the ramdisk has no vfat", "modules"]);
+    is(
+        &laptop,
+        "reboot",
+        Level::Failure,
+        &["the ramdisk has no vfat", "modules"],
+    );
     laptop.write("/var/lib/stiefel/manifest", &ramdisk("\"loop\", \"ext4\", \"vfat\""));
     is(&laptop, "reboot", Level::Ok, &["start the ramdisk once"]);
     laptop.write("/boot/efi/EFI/stiefel/once.efi", "");
