@@ -268,7 +268,7 @@ impl Search {
         match self.seeker.ticket(unix(), datagram) {
             // Asked under its key at once.
             Some(Told::Activation) => {
-                self.links.get_mut(&index)?.pacer = Pacer::new(now);
+                self.links.get_mut(&index)?.pacer.hurry(now);
                 return None;
             }
             Some(Told::OutOfDate { issued }) => return Some(Event::OutOfDate { interface, issued }),

@@ -13,6 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use stiefel_shared::handover::VOLUMES;
 use stiefel_shared::kernel::release_in_header;
 use tempfile::NamedTempFile;
 
@@ -27,6 +28,8 @@ const LEVEL: i32 = 15;
 const WINDOW_LOG: u32 = 23;
 /// Bytes each thread works on; part of what determines the output.
 const JOB_SIZE: u32 = 16 << 20;
+/// The module of devices over other devices: the laptop's disk is read through one that refuses writes.
+pub const LOOP: &str = "loop";
 /// The largest program or extra file taken, in bytes.
 const FILE_MAX: u64 = 256 << 20;
 /// Character devices that PID 1 needs before it mounts devtmpfs: name, mode, major, minor.
@@ -190,6 +193,8 @@ struct Parts {
     wireguard: bool,
     /// Whether it can serve a disk by NVMe over TCP.
     nvme_target: bool,
+    /// What it can read the laptop's disk with.
+    reads: Vec<String>,
 }
 
 /// Builds kernel, ramdisk and manifest in `options.out_dir`. Neither root nor other programs are needed.
@@ -311,8 +316,16 @@ fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, Ramdisk
         extras,
         wireguard: tree.has(&selection, "wireguard"),
         nvme_target: tree.has(&selection, "nvmet_tcp"),
+        reads: reads(|module| tree.has(&selection, module)),
         modules,
     })
+}
+
+/// The modules by which the ramdisk reads the laptop's disk by itself, those of them that it has.
+fn reads(has: impl Fn(&str) -> bool) -> Vec<String> {
+    let file_systems = VOLUMES.iter().map(|(fstype, _)| *fstype);
+    let wanted = [LOOP].into_iter().chain(file_systems);
+    wanted.filter(|module| has(module)).map(str::to_owned).collect()
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, RamdiskError> {
@@ -371,6 +384,7 @@ fn write(options: &RamdiskOptions, parts: &Parts, plan: &Plan, progress: Progres
         modules: parts.modules.modules,
         wireguard: parts.wireguard,
         nvme_target: parts.nvme_target,
+        reads: parts.reads.clone(),
         firmware: parts.modules.firmware.len(),
         missing_firmware: parts.modules.missing_firmware.len(),
         classes: options.classes.clone(),

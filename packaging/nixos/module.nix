@@ -34,6 +34,14 @@ in
   };
 
   config = lib.mkIf cfg.enable {
+    assertions = [
+      {
+        # The stub's place is not known to the program here, and the service cannot write to the EFI system partition.
+        assertion = (trigger.method or "kexec") == "kexec";
+        message = "services.stiefel: trigger.method: reboot does not work on NixOS; leave it out (kexec)";
+      }
+    ];
+
     environment.systemPackages = [ cfg.package ];
     environment.etc."stiefel/config.yaml".source = settings;
     systemd.tmpfiles.rules = [

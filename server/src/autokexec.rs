@@ -20,13 +20,14 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
 use anyhow::Context;
-use stiefel_shared::config::{self, Config, Method};
+use stiefel_shared::config::{self, Config};
 use stiefel_shared::discovery::{State, Woken};
 use stiefel_sys::link;
 use stiefel_sys::uevent::{Monitor, Uevent, UeventError};
 
 use crate::collect::KEYS_DIR;
-use crate::{guards, install, reboot};
+use crate::reboot::{self, Left};
+use crate::{guards, install};
 pub use control::client::{ControlError, cancel};
 pub use control::{Answer, FOLDER as CONTROL_FOLDER, Notice};
 use control::{Control, Wish};
@@ -62,6 +63,9 @@ enum Event {
 pub fn serve(config: &Config, mode: Mode) -> Result<(), LeaveError> {
     // Nobody else cancels it: the user's Ctrl-C ends the process.
     let (_keep, cancel) = mpsc::channel();
+    if mode == Mode::Real {
+        not_started();
+    }
     leave::leave(config, mode, &cancel, &|_| {})
 }
 
@@ -74,9 +78,8 @@ pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
         log::notice(format_args!("nothing to do on a desktop: {refusal}"));
         return Ok(());
     }
-    if config.trigger.method == Method::Reboot {
-        not_started();
-    }
+    // Whatever the method is now.
+    not_started();
     let (sender, events) = mpsc::channel();
     let known = nics::dedicated(&config.trigger);
     // The monitor is opened before the list is taken, so that nothing falls between.
@@ -126,8 +129,12 @@ pub fn run(config: &Config, mode: Mode) -> anyhow::Result<()> {
 /// The firmware may not have started the one-time image: its keys must not stay on the disk.
 fn not_started() {
     match reboot::sweep(Path::new("/"), false) {
-        Ok(false) => {}
-        Ok(true) => log::warning(format_args!(
+        Ok(Left::Nothing) => {}
+        Ok(Left::Unseen(point)) => log::warning(format_args!(
+            "the one-time image of an earlier trigger may be on the EFI system partition, which is not mounted at {point} as it was then, and \
+             would hold keys; mount it and restart the service"
+        )),
+        Ok(Left::Image(_)) => log::warning(format_args!(
             "the firmware has not started the one-time image of an earlier trigger, or it failed early; the image was removed. If that \
              happens again, set trigger.method to kexec"
         )),

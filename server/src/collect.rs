@@ -31,9 +31,11 @@ use crate::tree::Tree;
 
 pub use image::Image;
 pub(crate) use image::payload;
+#[cfg(test)]
+pub(crate) use image::tests::collected as collected_in_tests;
 pub(crate) use once::once;
 pub use place::PlaceError;
-pub(crate) use place::{partition_of, place};
+pub(crate) use place::{partition_of, place, readable};
 pub use root::{RootStack, disks_of_root};
 pub use search::{SearchError, search};
 pub use target::{TargetImage, image_for_target};

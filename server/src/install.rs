@@ -30,6 +30,7 @@ use stiefel_shared::config::{CONFIG_PATH, ConfigError, Trigger};
 use stiefel_shared::key::KeyError;
 
 use crate::collect::STATE_DIR;
+use crate::reboot::{self, Left};
 use crate::tree::Tree;
 use change::Change;
 use record::{Entry, Record};
@@ -228,6 +229,9 @@ pub fn install(options: &InstallOptions) -> Result<(), InstallError> {
     check_root(&options.root)?;
     let tree = Tree::new(&options.root);
     let _lock = lock(&tree)?;
+    if tree.is_live() && !options.dry_run {
+        sweep_once(options);
+    }
     let loaded = Record::load(&tree)?;
     if options.refresh && loaded.is_none() {
         return Err(options.not_installed());
@@ -282,6 +286,22 @@ pub fn install(options: &InstallOptions) -> Result<(), InstallError> {
         }
     }
     Ok(())
+}
+
+/// Takes away a one-time image that was not started (`trigger.method: reboot`), also where that is not the method any more: the service,
+/// which does so at its start, could then not write there.
+fn sweep_once(options: &InstallOptions) {
+    match reboot::sweep(&options.root, false) {
+        Ok(Left::Nothing) => {}
+        Ok(Left::Image(path)) => options.say(format_args!(
+            "remove   {} (the firmware has not started it, or it failed early)",
+            path.display()
+        )),
+        Ok(Left::Unseen(point)) => options.say(format_args!(
+            "keep     perhaps a one-time image with keys: the EFI system partition is not mounted at {point}; mount it and try again"
+        )),
+        Err(error) => options.say(format_args!("keep     perhaps a one-time image with keys: {error:#}")),
+    }
 }
 
 /// Tells what is about to be done.

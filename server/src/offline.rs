@@ -15,6 +15,8 @@ use std::fs::{File, Permissions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use sha2::{Digest, Sha256};
@@ -25,6 +27,28 @@ use stiefel_sys::wipe;
 pub use once::once;
 pub(crate) use once::take_away;
 pub use search::search;
+
+/// How often something was read from the disk, or mounted: who waits sees by it that it goes on.
+static STEPS: AtomicU64 = AtomicU64::new(0);
+
+fn step() {
+    STEPS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Ends when the disk has not given anything for `limit`, at most twice that late. Nothing that waits for a disk that hangs can be ended.
+pub async fn stalled(limit: Duration) {
+    no_more(limit, || STEPS.load(Ordering::Relaxed)).await;
+}
+
+async fn no_more(limit: Duration, steps: impl Fn() -> u64) {
+    loop {
+        let before = steps();
+        tokio::time::sleep(limit).await;
+        if steps() == before {
+            return;
+        }
+    }
+}
 
 /// Bytes copied at a time.
 const CHUNK: usize = 1 << 20;
@@ -83,6 +107,7 @@ impl Gather {
             self.limit
         );
         self.hash.update(bytes);
+        step();
         Ok(self.to.write_all(bytes)?)
     }
 
@@ -146,6 +171,26 @@ mod tests {
             grace: 900,
             tickets: Vec::new(),
         }
+    }
+
+    #[tokio::test]
+    async fn reading_is_given_up_only_when_nothing_more_comes() {
+        let (asked, steps) = (AtomicU64::new(0), [1, 2, 2, 5, 6, 7, 7, 7]);
+        let told = || {
+            let at = asked.fetch_add(1, Ordering::Relaxed);
+            steps[usize::try_from(at).unwrap()]
+        };
+        no_more(Duration::from_millis(1), told).await;
+        // Asked twice in each turn: 1 2, 2 5, 6 7, 7 7.
+        assert_eq!(asked.into_inner(), 8);
+    }
+
+    #[test]
+    fn what_is_put_together_is_seen_from_outside() {
+        let dir = tempfile::tempdir().unwrap();
+        let before = STEPS.load(Ordering::Relaxed);
+        Gather::begin(dir.path(), Part::Kernel).unwrap().write(b"a").unwrap();
+        assert!(STEPS.load(Ordering::Relaxed) > before);
     }
 
     #[test]

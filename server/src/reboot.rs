@@ -9,27 +9,34 @@
 //! no room; a payload that the ramdisk could not read.
 
 mod esp;
+mod leftover;
 mod variables;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use stiefel_initrd_builder::ramdisk::Manifest;
 use stiefel_initrd_builder::stick::{self, DEFAULT_STUB, StickError, StickOptions};
 use stiefel_shared::handover::{Place, ramdisk_cmdline};
 use stiefel_shared::loader::efi;
 use stiefel_sys::wipe;
 use zeroize::Zeroizing;
 
-use crate::collect::{self, Collected, PlaceError};
+use crate::collect::{self, Collected, PlaceError, STATE_DIR};
 use crate::payload::FoundPayload;
 use crate::tree::Tree;
 use esp::Esp;
+use leftover::Turn;
+pub(crate) use leftover::look;
+pub use leftover::{Left, sweep};
 
 /// The image's folder and name on the EFI system partition.
 const FOLDER: &str = "/EFI/stiefel";
 const IMAGE: &str = "/EFI/stiefel/once.efi";
+/// Its name while it is written.
+const BESIDE: &str = "/EFI/stiefel/once.new";
 /// What the firmware's entry is called.
 const TITLE: &str = "stiefel (once)";
 /// What stays free on the EFI system partition, in bytes.
@@ -50,6 +57,17 @@ pub enum RebootError {
          next: turn Secure Boot off; or set trigger.method to kexec with the distribution's signed kernel as initrd.kernel"
     )]
     SecureBoot,
+    /// The reboot would not be one.
+    #[error(
+        "a reboot of this system would start another kernel by kexec, and not go through the firmware: {why}\n  next: {next}; or set \
+         trigger.method to kexec"
+    )]
+    NotThroughFirmware {
+        /// What does that.
+        why: &'static str,
+        /// What ends it.
+        next: &'static str,
+    },
     /// There is no stub.
     #[error("there is no UEFI stub {stub}\n  next: install it (Debian: systemd-boot-efi; Arch, Fedora: systemd, systemd-boot)", stub = stub.display())]
     NoStub {
@@ -73,6 +91,18 @@ pub enum RebootError {
     Open {
         /// Where it is mounted.
         point: PathBuf,
+    },
+    /// Its owner could read them.
+    #[error(
+        "the EFI system partition at {point} belongs to the user {owner}, who could read or replace the image for it, which holds keys\n  \
+         next: take uid= out of its options in /etc/fstab, then: umount {point} && mount {point}",
+        point = point.display()
+    )]
+    NotRoots {
+        /// Where it is mounted.
+        point: PathBuf,
+        /// The owner's number.
+        owner: u32,
     },
     /// It is too full.
     #[error(
@@ -106,6 +136,17 @@ pub enum RebootError {
         #[source]
         source: io::Error,
     },
+    /// Somebody else is at it.
+    #[error(
+        "another `stiefel` is leaving by a reboot, or takes away what an earlier one has left\n  next: try again in a moment"
+    )]
+    Busy,
+    /// Somebody else has replaced it.
+    #[error("{path} was replaced while it was written\n  next: find out by whom; then try again", path = path.display())]
+    Replaced {
+        /// What.
+        path: PathBuf,
+    },
     /// The firmware did not keep what was written.
     #[error("the firmware did not keep the entry for one start\n  next: set trigger.method to kexec; see `efibootmgr`")]
     NotKept,
@@ -114,6 +155,8 @@ pub enum RebootError {
 /// Everything that is decided before anything is written. (Not shown by `Debug`: the program holds keys.)
 pub(crate) struct Plan {
     tree: Tree,
+    /// As long as this is there, nobody else arms, or takes away what this one has armed.
+    turn: Turn,
     esp: Esp,
     program: Zeroizing<Vec<u8>>,
     /// Number of modules for the desktop.
@@ -123,7 +166,7 @@ pub(crate) struct Plan {
 /// Whether this system can be left by a reboot at all, as far as can be told without a payload.
 ///
 /// # Errors
-/// [`RebootError::NoEfi`], [`RebootError::SecureBoot`], [`RebootError::NoStub`].
+/// [`RebootError::NoEfi`], [`RebootError::SecureBoot`], [`RebootError::NotThroughFirmware`], [`RebootError::NoStub`].
 pub(crate) fn check(tree: &Tree) -> Result<(), RebootError> {
     if !tree.is_folder(variables::FOLDER) || tree.names(variables::FOLDER).is_empty() {
         return Err(RebootError::NoEfi);
@@ -132,6 +175,7 @@ pub(crate) fn check(tree: &Tree) -> Result<(), RebootError> {
     if secure {
         return Err(RebootError::SecureBoot);
     }
+    through_firmware(tree)?;
     let stub = tree.path(DEFAULT_STUB);
     if !stub.is_file() {
         return Err(RebootError::NoStub { stub });
@@ -139,16 +183,64 @@ pub(crate) fn check(tree: &Tree) -> Result<(), RebootError> {
     Ok(())
 }
 
-/// Whether the ramdisk would find on `disk` (the kernel's name) what this payload is.
+/// Whether `systemctl reboot` is a reboot: a kernel that is loaded is started by systemd (254 and later) or kexec-tools instead.
+fn through_firmware(tree: &Tree) -> Result<(), RebootError> {
+    if tree.line("/sys/kernel/kexec_loaded").as_deref() == Some("1") {
+        return Err(RebootError::NotThroughFirmware {
+            why: "one is loaded (/sys/kernel/kexec_loaded)",
+            next: "kexec --unload",
+        });
+    }
+    // Debian's kexec-tools load one while the system is shut down.
+    let settings = tree.text("/etc/default/kexec").unwrap_or_default();
+    let mut lines = settings.lines().map(str::trim);
+    let loads = |line: &str| {
+        let value = line.strip_prefix("LOAD_KEXEC=");
+        value.is_some_and(|value| value.trim_matches(['"', '\'']) == "true")
+    };
+    let installed = ["/usr/sbin/kexec", "/sbin/kexec"].iter().any(|path| tree.is_file(path));
+    if installed && lines.any(loads) {
+        return Err(RebootError::NotThroughFirmware {
+            why: "kexec-tools load one at each reboot (/etc/default/kexec)",
+            next: "dpkg-reconfigure kexec-tools",
+        });
+    }
+    Ok(())
+}
+
+/// Whether the ramdisk, as far as there is one, would find on `disk` (the kernel's name) what this payload is.
 ///
 /// # Errors
 /// [`RebootError::NoEsp`], [`RebootError::Place`].
 pub(crate) fn reaches(tree: &Tree, disk: &str, payload: &FoundPayload) -> Result<(), RebootError> {
-    esp::find(tree, disk)?;
+    let mut volumes = vec![esp::find(tree, disk)?.volume];
     for piece in payload.initrds.iter().chain([&payload.kernel]) {
-        collect::place(tree, disk, piece)?;
+        volumes.push(collect::place(tree, disk, piece)?.volume);
+    }
+    if let Ok(ramdisk) = Manifest::load(&tree.path(STATE_DIR)) {
+        collect::readable(&ramdisk, &volumes)?;
     }
     Ok(())
+}
+
+/// What can be told before an image is put together: said before anybody is kept waiting for it.
+///
+/// # Errors
+/// As of [`Plan::of`].
+pub(crate) fn foresee(root: &Path, collected: &Collected) -> Result<(), RebootError> {
+    let tree = Tree::new(root);
+    check(&tree)?;
+    let disk = collected.disk.file_name().unwrap_or_default().to_string_lossy();
+    reaches(&tree, &disk, &collected.payload)?;
+    let esp = esp::find(&tree, &disk)?;
+    esp::closed(&tree, &esp)?;
+    // The overlay comes to that.
+    let manifest = &collected.manifest;
+    check_space(
+        &tree,
+        &esp,
+        manifest.kernel.bytes.saturating_add(manifest.ramdisk.bytes),
+    )
 }
 
 impl Plan {
@@ -159,8 +251,10 @@ impl Plan {
     pub(crate) fn of(root: &Path, collected: &Collected, extra: &str) -> Result<Self, RebootError> {
         let tree = Tree::new(root);
         check(&tree)?;
+        let turn = Turn::take(&tree)?;
         let disk = collected.disk.file_name().unwrap_or_default().to_string_lossy();
         let esp = esp::find(&tree, &disk)?;
+        esp::closed(&tree, &esp)?;
         let image = Place {
             volume: esp.volume.clone(),
             path: IMAGE.to_owned(),
@@ -177,11 +271,12 @@ impl Plan {
         let program = stick::program(&options)?;
         let plan = Self {
             tree,
+            turn,
             esp,
             program,
             modules: once.modules,
         };
-        plan.check_space()?;
+        check_space(&plan.tree, &plan.esp, plan.size())?;
         Ok(plan)
     }
 
@@ -190,59 +285,47 @@ impl Plan {
         self.program.len() as u64
     }
 
-    fn check_space(&self) -> Result<(), RebootError> {
-        let point = self.tree.path(&self.esp.point);
-        let Ok(found) = rustix::fs::statvfs(&point) else {
-            // Writing will tell.
-            return Ok(());
-        };
-        let free = found.f_bavail.saturating_mul(found.f_frsize);
-        room(free, self.size()).map_or(Ok(()), |needed| {
-            Err(RebootError::Space {
-                point,
-                free: free >> 20,
-                needed,
-            })
-        })
-    }
-
-    /// Writes the image and tells the firmware to start it once, unless `cancelled` meanwhile: asked between the two, and an error
-    /// is the end of it.
+    /// Writes the image and tells the firmware to start it once, unless `go_on` refuses that in between: writing takes its time.
     ///
     /// # Errors
-    /// [`RebootError`], or `cancelled`'s; what was written is taken back.
-    pub(crate) fn arm_unless<E: From<RebootError>>(&self, cancelled: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
-        let start = || {
+    /// [`RebootError`], or what `go_on` says; what was written is taken back.
+    pub(crate) fn arm<E: From<RebootError>>(&self, go_on: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let armed = self.write_image().map_err(E::from).and_then(|()| {
+            go_on()?;
             let program = self.esp.program(IMAGE);
             let option = efi::boot_option(TITLE, &program).ok_or(RebootError::NotKept)?;
-            variables::start_once(&self.tree, TITLE, &option)
-        };
-        let armed = self
-            .write_image()
-            .map_err(E::from)
-            .and_then(|()| cancelled())
-            .and_then(|()| start().map_err(E::from));
+            Ok(variables::start_once(&self.tree, TITLE, &option)?)
+        });
         if armed.is_err() {
             self.disarm();
         }
         armed
     }
 
-    /// Takes back what [`Self::arm_unless`] has done, as far as it can; what is left, the next start of the service takes away.
+    /// Takes back what [`Self::arm`] has done, as far as it can; what is left, the next start of the service takes away.
     pub(crate) fn disarm(&self) {
-        variables::cancel(&self.tree, TITLE);
-        let _ = crate::offline::take_away(&self.tree.path(&self.esp.point), IMAGE);
+        let _ = variables::cancel(&self.tree, TITLE);
+        if crate::offline::take_away(&self.tree.path(&self.esp.point), IMAGE).is_ok() {
+            leftover::unmark(&self.tree);
+        }
+    }
+
+    /// The shutdown has begun: nobody takes away any more what is armed, as long as this process lasts.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self.turn);
     }
 
     /// Written beside, synced, renamed; the secrets are written only once nobody else can read the file.
     fn write_image(&self) -> Result<(), RebootError> {
         let folder = self.tree.path(format!("{}{FOLDER}", self.esp.point));
-        let beside = folder.join("once.new");
+        let beside = self.tree.path(format!("{}{BESIDE}", self.esp.point));
         let failed = |source| RebootError::Write {
             path: beside.clone(),
             source,
         };
-        std::fs::create_dir_all(&folder).map_err(failed)?;
+        leftover::mark(&self.tree, &self.esp.point)?;
+        let mut closed = DirBuilder::new();
+        closed.recursive(true).mode(0o700).create(&folder).map_err(failed)?;
         if beside.exists() {
             wipe::written_file(&beside).map_err(failed)?;
         }
@@ -255,6 +338,11 @@ impl Plan {
             .map_err(failed)?;
         let written = self.fill(&mut file).and_then(|()| {
             let image = self.tree.path(format!("{}{IMAGE}", self.esp.point));
+            let (ours, there) = (file.metadata(), beside.symlink_metadata());
+            let (ours, there) = (ours.map_err(failed)?, there.map_err(failed)?);
+            if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+                return Err(RebootError::Replaced { path: beside.clone() });
+            }
             // Renaming over one that is left over would leave its keys in clusters that are free.
             if image.exists() {
                 wipe::written_file(&image).map_err(failed)?;
@@ -273,15 +361,58 @@ impl Plan {
             path: self.tree.path(format!("{}{IMAGE}", self.esp.point)),
             source,
         };
+        let point = self.tree.path(&self.esp.point);
+        let folder = self.tree.path(format!("{}{FOLDER}", self.esp.point));
+        let (ours, above) = (file.metadata().map_err(failed)?, folder.metadata().map_err(failed)?);
         // FAT has no permissions: its mount gives all files the same.
-        if file.metadata().map_err(failed)?.mode() & 0o077 != 0 {
-            return Err(RebootError::Open {
-                point: self.tree.path(&self.esp.point),
-            });
-        }
+        private(&point, ours.mode(), ours.uid())?;
+        // Who may look into the folder does not matter, but who may replace what is in it.
+        private(&point, above.mode() & 0o022, above.uid())?;
         file.write_all(&self.program).map_err(failed)?;
         file.sync_all().map_err(failed)
     }
+}
+
+/// Where the firmware's variables are mounted.
+pub(crate) const VARIABLES: &str = variables::FOLDER;
+
+/// In the ramdisk that was started: has the firmware not do that again. It should have removed `BootNext` itself (UEFI, 3.3), but where one
+/// does not, the laptop would never come home. Whether this one did not.
+///
+/// # Errors
+/// [`RebootError::Write`].
+pub(crate) fn not_again(tree: &Tree) -> Result<bool, RebootError> {
+    variables::cancel(tree, TITLE)
+}
+
+/// Whether nobody else can read what has this mode and owner, on what is mounted at `point`.
+fn private(point: &Path, mode: u32, owner: u32) -> Result<(), RebootError> {
+    let point = point.to_owned();
+    if mode & 0o077 != 0 {
+        return Err(RebootError::Open { point });
+    }
+    // Without being root, only a tree of one's own can be written: in tests.
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        return Err(RebootError::NotRoots { point, owner });
+    }
+    Ok(())
+}
+
+/// Whether an image of `size` bytes has room.
+fn check_space(tree: &Tree, esp: &Esp, size: u64) -> Result<(), RebootError> {
+    let point = tree.path(&esp.point);
+    let Ok(found) = rustix::fs::statvfs(&point) else {
+        // Writing will tell.
+        return Ok(());
+    };
+    let free = found.f_bavail.saturating_mul(found.f_frsize);
+    room(free, size).map_or(Ok(()), |needed| {
+        Err(RebootError::Space {
+            point,
+            free: free >> 20,
+            needed,
+        })
+    })
 }
 
 /// How many MiB an image of `size` bytes needs, if that is more than the bytes that are free.
@@ -292,28 +423,6 @@ const fn room(free: u64, size: u64) -> Option<u64> {
     } else {
         Some(needed.div_ceil(1 << 20))
     }
-}
-
-/// Takes away an image that the firmware has not started, and what tells it to; whether there was one. With `entry` also the entry that
-/// is kept for the next time.
-///
-/// # Errors
-/// Why it is still there.
-pub fn sweep(root: &Path, entry: bool) -> anyhow::Result<bool> {
-    let tree = Tree::new(root);
-    variables::cancel(&tree, TITLE);
-    if entry {
-        variables::forget(&tree, TITLE)?;
-    }
-    let mut found = false;
-    for point in esp::POINTS {
-        for name in [IMAGE, "/EFI/stiefel/once.new"] {
-            found |= crate::offline::take_away(&tree.path(point), name)?;
-        }
-        // Only if it is empty.
-        let _ = std::fs::remove_dir(tree.path(format!("{point}{FOLDER}")));
-    }
-    Ok(found)
 }
 
 #[cfg(test)]

@@ -292,6 +292,7 @@ pub struct Pacer {
     due: Instant,
     sent: u32,
     failed: u32,
+    hurried: Option<Instant>,
 }
 
 impl Pacer {
@@ -299,6 +300,7 @@ impl Pacer {
     const QUICK: Duration = Duration::from_millis(500);
     const SLOW: Duration = Duration::from_secs(2);
     const QUICK_COUNT: u32 = 20;
+    const HURRY: Duration = Duration::from_secs(1);
 
     /// An interface that came up at `now`.
     #[must_use]
@@ -307,6 +309,16 @@ impl Pacer {
             due: now,
             sent: 0,
             failed: 0,
+            hurried: None,
+        }
+    }
+
+    /// There is something new to ask: at once, but not for everybody who sends something new in turn.
+    pub fn hurry(&mut self, now: Instant) {
+        let at = self.hurried.map_or(now, |last| (last + Self::HURRY).max(now));
+        if at < self.due {
+            self.due = at;
+            self.hurried = Some(at);
         }
     }
 

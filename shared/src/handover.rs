@@ -16,8 +16,6 @@ use crate::loader::cmdline::split;
 
 /// Where the ramdisk's handover lies: one JSON document, [`Handover`].
 pub const HANDOVER_PATH: &str = "stiefel/handover.json";
-/// The largest configuration that a stick of the laptop's own carries, in bytes.
-pub const MAX_CARRIED_CONFIG: usize = 64 * 1024;
 /// Where the desktop's session lies inside the payload's initrd: one JSON document, [`crate::bundle::AttachSession`].
 pub const SESSION_PATH: &str = "stiefel/session.json";
 /// Where the program lies inside the payload's initrd; also its `rdinit=`.
@@ -112,20 +110,17 @@ pub const VOLUMES: [(&str, Option<&str>); 4] = [
     ("vfat", None),
 ];
 
-/// What the laptop's ramdisk is told by a stick of the laptop's own (`stiefel stick --laptop`).
+/// What the laptop's ramdisk is told by a stick of the laptop's own (`stiefel stick --laptop`). Nothing of it is secret: keys and
+/// configuration are read from the disk at each start, so that who has the stick alone has nothing, and a revoked key counts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SearchHandover {
-    /// The keys of all sticks that may connect.
-    pub keys: Vec<StickKey>,
     /// The laptop's host name.
     pub hostname: String,
     /// The disk to serve.
     pub disk: DiskIdentity,
     /// The file systems that make up the laptop's system, `/` first, each with where it is mounted.
     pub mounts: Vec<(String, Volume)>,
-    /// The text of the configuration.
-    pub config: String,
     /// Whether this ramdisk can make the tunnel.
     pub wireguard: bool,
     /// Whether this ramdisk can serve a disk by NVMe over TCP.

@@ -216,7 +216,7 @@ pub(crate) struct StickArgs {
     #[arg(long)]
     pub(crate) encrypted_only: bool,
     /// A stick for this laptop itself: started from it, the laptop serves its disk to all sticks whose keys it has, without its own
-    /// system. Holds all these keys.
+    /// system. Holds no key: keys and configuration are read from the disk at each start.
     #[arg(long, conflicts_with_all = ["target_mode", "encrypted_only", "key"])]
     pub(crate) laptop: bool,
     /// Words for the kernel's command line on the desktop, besides `initrd.cmdline`.

@@ -142,9 +142,10 @@ pub fn plug_and_serve(laptop: &Vm, cable: &Netdev) -> Result<Duration, Failure> 
 /// # Errors
 /// When it says that it can't.
 pub fn wait_until_serving(laptop: &Vm) -> Result<(), Failure> {
-    let serving: [Pattern; 2] = [
+    let serving: [Pattern; 3] = [
         "stiefel: ready; waiting for the desktop".into(),
         "going back to the laptop's own system".into(),
+        "pull the stick out".into(),
     ];
     let found = laptop.serial().expect_any(&serving, patience::SERVING)?;
     if found.index == 0 {

@@ -44,6 +44,8 @@ pub fn run() -> ! {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
     Server,
+    /// A server that was started from a stick of the laptop's own: the next start may be from there, too.
+    ServerByStick,
     Client,
     Target,
 }
@@ -51,7 +53,8 @@ enum Role {
 impl Role {
     fn of(handover: &Handover) -> Self {
         match handover {
-            Handover::Server(_) | Handover::Once(_) | Handover::Search(_) => Self::Server,
+            Handover::Server(_) | Handover::Once(_) => Self::Server,
+            Handover::Search(_) => Self::ServerByStick,
             Handover::Client(_) => Self::Client,
             Handover::Target(_) => Self::Target,
         }

@@ -62,6 +62,10 @@ const FAILURES: usize = 5;
 const WINDOW: Duration = Duration::from_mins(1);
 /// How long the screen shows why before the laptop goes home, in seconds.
 const HOME_COUNTDOWN: u32 = 30;
+/// The same where somebody has to pull a stick out first.
+const STICK_COUNTDOWN: u32 = 120;
+/// How long a reboot into the stick waits for somebody who would pull it out.
+const PULL_COUNTDOWN: u32 = 10;
 /// How long a role may take to exit after its verdict: a thread that waits for a disk that hangs cannot end.
 const EXIT: Duration = Duration::from_mins(1);
 /// How long it may take when it was killed.
@@ -87,10 +91,13 @@ pub(crate) fn run(console: &'static Console, mut drivers: Child, role: Role) -> 
     let kept = Arc::new(Kept::default());
     let mut failures = Failures::default();
     loop {
-        let why = match run_once(console, &mut drivers, &kept) {
-            Ok(Ended::By(RoleEnd::GiveUp)) => go_home(console, &kept),
+        let why = match run_once(console, &mut drivers, &kept, role) {
+            Ok(Ended::By(RoleEnd::GiveUp)) => go_home(console, &kept, role),
             Ok(Ended::By(role_end)) => {
                 let_go(console, &kept);
+                if let Some((seconds, what)) = notice(role, role_end) {
+                    countdown(console, seconds, what);
+                }
                 end(console, role_end.power())
             }
             Ok(Ended::Failed(status)) => format!("the role ended with {status}"),
@@ -99,7 +106,7 @@ pub(crate) fn run(console: &'static Console, mut drivers: Child, role: Role) -> 
         console.error(&why);
         match role {
             _ if !failures.add(Instant::now()) => {}
-            Role::Server => go_home(console, &kept),
+            Role::Server | Role::ServerByStick => go_home(console, &kept, role),
             // The desktop, or who lends disks, has nowhere else to go: it tries on, slower when it fails often.
             Role::Client | Role::Target => countdown(console, 10, "trying again"),
         }
@@ -115,7 +122,7 @@ enum Ended {
 }
 
 /// Runs the role's process to its end.
-fn run_once(console: &'static Console, drivers: &mut Child, kept: &Arc<Kept>) -> std::io::Result<Ended> {
+fn run_once(console: &'static Console, drivers: &mut Child, kept: &Arc<Kept>, role: Role) -> std::io::Result<Ended> {
     let (stdin, attended) = kept.attend(console)?;
     let mut child = spawn(stdin)?;
     let overdue = || kept.verdict().is_some_and(|verdict| verdict.since.elapsed() >= EXIT);
@@ -128,7 +135,7 @@ fn run_once(console: &'static Console, drivers: &mut Child, kept: &Arc<Kept>) ->
         Err(error) => {
             // A second role beside it would be worse than none.
             if kill(console, &mut child).is_none() {
-                go_home(console, kept);
+                go_home(console, kept, role);
             }
             return Err(error);
         }
@@ -156,12 +163,39 @@ fn kill(console: &Console, child: &mut process::Child) -> Option<process::ExitSt
     wait(console, child, None, || begun.elapsed() >= DEATH).ok().flatten()
 }
 
-/// Shows for a while why, then reboots: into the laptop's own OS.
-fn go_home(console: &Console, kept: &Kept) -> ! {
+/// Shows for a while why, then reboots: into the laptop's own OS, where that comes next.
+fn go_home(console: &Console, kept: &Kept, role: Role) -> ! {
     wipe_secrets(console);
     let_go(console, kept);
-    countdown(console, HOME_COUNTDOWN, "going back to the laptop's own system");
-    end(console, Power::Restart)
+    let (seconds, what, how) = home(role);
+    countdown(console, seconds, what);
+    end(console, how)
+}
+
+/// How a laptop goes home that cannot serve: what the screen says for how many seconds, and then.
+const fn home(role: Role) -> (u32, &'static str, Power) {
+    match role {
+        // The stick may be started again, which would fail again, without end.
+        Role::ServerByStick => (
+            STICK_COUNTDOWN,
+            "pull the stick out and start the laptop anew; switching it off",
+            Power::PowerOff,
+        ),
+        Role::Server | Role::Client | Role::Target => {
+            (HOME_COUNTDOWN, "going back to the laptop's own system", Power::Restart)
+        }
+    }
+}
+
+/// What a person has to know, and for how many seconds, before a turn ends in this way.
+const fn notice(role: Role, role_end: RoleEnd) -> Option<(u32, &'static str)> {
+    match (role, role_end) {
+        (Role::ServerByStick, RoleEnd::Restart) => Some((
+            PULL_COUNTDOWN,
+            "rebooting, into this stick again if it is not pulled out,",
+        )),
+        _ => None,
+    }
 }
 
 /// Has what a role has left open written to its medium, and closes it.
@@ -252,6 +286,16 @@ mod tests {
             assert_eq!(RoleEnd::after(status, verdict), verdict);
             assert_eq!(RoleEnd::after(status, None), None);
         }
+    }
+
+    #[test]
+    fn a_laptop_that_was_started_by_its_stick_and_cannot_serve_does_not_start_that_again() {
+        let (seconds, what, how) = home(Role::ServerByStick);
+        assert!(how == Power::PowerOff && seconds > HOME_COUNTDOWN && what.contains("pull the stick out"));
+        assert!(home(Role::Server).2 == Power::Restart);
+        assert!(notice(Role::ServerByStick, RoleEnd::Restart).is_some());
+        assert_eq!(notice(Role::ServerByStick, RoleEnd::PowerOff), None);
+        assert_eq!(notice(Role::Server, RoleEnd::Restart), None);
     }
 
     #[test]

@@ -321,6 +321,7 @@ pub const CLASSES: &[Class] = &[
         about: "file systems of /boot",
         folders: &[],
         names: &[
+            "loop",
             "ext4",
             "vfat",
             "btrfs",

@@ -52,6 +52,9 @@ pub struct Manifest {
     /// Whether it can serve a disk by NVMe over TCP.
     #[serde(default)]
     pub nvme_target: bool,
+    /// What it has for reading the laptop's disk by itself: `loop`, and file systems.
+    #[serde(default)]
+    pub reads: Vec<String>,
     /// Number of firmware files in it.
     pub firmware: usize,
     /// Number of firmware files that drivers ask for and that were not found.
@@ -136,6 +139,7 @@ impl Manifest {
         self.unpacked_sha256 == plan.sha256
             && self.stiefel_version == env!("CARGO_PKG_VERSION")
             && self.classes == options.classes
+            && self.reads == parts.reads
             && self.kernel.sha256 == hex(&Sha256::digest(&parts.kernel))
             && self.verify(dir).is_ok()
     }

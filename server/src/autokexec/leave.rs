@@ -96,7 +96,10 @@ pub fn leave(config: &Config, mode: Mode, cancel: &Receiver<String>, tell: &dyn 
     if mode == Mode::Real {
         if !config.trigger.countdown.0.is_zero() {
             // What cannot work is told before the wait; what counts is collected after it.
-            collect::collect(Path::new("/"), config)?;
+            let collected = collect::collect(Path::new("/"), config)?;
+            if config.trigger.method == Method::Reboot {
+                reboot::foresee(Path::new("/"), &collected)?;
+            }
         }
         count_down(config, cancel, tell)?;
     }
@@ -180,7 +183,7 @@ fn by_reboot(
         return Ok(());
     }
     last_look(cancel, || guard(config))?;
-    plan.arm_unless(|| {
+    plan.arm(|| {
         // Writing the image took its time.
         not_cancelled(cancel)?;
         tell(Step::Leaving);
@@ -190,8 +193,9 @@ fn by_reboot(
         "leaving: the firmware starts the ramdisk next, the shutdown begins"
     ));
     let begun = shut_down("reboot");
-    if begun.is_err() {
-        plan.disarm();
+    match &begun {
+        Ok(()) => plan.keep(),
+        Err(_) => plan.disarm(),
     }
     begun
 }
@@ -265,11 +269,20 @@ fn service_ends() -> LeaveError {
     }
 }
 
+/// What ends the OS. A plain `reboot` goes through the firmware, whatever is loaded, or prepared at /run/nextroot (systemd 254 and later).
+fn systemctl(verb: &str) -> Command {
+    let mut command = Command::new("systemctl");
+    command
+        .arg(verb)
+        .env("SYSTEMCTL_SKIP_AUTO_KEXEC", "1")
+        .env("SYSTEMCTL_SKIP_AUTO_SOFT_REBOOT", "1");
+    command
+}
+
 /// Ends all units in order, and unmounts. With a kernel loaded, `systemctl kexec` takes that one.
 fn shut_down(verb: &'static str) -> Result<(), LeaveError> {
     let failed = |why: String| LeaveError::Systemctl { verb, why };
-    let output = Command::new("systemctl")
-        .arg(verb)
+    let output = systemctl(verb)
         .stdin(Stdio::null())
         .output()
         .map_err(|error| failed(format!("it cannot be started: {error}")))?;
@@ -340,6 +353,17 @@ mod tests {
         };
         let error = last_look(&receiver, asked).unwrap_err();
         assert_eq!(error.to_string(), "cancelled: by root");
+    }
+
+    #[test]
+    fn a_reboot_is_none_by_kexec_or_of_the_user_space_alone() {
+        let command = systemctl("reboot");
+        let set: Vec<_> = command
+            .get_envs()
+            .filter(|(_, value)| value.is_some_and(|value| value == "1"))
+            .map(|(name, _)| name.to_str().unwrap())
+            .collect();
+        assert_eq!(set, ["SYSTEMCTL_SKIP_AUTO_KEXEC", "SYSTEMCTL_SKIP_AUTO_SOFT_REBOOT"]);
     }
 
     #[test]

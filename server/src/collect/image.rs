@@ -205,7 +205,7 @@ fn write(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::path::PathBuf;
     use stiefel_shared::handover::{DiskIdentity, DiskTransport, Encryption};
@@ -284,40 +284,22 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_module_that_the_configuration_names_is_in_the_overlay() {
-        let dir = tempfile::tempdir().unwrap();
-        let put = |path: &str, bytes: &[u8]| {
-            let path = dir.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(&path, bytes).unwrap();
-            path
-        };
-        put("modules/6.1.0-test/modules.dep", b"kernel/nbd.ko:\nextra/special.ko:\n");
-        put("modules/6.1.0-test/kernel/nbd.ko", b"\x7fELF");
-        put("modules/6.1.0-test/extra/special.ko", b"\x7fELF");
+    /// Of the disk /dev/sda, with a manifest that says little.
+    pub(crate) fn collected(kernel: PathBuf, ramdisk: PathBuf, payload: crate::payload::FoundPayload) -> Collected {
         let part = serde_json::json!({"bytes": 0, "sha256": ""});
         let manifest = serde_json::json!({
             "stiefel_version": "0", "kernel_version": "6.1", "kernel": part, "ramdisk": part, "unpacked_bytes": 0,
             "modules": 0, "wireguard": true, "nvme_target": true, "firmware": 0, "missing_firmware": 0, "classes": [],
         });
-        let mut collected = Collected {
-            kernel: put("kernel", b"kernel"),
-            ramdisk: put("ramdisk", b"ramdisk"),
+        Collected {
+            kernel,
+            ramdisk,
             manifest: serde_json::from_value(manifest).unwrap(),
             keys: Vec::new(),
             hostname: "laptop".to_owned(),
             disk: "/dev/sda".into(),
             identity: DiskIdentity::default(),
-            payload: crate::payload::FoundPayload {
-                kernel: put("kernel", b"kernel").into(),
-                initrds: vec![put("initrd", b"initrd").into()],
-                cmdline: String::new(),
-                version: "6.1.0-test".to_owned(),
-                modules: dir.path().join("modules/6.1.0-test"),
-                reason: String::new(),
-                notes: Vec::new(),
-            },
+            payload,
             boot: None,
             session: stiefel_shared::config::Session::default(),
             link: stiefel_shared::config::Link {
@@ -330,7 +312,31 @@ mod tests {
             zstd: false,
             baked: false,
             memory: None,
+        }
+    }
+
+    #[test]
+    fn a_module_that_the_configuration_names_is_in_the_overlay() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |path: &str, bytes: &[u8]| {
+            let path = dir.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+            path
         };
+        put("modules/6.1.0-test/modules.dep", b"kernel/nbd.ko:\nextra/special.ko:\n");
+        put("modules/6.1.0-test/kernel/nbd.ko", b"\x7fELF");
+        put("modules/6.1.0-test/extra/special.ko", b"\x7fELF");
+        let payload = crate::payload::FoundPayload {
+            kernel: put("kernel", b"kernel").into(),
+            initrds: vec![put("initrd", b"initrd").into()],
+            cmdline: String::new(),
+            version: "6.1.0-test".to_owned(),
+            modules: dir.path().join("modules/6.1.0-test"),
+            reason: String::new(),
+            notes: Vec::new(),
+        };
+        let mut collected = collected(put("kernel", b"kernel"), put("ramdisk", b"ramdisk"), payload);
         assert_eq!(collected.image().unwrap().modules, 1);
         collected.session.swap = true;
         for (mode, swaps) in [(SessionMode::Normal, true), (SessionMode::Guest, false)] {

@@ -13,7 +13,7 @@ use stiefel_shared::handover::{FilePart, Handover, OnceHandover, Part, Place, Se
 use stiefel_shared::seal::SealError;
 
 use super::image::Source;
-use super::place::{PlaceError, place};
+use super::place::{PlaceError, place, readable};
 use super::{CollectError, Collected, HandoverError, fits};
 use crate::payload::Piece;
 use crate::tree::Tree;
@@ -51,6 +51,8 @@ pub(crate) fn once(tree: &Tree, collected: &Collected, image: Place) -> Result<O
         collected.payload.initrds.as_slice(),
     );
     let (kernel_places, initrd_places) = (places(tree, &disk, kernel_files)?, places(tree, &disk, initrd_files)?);
+    let places = [&image].into_iter().chain(&kernel_places).chain(&initrd_places);
+    readable(&collected.manifest, places.map(|place| &place.volume))?;
     let overlay = collected.overlay()?;
     let (kernel, initrd) = (Source::open(kernel_files)?, Source::open(initrd_files)?);
     let mut server = collected.handover(&kernel, &initrd, &overlay)?;

@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use stiefel_initrd_builder::ramdisk::{LOOP, Manifest};
 use stiefel_shared::handover::{Place, VOLUMES, Volume};
 
 use crate::payload::Piece;
@@ -44,6 +45,30 @@ pub enum PlaceError {
         /// Its type.
         kind: String,
     },
+    /// A module that the ramdisk was built without.
+    #[error(
+        "the ramdisk has no {module}, without which it cannot read the laptop's disk\n  \
+         next: have `default`, or `fs` besides the others, among `modules` in config.yaml, then: stiefel install"
+    )]
+    NotInRamdisk {
+        /// Which.
+        module: String,
+    },
+}
+
+/// Whether this ramdisk can mount these, as `crate::offline` does: better to hear that while the OS is there.
+pub(crate) fn readable<'a>(
+    ramdisk: &Manifest,
+    volumes: impl IntoIterator<Item = &'a Volume>,
+) -> Result<(), PlaceError> {
+    let file_systems = volumes.into_iter().map(|volume| volume.fstype.as_str());
+    let mut needed = [LOOP].into_iter().chain(file_systems);
+    let missing = needed.find(|module| !ramdisk.reads.iter().any(|has| has == module));
+    missing.map_or(Ok(()), |module| {
+        Err(PlaceError::NotInRamdisk {
+            module: module.to_owned(),
+        })
+    })
 }
 
 /// Where a piece of the payload lies on `disk`.
@@ -52,21 +77,26 @@ pub(crate) fn place(tree: &Tree, disk: &str, piece: &Piece) -> Result<Place, Pla
         path: piece.path.clone(),
     };
     let file = tree.inside(&piece.path).ok_or_else(nowhere)?;
-    let mounts = tree.mounts();
-    // Of several at one place the last one counts: `max_by_key` takes that.
-    let below = mounts.iter().filter(|mount| file.starts_with(&mount.point));
-    let mount = below.max_by_key(|mount| mount.point.len()).ok_or_else(nowhere)?;
+    let mount = mount_of(tree, &piece.path).ok_or_else(nowhere)?;
     let rest = file.strip_prefix(&mount.point).map_err(|_| nowhere())?;
     let path = Path::new(&mount.root).join(rest);
     Ok(Place {
         volume: Volume {
             // From the top of the file system, whatever of it is mounted.
             folder: "/".to_owned(),
-            ..volume(tree, disk, mount)?
+            ..volume(tree, disk, &mount)?
         },
         path: path.into_os_string().into_string().map_err(|_| nowhere())?,
         range: piece.section.as_ref().map(|section| (section.offset, section.len)),
     })
+}
+
+/// The mounted file system that a file (as it really lies) is on.
+pub(crate) fn mount_of(tree: &Tree, path: &Path) -> Option<Mount> {
+    let file = tree.inside(path)?;
+    // Of several at one place the last one counts: `max_by_key` takes that.
+    let below = tree.mounts().into_iter().filter(|mount| file.starts_with(&mount.point));
+    below.max_by_key(|mount| mount.point.len())
 }
 
 /// The file systems that make up the system in the tree, for reading the payload of a later day: `/` first, then those where kernels
@@ -188,6 +218,26 @@ pub(crate) mod tests {
         assert_eq!(found(btrfs, "/boot/vmlinuz"), Ok(at(3, "btrfs", "/@/boot/vmlinuz")));
         let old = "22 1 8:3 / / rw - ext3 /dev/sda3 rw\n";
         assert_eq!(found(old, "/boot/vmlinuz"), Ok(at(3, "ext4", "/boot/vmlinuz")));
+    }
+
+    #[test]
+    fn a_ramdisk_that_was_built_without_what_reads_the_disk_is_refused_by_name() {
+        let part = serde_json::json!({"bytes": 0, "sha256": ""});
+        let mut manifest: Manifest = serde_json::from_value(serde_json::json!({
+            "stiefel_version": "0", "kernel_version": "6.1", "kernel": part, "ramdisk": part, "unpacked_bytes": 0, "modules": 0,
+            "wireguard": true, "firmware": 0, "missing_firmware": 0, "classes": [],
+        }))
+        .unwrap();
+        let volumes = [at(1, "vfat", "/a").volume, at(2, "ext4", "/a").volume];
+        for has in ["loop", "vfat", "ext4"] {
+            let refused = readable(&manifest, &volumes);
+            assert!(
+                matches!(refused, Err(PlaceError::NotInRamdisk { module }) if module == has),
+                "{has}"
+            );
+            manifest.reads.push(has.to_owned());
+        }
+        assert_eq!(readable(&manifest, &volumes), Ok(()));
     }
 
     #[test]

@@ -1,15 +1,16 @@
-//! What a stick of the laptop's own is told (`stiefel stick --laptop`): keys, disk, configuration, and where the system lies.
+//! What a stick of the laptop's own is told (`stiefel stick --laptop`): the disk, and where on it the system lies.
 //!
-//! Counterpart: `crate::offline::search`. Nothing of the payload goes onto the stick, so that it stays good after kernel upgrades.
-//! Refused: a system whose root the ramdisk cannot read, for its modules are needed, too.
+//! Counterpart: `crate::offline::search`. Nothing of the payload goes onto the stick, so that it stays good after kernel upgrades; and
+//! no key, so that a lost stick opens nothing, and `stiefel key revoke` counts also for a laptop that was started by it.
+//! Refused: a system whose root the ramdisk cannot read, for its modules are needed, too; keys or a configuration that lie elsewhere.
 
 use std::path::Path;
 
 use stiefel_initrd_builder::ramdisk::Manifest;
-use stiefel_shared::config::Config;
-use stiefel_shared::handover::{MAX_CARRIED_CONFIG, SearchHandover};
+use stiefel_shared::config::{CONFIG_PATH, Config};
+use stiefel_shared::handover::{SearchHandover, Volume};
 
-use super::place::{PlaceError, mounts};
+use super::place::{PlaceError, mount_of, mounts, readable};
 use super::{CollectError, KEYS_DIR, disk, hostname, identity, read_keys};
 use crate::tree::Tree;
 
@@ -22,29 +23,71 @@ pub enum SearchError {
     /// The ramdisk would not find the system.
     #[error("started from a stick, this laptop's system could not be read")]
     Place(#[from] PlaceError),
-    /// The configuration is too long.
-    #[error("the configuration has more than {MAX_CARRIED_CONFIG} bytes\n  next: take comments out of it")]
-    LongConfig,
+    /// Keys or configuration lie on a file system that it would not mount.
+    #[error(
+        "{path} is on the file system at {point}, which a laptop that is started from a stick does not read\n  \
+         next: have it on that of / or /usr"
+    )]
+    Elsewhere {
+        /// What.
+        path: &'static str,
+        /// Where that is mounted.
+        point: String,
+    },
 }
 
-/// Looks at the system below `root`, whose configuration `config` was read from `text`; `ramdisk` is the one that goes onto the stick.
+/// Looks at the system below `root`, which has this configuration; `ramdisk` is the one that goes onto the stick.
 ///
 /// # Errors
 /// [`SearchError`].
-pub fn search(root: &Path, config: &Config, text: String, ramdisk: &Manifest) -> Result<SearchHandover, SearchError> {
-    if text.len() > MAX_CARRIED_CONFIG {
-        return Err(SearchError::LongConfig);
-    }
+pub fn search(root: &Path, config: &Config, ramdisk: &Manifest) -> Result<SearchHandover, SearchError> {
     let tree = Tree::new(root);
-    let keys = read_keys(&tree.path(KEYS_DIR))?;
+    // Only whether there are any.
+    read_keys(&tree.path(KEYS_DIR))?;
     let disk = disk(&tree, &config.boot.disk)?;
+    let mounts = mounts(&tree, &disk.name)?;
+    is_read(&tree, &mounts)?;
+    readable(ramdisk, mounts.iter().map(|(_, volume)| volume))?;
     Ok(SearchHandover {
-        keys,
         hostname: hostname(&tree),
-        mounts: mounts(&tree, &disk.name)?,
+        mounts,
         disk: identity(&tree, &disk)?,
-        config: text,
         wireguard: ramdisk.wireguard,
         nvme_target: ramdisk.nvme_target,
     })
+}
+
+/// Whether keys and configuration are where the ramdisk will look.
+fn is_read(tree: &Tree, mounts: &[(String, Volume)]) -> Result<(), SearchError> {
+    for path in [KEYS_DIR, CONFIG_PATH] {
+        // Without a configuration the defaults count.
+        let Some(mount) = mount_of(tree, &tree.path(path)) else {
+            continue;
+        };
+        if !mounts.iter().any(|(point, _)| *point == mount.point) {
+            return Err(SearchError::Elsewhere {
+                path,
+                point: mount.point,
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::place::tests::{laptop, put};
+    use super::*;
+
+    #[test]
+    fn keys_on_a_file_system_that_is_not_read_are_refused_when_the_stick_is_written() {
+        let root = "22 1 8:3 / / rw - ext4 /dev/sda3 rw\n";
+        let elsewhere = format!("{root}23 22 8:2 / /etc/stiefel/keys rw - ext4 /dev/sda2 rw\n");
+        for (mounted, fine) in [(root, true), (&elsewhere, false)] {
+            let (_dir, tree) = laptop(mounted);
+            put(&tree, "/etc/stiefel/keys/stick.key", "x");
+            let read = is_read(&tree, &mounts(&tree, "sda").unwrap());
+            assert_eq!(read.is_ok(), fine, "{mounted}");
+        }
+    }
 }

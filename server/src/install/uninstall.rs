@@ -17,6 +17,7 @@ use super::system::{reload_network_managers, systemd_runs, tell};
 use super::wanted::{Fate, UNIT};
 use super::{InstallError, check_root, confirm, lock, written};
 use crate::collect::{KEYS_DIR, STATE_DIR};
+use crate::reboot::{self, Left};
 use crate::tree::Tree;
 
 /// What to remove.
@@ -69,11 +70,16 @@ pub fn uninstall(options: &UninstallOptions) -> Result<(), InstallError> {
     if told {
         tell("systemctl", &["stop", UNIT]);
     }
-    if tree.is_live()
-        && let Err(error) = crate::reboot::sweep(&options.root, true)
-    {
-        // Of no use to anybody without our files; but named, for it is not gone.
-        eprintln!("keep     the firmware's entry for one start, or its image: {error:#}");
+    if tree.is_live() {
+        match reboot::sweep(&options.root, true) {
+            Ok(Left::Nothing | Left::Image(_)) => {}
+            Ok(Left::Unseen(point)) => eprintln!(
+                "keep     perhaps a one-time image, EFI/stiefel/once.efi on the EFI system partition, which was mounted at {point}; it holds \
+                 keys"
+            ),
+            // Of no use to anybody without our files; but named, for it is not gone.
+            Err(error) => eprintln!("keep     the firmware's entry for one start, or its image: {error:#}"),
+        }
     }
     remove(&tree, &record, &plan, options.purge)?;
     if told {

@@ -13,19 +13,24 @@ use stiefel_sys::console::Console;
 use stiefel_sys::mount::{self, MountFlags};
 use stiefel_sys::wipe;
 
-use super::volumes::{self, Volumes};
+use super::volumes::{self, FOLDER, Volumes};
 use super::{Gather, part_path, settle};
+use crate::reboot;
 use crate::role::wait_for_disk;
 use crate::tree::Tree;
-
-/// Where file systems of the disk are mounted for a moment.
-const FOLDER: &str = "/run/stiefel/disk";
 
 /// Takes the image away, gets the parts from the disk, and gives the handover of a server.
 ///
 /// # Errors
 /// Why nobody can be served; the caller then goes back to the laptop's own OS.
 pub fn once(console: &Console, handover: OnceHandover) -> anyhow::Result<ServerHandover> {
+    if let Err(error) = not_again(console) {
+        // The firmware has, unless it is broken; and the image goes next, so that it would find nothing.
+        console.warn(&format!(
+            "whether the firmware would start this again cannot be seen: {error:#}"
+        ));
+    }
+    volumes::release()?;
     let disk = wait_for_disk(console, &handover.server.disk)?;
     remove(console, &disk, &handover.image)
         .context("the image that was started could not be taken off the disk, and it holds keys: nobody is served")?;
@@ -41,6 +46,21 @@ pub fn once(console: &Console, handover: OnceHandover) -> anyhow::Result<ServerH
     fits(&handover.server, Part::Overlay, overlay.len())?;
     settle(root, &handover.server)?;
     Ok(handover.server)
+}
+
+/// Before all else: a firmware that does not forget what it was told to start once would never start the laptop's own system again.
+fn not_again(console: &Console) -> anyhow::Result<()> {
+    let tree = Tree::new(Path::new("/"));
+    let point = Path::new(reboot::VARIABLES);
+    volumes::load(&["efivarfs"])?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount::mount("efivarfs", point, "efivarfs", flags, None)?;
+    let kept = reboot::not_again(&tree);
+    mount::unmount(point, false)?;
+    if kept? {
+        console.warn("this firmware does not forget what it was told to start once (BootNext); it was removed");
+    }
+    Ok(())
 }
 
 /// The server's handover says what the parts are, and the desktop goes by that.
@@ -98,6 +118,7 @@ fn gather(console: &Console, disk: &Disk, root: &Path, part: Part, from: &FilePa
             .map_err(anyhow::Error::from)
             .and_then(|path| gather.add(&path, place.range));
         read.with_context(|| format!("{} on partition {}", place.path, place.volume.partition))?;
+        volumes.end()?;
     }
     let (size, sha256) = gather.end();
     ensure!(

@@ -1,40 +1,46 @@
 //! The start from a stick of the laptop's own (`stiefel stick --laptop`): what the laptop would boot by itself is looked for on its disk.
 //!
 //! The file systems are those that made up the system when the stick was written. What is looked for, and how, is the same as in the
-//! running system ([`crate::payload`]); there is only no firmware to ask what has booted, and no udev to ask for UUIDs.
+//! running system ([`crate::payload`]); there is only no firmware to ask what has booted, and no udev to ask for UUIDs. Keys and
+//! configuration are those on the disk now: what was revoked or changed since the stick was written counts.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use stiefel_initrd_builder::overlay;
-use stiefel_shared::config::Config;
-use stiefel_shared::handover::{Part, SearchHandover, ServerHandover};
+use stiefel_shared::config::{CONFIG_PATH, Config, MAX_CONFIG};
+use stiefel_shared::handover::{After, Part, SearchHandover, ServerHandover};
+use stiefel_shared::key::StickKey;
 use stiefel_sys::block::Disk;
 use stiefel_sys::console::Console;
 
-use super::volumes::Volumes;
+use super::volumes::{self, Volumes};
 use super::{Gather, settle};
-use crate::collect;
+use crate::collect::{self, KEYS_DIR};
 use crate::payload::{self, Piece};
 use crate::role::wait_for_disk;
 use crate::tree::Tree;
 
 /// Where the laptop's system is put together.
 const FOLDER: &str = "/run/stiefel/disk/root";
+/// Memory that serving needs besides the parts, in bytes.
+const RESERVE: u64 = 64 << 20;
 
 /// Looks for the payload, gets its parts, and gives the handover of a server.
 ///
 /// # Errors
 /// Why nobody can be served.
 pub fn search(console: &Console, handover: SearchHandover) -> anyhow::Result<ServerHandover> {
-    let config =
-        Config::parse(&handover.config).context("the configuration on this stick cannot be used; write it anew")?;
+    volumes::release()?;
     let disk = wait_for_disk(console, &handover.disk)?;
     let root = Path::new("/");
     let server = {
         let mut volumes = Volumes::new(console, &disk)?;
         assemble(&mut volumes, &handover, &disk)?;
-        found(console, &config, handover, Path::new(FOLDER), root)?
+        let server = found(console, handover, Path::new(FOLDER), root)?;
+        volumes.end()?;
+        server
     };
     settle(root, &server)?;
     Ok(server)
@@ -65,32 +71,49 @@ fn below(folder: &Path, point: &str) -> anyhow::Result<PathBuf> {
         .with_context(|| format!("{point} is not in the laptop's system"))
 }
 
+/// The configuration of the system in the tree; the defaults where it has none.
+fn configuration(system: &Tree) -> anyhow::Result<Config> {
+    let bytes = match system.bytes(CONFIG_PATH, MAX_CONFIG) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Config::default()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read the laptop's {CONFIG_PATH}")),
+    };
+    let text = str::from_utf8(&bytes).with_context(|| format!("the laptop's {CONFIG_PATH} is no text"))?;
+    Config::parse(text).with_context(|| format!("the laptop's {CONFIG_PATH} cannot be used"))
+}
+
+/// The keys of the system in the tree.
+fn keys(system: &Tree) -> anyhow::Result<Vec<StickKey>> {
+    let folder = system
+        .resolve(KEYS_DIR)
+        .with_context(|| format!("the laptop's system has no {KEYS_DIR}, so no stick could connect"))?;
+    Ok(collect::read_keys(&folder)?)
+}
+
 /// Finds the payload in the tree at `system`, and puts its parts below `root`.
-fn found(
-    console: &Console,
-    config: &Config,
-    handover: SearchHandover,
-    system: &Path,
-    root: &Path,
-) -> anyhow::Result<ServerHandover> {
+fn found(console: &Console, handover: SearchHandover, system: &Path, root: &Path) -> anyhow::Result<ServerHandover> {
+    let tree = Tree::new(system);
+    let (config, keys) = (configuration(&tree)?, keys(&tree)?);
     let found = payload::find(system, &config.boot.load)?;
     console.info(&format!("what the desktop boots:\n{found}"));
-    let transport = collect::ways(config, handover.wireguard, handover.nvme_target, &found)?;
-    let tree = Tree::new(system);
+    let transport = collect::ways(&config, handover.wireguard, handover.nvme_target, &found)?;
     let zstd = collect::unpacks_zstd(&tree, &found.version);
     let overlay = overlay::overlay(&found.modules, &config.modules.0, &collect::firmware(&tree), zstd)?;
     let mut gather = Gather::begin(root, Part::Overlay)?;
     gather.write(&overlay.bytes)?;
     let (overlay, _) = gather.end();
+    let sizes = [&found.kernel].into_iter().chain(&found.initrds).map(length);
+    let parts = sizes.sum::<io::Result<u64>>()?;
+    fits(parts, available(&Tree::new(Path::new("/"))))?;
     let kernel = gathered(root, Part::Kernel, std::slice::from_ref(&found.kernel))?;
     let initrd = gathered(root, Part::Initrd, &found.initrds)?;
     Ok(ServerHandover {
         // What changes on the desktop cannot be seen from here: each of its reboots reads the disk anew.
         payload: collect::payload(&config.session, &found, [kernel, initrd, overlay], None)?,
-        keys: handover.keys,
+        keys,
         hostname: handover.hostname,
         disk: handover.disk,
-        after: config.session.after,
+        after: after(config.session.after),
         encryption: config.link.encryption,
         mode: config.link.mode,
         transport,
@@ -98,6 +121,46 @@ fn found(
         grace: config.session.grace.0.as_secs(),
         tickets: Vec::new(),
     })
+}
+
+/// What follows a desktop's power-off. A reboot could end in this stick again, which would serve again, without end.
+const fn after(configured: After) -> After {
+    match configured {
+        After::Return | After::Poweroff => After::Poweroff,
+        After::Stay => After::Stay,
+    }
+}
+
+/// How much of its file a piece is, in bytes.
+fn length(piece: &Piece) -> io::Result<u64> {
+    match &piece.section {
+        Some(section) => Ok(section.len),
+        None => Ok(piece.path.metadata()?.len()),
+    }
+}
+
+/// The memory that is free for files, in bytes, as far as the kernel tells.
+fn available(tree: &Tree) -> Option<u64> {
+    let text = tree.text("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
+}
+
+/// Whether parts of so many bytes fit into memory, with room to work in.
+fn fits(parts: u64, available: Option<u64>) -> anyhow::Result<()> {
+    let room = available.map_or(u64::MAX, |available| available.saturating_sub(RESERVE));
+    ensure!(
+        parts <= room,
+        "what the desktop boots has {} MiB, and there is room for {} MiB in this laptop's memory; make a smaller initrd (e.g. MODULES=dep)",
+        parts.div_ceil(1 << 20),
+        room >> 20
+    );
+    Ok(())
 }
 
 fn gathered(root: &Path, part: Part, pieces: &[Piece]) -> anyhow::Result<u64> {
@@ -114,9 +177,9 @@ fn gathered(root: &Path, part: Part, pieces: &[Piece]) -> anyhow::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
     use stiefel_shared::cpio;
     use stiefel_shared::handover::{DiskIdentity, DiskTransport};
-    use stiefel_shared::key::StickKey;
 
     /// A laptop's system, as it lies on its disk: nothing of it runs.
     fn system(config: &str) -> (tempfile::TempDir, SearchHandover) {
@@ -139,12 +202,18 @@ mod tests {
         put("lib/modules/6.1.0-9/modules.dep", b"");
         let builtin = b"kernel/drivers/block/nbd.ko\nkernel/drivers/net/wireguard/wireguard.ko\n";
         put("lib/modules/6.1.0-9/modules.builtin", builtin);
+        put("etc/stiefel/config.yaml", config.as_bytes());
+        for name in ["blue", "red"] {
+            let key = StickKey::generate(name).unwrap();
+            let path = format!("etc/stiefel/keys/{name}.key");
+            put(&path, key.to_file().as_bytes());
+            let path = dir.path().join("system").join(path);
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        }
         let handover = SearchHandover {
-            keys: vec![StickKey::generate("stick").unwrap()],
             hostname: "laptop".into(),
             disk: DiskIdentity::default(),
             mounts: Vec::new(),
-            config: config.into(),
             wireguard: true,
             nvme_target: true,
         };
@@ -153,11 +222,40 @@ mod tests {
 
     fn look(config: &str) -> (tempfile::TempDir, anyhow::Result<ServerHandover>) {
         let (dir, handover) = system(config);
-        let console = Console::open(Path::new("/none"), Path::new("/none"));
-        let config = Config::parse(config).unwrap();
-        let system = dir.path().join("system");
-        let found = found(&console, &config, handover, &system, &dir.path().join("ramdisk"));
+        let found = look_in(&dir, handover);
         (dir, found)
+    }
+
+    fn look_in(dir: &tempfile::TempDir, handover: SearchHandover) -> anyhow::Result<ServerHandover> {
+        let console = Console::open(Path::new("/none"), Path::new("/none"));
+        let system = dir.path().join("system");
+        found(&console, handover, &system, &dir.path().join("ramdisk"))
+    }
+
+    #[test]
+    fn a_key_that_was_revoked_after_the_stick_was_written_does_not_count() {
+        let (dir, handover) = system("");
+        let revoked = dir.path().join("system/etc/stiefel/keys/blue.key");
+        std::fs::remove_file(&revoked).unwrap();
+        let server = look_in(&dir, handover.clone()).unwrap();
+        let names: Vec<_> = server.keys.iter().map(|key| key.name.as_str()).collect();
+        assert_eq!(names, ["red"]);
+        std::fs::remove_dir_all(revoked.parent().unwrap()).unwrap();
+        let refused = look_in(&dir, handover).unwrap_err();
+        assert!(format!("{refused:#}").contains("no stick could connect"), "{refused:#}");
+    }
+
+    #[test]
+    fn a_configuration_that_was_changed_since_counts_and_none_is_the_default() {
+        let (dir, handover) = system("session: {grace: 60s}\n");
+        let config = dir.path().join("system/etc/stiefel/config.yaml");
+        std::fs::write(&config, "session: {grace: 61s}\n").unwrap();
+        assert_eq!(look_in(&dir, handover.clone()).unwrap().grace, 61);
+        std::fs::write(&config, b"\xff").unwrap();
+        assert!(look_in(&dir, handover.clone()).is_err());
+        std::fs::remove_file(&config).unwrap();
+        let default = Config::default().session.grace.0.as_secs();
+        assert_eq!(look_in(&dir, handover).unwrap().grace, default);
     }
 
     #[test]
@@ -177,6 +275,36 @@ mod tests {
         assert_eq!(server.payload.boot, None, "what changes cannot be seen from here");
         // This kernel has no nvme-tcp.
         assert_eq!((server.transport, server.grace), (DiskTransport::Nbd, 60));
+    }
+
+    #[test]
+    fn a_laptop_that_went_home_would_start_this_stick_again_so_it_is_switched_off() {
+        for (configured, expected) in [
+            ("return", After::Poweroff),
+            ("stay", After::Stay),
+            ("poweroff", After::Poweroff),
+        ] {
+            let server = look(&format!("session: {{after: {configured}}}\n")).1.unwrap();
+            assert_eq!(server.after, expected, "{configured}");
+        }
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_into_memory_are_refused_before_they_are_read() {
+        let (dir, _) = system("");
+        let tree = Tree::new(dir.path());
+        assert_eq!(available(&tree), None);
+        std::fs::create_dir(dir.path().join("proc")).unwrap();
+        std::fs::write(
+            dir.path().join("proc/meminfo"),
+            "MemTotal: 9 kB\nMemAvailable:   204800 kB\n",
+        )
+        .unwrap();
+        let memory = available(&tree);
+        assert_eq!(memory, Some(200 << 20));
+        assert!(fits(136 << 20, memory).is_ok() && fits(u64::MAX, None).is_ok());
+        let refused = fits((136 << 20) + 1, memory).unwrap_err().to_string();
+        assert!(refused.contains("137 MiB") && refused.contains("136 MiB"), "{refused}");
     }
 
     #[test]

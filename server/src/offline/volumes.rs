@@ -8,12 +8,40 @@ use stiefel_shared::handover::{VOLUMES, Volume};
 use stiefel_sys::block::{self, Disk};
 use stiefel_sys::console::Console;
 use stiefel_sys::module::Loader;
-use stiefel_sys::mount::{self, MountFlags};
+use stiefel_sys::mount::{self, MountEntry, MountFlags};
 use stiefel_sys::shield;
 
 use crate::tree::Tree;
 
-/// File systems that are unmounted when this is dropped, the last one first.
+/// Where file systems of the disk are mounted for a moment; nothing else is.
+pub(super) const FOLDER: &str = "/run/stiefel/disk";
+
+/// Unmounts what a role that was killed while it read has left: it must not outlive reading, and btrfs and xfs take a second device with
+/// the same content for a duplicate.
+pub(super) fn release() -> anyhow::Result<()> {
+    let entries = mount::read_mountinfo(Path::new("/proc"))?;
+    unmount(&mut left(entries))
+}
+
+/// The mount points of ours, in the order in which they were mounted.
+fn left(mut entries: Vec<MountEntry>) -> Vec<PathBuf> {
+    entries.retain(|entry| entry.mount_point.starts_with(FOLDER));
+    mount::deepest_first(&mut entries);
+    let points = entries.into_iter().rev().map(|entry| entry.mount_point);
+    points.collect()
+}
+
+/// Unmounts these, the last one first.
+fn unmount(points: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    while let Some(point) = points.last() {
+        mount::unmount(point, false)
+            .context("a file system of the laptop's disk stays mounted, so the disk is served to nobody")?;
+        points.pop();
+    }
+    Ok(())
+}
+
+/// File systems that are to be unmounted by [`Self::end`]; after an error they are when this is dropped, as far as that goes.
 pub(super) struct Volumes<'a> {
     console: &'a Console,
     disk: &'a Disk,
@@ -41,6 +69,7 @@ impl<'a> Volumes<'a> {
             bail!("the ramdisk does not read the file system {}", volume.fstype);
         };
         load(&modules_of(fstype))?;
+        super::step();
         if !point.is_dir() {
             mount::make_dir_all(point, 0o700)?;
         }
@@ -71,6 +100,11 @@ impl<'a> Volumes<'a> {
         Ok(())
     }
 
+    /// Unmounts them, the last one first: what is served must not be mounted.
+    pub(super) fn end(mut self) -> anyhow::Result<()> {
+        unmount(&mut self.mounted)
+    }
+
     /// What cannot be written, over a partition.
     fn device(&mut self, number: u32) -> anyhow::Result<PathBuf> {
         if let Some((_, _, path)) = self.devices.iter().find(|(known, ..)| *known == number) {
@@ -86,10 +120,8 @@ impl<'a> Volumes<'a> {
 
 impl Drop for Volumes<'_> {
     fn drop(&mut self) {
-        for point in self.mounted.iter().rev() {
-            if let Err(error) = mount::unmount(point, false) {
-                self.console.warn(&format!("{error}; it stays mounted read-only"));
-            }
+        if let Err(error) = unmount(&mut self.mounted) {
+            self.console.warn(&format!("{error:#}"));
         }
     }
 }
@@ -166,6 +198,29 @@ mod tests {
         for (fstype, folder) in [("ext4", "/boot"), ("btrfs", "/a,exec"), ("btrfs", "a")] {
             assert_eq!(named(fstype, folder), None, "{fstype} {folder}");
         }
+    }
+
+    #[test]
+    fn what_an_earlier_try_has_left_is_found_with_what_stands_on_others_last() {
+        let table = b"22 1 0:2 / / rw - rootfs rootfs rw\n23 22 0:21 / /run rw - tmpfs tmpfs rw\n\
+            31 30 7:1 / /run/stiefel/disk/root/boot ro - ext4 /dev/loop1 ro\n30 23 7:0 / /run/stiefel/disk/root ro - ext4 /dev/loop0 ro\n\
+            32 23 7:2 / /run/stiefel/diskette ro - ext4 /dev/loop2 ro\n";
+        let points = left(mount::mountinfo(table));
+        assert_eq!(
+            points,
+            ["/run/stiefel/disk/root", "/run/stiefel/disk/root/boot"].map(PathBuf::from)
+        );
+    }
+
+    #[test]
+    fn a_file_system_that_stays_mounted_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        // Not mounted, or not ours to unmount.
+        let mut points = vec![dir.path().join("a"), dir.path().to_owned()];
+        let error = unmount(&mut points).unwrap_err().to_string();
+        assert!(error.contains("served to nobody"), "{error}");
+        assert_eq!(points.len(), 2, "what is left is known");
+        assert!(unmount(&mut Vec::new()).is_ok());
     }
 
     #[test]

@@ -1,5 +1,9 @@
 //! The EFI system partition: where it is mounted, and as what the firmware knows it.
 
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use stiefel_shared::handover::Volume;
 use stiefel_shared::loader::efi::Program;
 use stiefel_shared::superblock::Guid;
@@ -12,6 +16,8 @@ use crate::tree::{BY_PARTUUID, Tree};
 pub(super) const POINTS: [&str; 3] = ["/efi", "/boot/efi", "/boot"];
 /// sysfs counts in sectors of this many bytes.
 const SECTOR: u64 = 512;
+/// Boot loaders are in folders of `EFI`.
+const DEPTH: u32 = 3;
 
 /// The EFI system partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +49,32 @@ impl Esp {
 pub(super) fn find(tree: &Tree, disk: &str) -> Result<Esp, RebootError> {
     let found = POINTS.iter().find_map(|point| at(tree, disk, point));
     found.ok_or_else(|| RebootError::NoEsp { disk: disk.to_owned() })
+}
+
+/// Whether others could read a file there, going by one that is there: a mount of FAT gives all the same permissions.
+///
+/// # Errors
+/// [`RebootError::Open`], [`RebootError::NotRoots`].
+pub(super) fn closed(tree: &Tree, esp: &Esp) -> Result<(), RebootError> {
+    let point = tree.path(&esp.point);
+    let Some(file) = any_file(&point, DEPTH) else {
+        // The image itself is looked at, too.
+        return Ok(());
+    };
+    super::private(&point, file.mode(), file.uid())
+}
+
+/// Any file in a folder, or so deep below it.
+fn any_file(folder: &Path, depth: u32) -> Option<Metadata> {
+    let entries = std::fs::read_dir(folder).ok()?.flatten();
+    let (folders, files): (Vec<_>, Vec<_>) = entries
+        .filter_map(|entry| Some((entry.path(), entry.path().symlink_metadata().ok()?)))
+        .partition(|(_, meta)| meta.is_dir());
+    let file = files.into_iter().map(|(_, meta)| meta).find(Metadata::is_file);
+    file.or_else(|| {
+        let below = depth.checked_sub(1)?;
+        folders.iter().find_map(|(path, _)| any_file(path, below))
+    })
 }
 
 fn at(tree: &Tree, disk: &str, point: &str) -> Option<Esp> {

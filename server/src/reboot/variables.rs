@@ -101,12 +101,17 @@ pub(super) fn start_once(tree: &Tree, title: &str, option: &[u8]) -> Result<(), 
     }
 }
 
-/// Has the firmware not start us; what others have asked of it stays.
-pub(super) fn cancel(tree: &Tree, title: &str) {
+/// Has the firmware not start us; what others have asked of it stays. Whether it would have.
+///
+/// # Errors
+/// [`RebootError::Write`]: it still will.
+pub(super) fn cancel(tree: &Tree, title: &str) -> Result<bool, RebootError> {
     let next = read(tree, NEXT).and_then(|bytes| efi::number(&bytes));
-    if next.is_some_and(|next| entries(tree, title).1.contains(&next)) {
-        let _ = remove(tree, NEXT);
+    let ours = next.is_some_and(|next| entries(tree, title).1.contains(&next));
+    if ours {
+        remove(tree, NEXT)?;
     }
+    Ok(ours)
 }
 
 /// Removes the entry that is kept.

@@ -170,11 +170,12 @@ pub fn examine(options: &DoctorOptions) -> Examination {
 
 impl Patient {
     fn check(&self) -> Vec<Finding> {
-        let checks: [fn(&Self) -> Vec<Finding>; 20] = [
+        let checks: [fn(&Self) -> Vec<Finding>; 21] = [
             privileges,
             source::payload,
             source::disk,
             kernel::kexec,
+            kernel::leftover,
             kernel::modules,
             kernel::firmware,
             names::fstab,

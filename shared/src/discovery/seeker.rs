@@ -12,11 +12,11 @@ use crate::seal::{self, SealError, SealKey};
 
 /// How long an answer is waited for.
 const LIFETIME: Duration = Duration::from_secs(5);
-/// How many questions are remembered: sixteen interfaces at two a second.
-const MAX_ASKED: usize = 160;
+/// How many questions are remembered: sixteen interfaces at two a second, each under the stick's key and all activations'.
+const MAX_ASKED: usize = 160 * (1 + MAX_ACTIVATIONS);
 /// How many laptops can answer one Discover.
 const MAX_ANSWERS: usize = 16;
-/// How many activations' keys are asked with besides the stick's own; the latest count.
+/// How many activations' keys are asked with besides the stick's own; those that were issued last count.
 const MAX_ACTIVATIONS: usize = 4;
 
 /// A laptop that answered.
@@ -70,8 +70,16 @@ pub struct Seeker {
     stick: StickKey,
     keys: DatagramKeys,
     tickets: SealKey,
-    activations: VecDeque<(Random, DatagramKeys)>,
+    activations: Vec<Activation>,
     asked: VecDeque<Asked>,
+}
+
+#[derive(Debug)]
+struct Activation {
+    name: Random,
+    /// When its ticket was made, in seconds since 1970.
+    issued: u64,
+    keys: DatagramKeys,
 }
 
 #[derive(Debug)]
@@ -99,7 +107,7 @@ impl Seeker {
             stick: key.clone(),
             keys: DatagramKeys::new(key),
             tickets: ticket::seal_key(key),
-            activations: VecDeque::new(),
+            activations: Vec::new(),
             asked: VecDeque::new(),
         }
     }
@@ -107,24 +115,30 @@ impl Seeker {
     /// The activations that tickets have told of; each is asked for by a Discover of its own.
     #[must_use]
     pub fn activations(&self) -> Vec<Random> {
-        self.activations.iter().map(|(activation, _)| *activation).collect()
+        self.activations.iter().map(|activation| activation.name).collect()
     }
 
     /// Takes a datagram in that may be a ticket; `unix` is the desktop's clock in seconds since 1970. `None`: it is none, or
     /// says nothing new.
     pub fn ticket(&mut self, unix: u64, datagram: &[u8]) -> Option<Told> {
-        let (activation, issued) = ticket::open(&self.tickets, datagram)?;
+        let (name, issued) = ticket::open(&self.tickets, datagram)?;
         if !ticket::is_fresh(issued, unix) {
             return Some(Told::OutOfDate { issued });
         }
-        if self.activations.iter().any(|(known, _)| *known == activation) {
+        if self.activations.iter().any(|known| known.name == name) {
             return None;
         }
         if self.activations.len() >= MAX_ACTIVATIONS {
-            self.activations.pop_front();
+            // Old tickets can be sent by everybody who has heard them: they must not push out the one of a laptop that runs.
+            let times = self.activations.iter().map(|known| known.issued).enumerate();
+            let (oldest, time) = times.min_by_key(|(_, issued)| *issued)?;
+            if issued <= time {
+                return None;
+            }
+            self.activations.remove(oldest);
         }
-        let keys = DatagramKeys::new(&self.stick.for_activation(&activation));
-        self.activations.push_back((activation, keys));
+        let keys = DatagramKeys::new(&self.stick.for_activation(&name));
+        self.activations.push(Activation { name, issued, keys });
         Some(Told::Activation)
     }
 
@@ -132,8 +146,8 @@ impl Seeker {
         let Some(activation) = activation else {
             return Some(&self.keys);
         };
-        let known = self.activations.iter().find(|(known, _)| *known == activation);
-        known.map(|(_, keys)| keys)
+        let known = self.activations.iter().find(|known| known.name == activation);
+        known.map(|known| &known.keys)
     }
 
     /// A Discover for the link with this scope id; never sent twice, so that each copy can be answered once.
@@ -196,7 +210,7 @@ impl Seeker {
     /// Takes a datagram in; `None`: it is not an answer to anything asked lately, or not the first time.
     pub fn receive(&mut self, now: Instant, from: SocketAddrV6, datagram: &[u8]) -> Option<Heard> {
         let own = [(None, &self.keys)].into_iter();
-        let activations = self.activations.iter().map(|(known, keys)| (Some(*known), keys));
+        let activations = self.activations.iter().map(|known| (Some(known.name), &known.keys));
         let (activation, message) = own
             .chain(activations)
             .find_map(|(activation, keys)| Some((activation, keys.open_laptop(datagram)?)))?;

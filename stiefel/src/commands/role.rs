@@ -2,14 +2,18 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use stiefel_init::RoleEnd;
 use stiefel_server::offline;
 use stiefel_server::role::End;
 use stiefel_shared::handover::Handover;
 use stiefel_sys::console::Console;
 use stiefel_sys::custody::Custody;
+
+/// A disk that has given nothing for so long gives nothing any more.
+const STALL: Duration = Duration::from_mins(5);
 
 /// Runs the role; its exit status tells PID 1 what comes next.
 pub(crate) fn run() -> ExitCode {
@@ -36,7 +40,7 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
             Err(error) => return Ok(gave_up(console, &error)),
         };
         match handover {
-            Handover::Once(_) | Handover::Search(_) => anyhow::bail!("the handover was not settled"),
+            Handover::Once(_) | Handover::Search(_) => bail!("the handover was not settled"),
             Handover::Client(client) => {
                 stiefel_client::role::run(console, &client).await?;
                 Ok(RoleEnd::Kexec)
@@ -69,7 +73,13 @@ async fn settled(console: &'static Console, handover: Handover) -> anyhow::Resul
             other => other,
         })
     };
-    tokio::task::spawn_blocking(read).await?
+    tokio::select! {
+        read = tokio::task::spawn_blocking(read) => read?,
+        () = offline::stalled(STALL) => bail!(
+            "the laptop's disk has given nothing for {} minutes; see whether it is broken",
+            STALL.as_secs() / 60
+        ),
+    }
 }
 
 /// Says why, and that trying again would not help.

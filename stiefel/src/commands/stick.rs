@@ -10,11 +10,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, RAMDISK};
 use stiefel_initrd_builder::stick::{self, StickOptions};
 use stiefel_server::collect;
+use stiefel_shared::config::CONFIG_PATH;
 use stiefel_shared::handover::{ClientHandover, Handover, TargetHandover, ramdisk_cmdline};
 use stiefel_shared::key::{self, StickKey};
 use zeroize::Zeroizing;
 
-use super::{ask, config_or_default, config_text, mebibytes};
+use super::{ask, config_or_default, mebibytes};
 use crate::cli::StickArgs;
 
 /// Where keys are looked for by name.
@@ -32,8 +33,11 @@ pub(crate) fn stick(path: Option<&Path>, args: &StickArgs) -> anyhow::Result<()>
         .context("there is no ramdisk to put on the stick; run `stiefel build`, or name its folder with --ramdisk")?;
     manifest.verify(&args.ramdisk)?;
     let handover = if args.laptop {
-        let text = config_text(path)?;
-        Handover::Search(Box::new(collect::search(Path::new("/"), &config, text, &manifest)?))
+        // Read anew at each start, from the disk: another one would count once only.
+        if path.is_some_and(|path| path != Path::new(CONFIG_PATH)) {
+            bail!("a laptop that is started from its stick goes by {CONFIG_PATH} on its disk: leave --config out");
+        }
+        Handover::Search(Box::new(collect::search(Path::new("/"), &config, &manifest)?))
     } else {
         handover(args)?
     };
@@ -67,9 +71,12 @@ pub(crate) fn stick(path: Option<&Path>, args: &StickArgs) -> anyhow::Result<()>
         stick::write_image(&options, target, args.overwrite, &mut progress)?
     };
     bar.finish_and_clear();
-    let note = match args.open {
-        true => "lends all disks to everybody: keep it from others",
-        false => "holds a key: keep it as you keep the laptop",
+    let note = if args.open {
+        "lends all disks to everybody: keep it from others"
+    } else if args.laptop {
+        "holds no key: the laptop's keys are read from its disk"
+    } else {
+        "holds a key: keep it as you keep the laptop"
     };
     eprintln!("{}: {}, {note}", target.display(), mebibytes(report.bytes));
     if report.exposed && !args.open {

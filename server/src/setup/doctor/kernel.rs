@@ -13,7 +13,7 @@ use super::source::explain;
 use super::{Finding, Level, Patient};
 use crate::collect::STATE_DIR;
 use crate::guards::{self, Refusal};
-use crate::reboot;
+use crate::reboot::{self, Left};
 
 /// How many names of files are told.
 const NAMED: usize = 3;
@@ -102,6 +102,29 @@ fn by_reboot(patient: &Patient, kexec_works: bool) -> Finding {
                 next.unwrap_or_else(|| "stiefel serve --dry-run".to_owned()),
             )
         }
+    }
+}
+
+/// Whether a one-time image of an earlier trigger lies about.
+pub(super) fn leftover(patient: &Patient) -> Vec<Finding> {
+    const CHECK: &str = "reboot";
+    match reboot::look(&patient.tree) {
+        Left::Nothing => Vec::new(),
+        Left::Image(path) => vec![Finding::warning(
+            CHECK,
+            format!(
+                "the firmware has not started the one-time image {}, or it failed early; it holds keys",
+                path.display()
+            ),
+            "stiefel install",
+        )],
+        Left::Unseen(point) => vec![Finding::warning(
+            CHECK,
+            format!(
+                "a one-time image may be on the EFI system partition, which is not mounted at {point}; it would hold keys"
+            ),
+            "mount it, then: stiefel install",
+        )],
     }
 }
 

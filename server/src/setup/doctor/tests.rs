@@ -146,6 +146,26 @@ fn where_kexec_is_forbidden_a_reboot_is_recommended_if_the_firmware_can_do_it() 
     );
     laptop.mount("259:3", "/boot", "ext2", "/dev/nvme0n1p2");
     is(&laptop, "reboot", Level::Ok, &["start the ramdisk once"]);
+    let part = "{\"bytes\": 1, \"sha256\": \"\"}";
+    let ramdisk = |reads: &str| {
+        format!(
+            "{{\"stiefel_version\": \"0\", \"kernel_version\": \"6.1.0-13-amd64\", \"kernel\": {part}, \"ramdisk\": {part}, \
+             \"unpacked_bytes\": 1, \"modules\": 1, \"wireguard\": true, \"firmware\": 0, \"missing_firmware\": 0, \"classes\": [], \
+             \"reads\": [{reads}]}}"
+        )
+    };
+    laptop.write("/var/lib/stiefel/manifest", &ramdisk("\"loop\", \"ext4\""));
+    is(
+        &laptop,
+        "reboot",
+        Level::Failure,
+        &["the ramdisk has no vfat", "modules"],
+    );
+    laptop.write("/var/lib/stiefel/manifest", &ramdisk("\"loop\", \"ext4\", \"vfat\""));
+    is(&laptop, "reboot", Level::Ok, &["start the ramdisk once"]);
+    laptop.write("/boot/efi/EFI/stiefel/once.efi", "");
+    is(&laptop, "reboot", Level::Warning, &["once.efi", "holds keys"]);
+    laptop.remove("/boot/efi/EFI/stiefel/once.efi");
     laptop.remove(DEFAULT_STUB);
     is(&laptop, "reboot", Level::Failure, &["no UEFI stub", "systemd-boot-efi"]);
     laptop.efi("SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c", &[1]);

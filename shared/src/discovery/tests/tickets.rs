@@ -105,3 +105,43 @@ fn tickets_are_shown_at_a_bounded_rate_for_discovers_only_and_leave_the_offers_a
             .is_none()
     );
 }
+
+#[test]
+fn recorded_tickets_do_not_push_out_the_one_of_the_laptop_that_runs() {
+    let (stick, unix) = (key::tests::fixed(), 1_800_000_000);
+    let mut seeker = Seeker::new(&stick);
+    let (running, _) = Ticket::issue(&stick, unix).unwrap();
+    assert_eq!(seeker.ticket(unix, running.datagram()), Some(Told::Activation));
+    let running = seeker.activations();
+    for age in 1..100 {
+        let (old, _) = Ticket::issue(&stick, unix - age).unwrap();
+        seeker.ticket(unix, old.datagram());
+    }
+    assert!(seeker.activations().contains(&running[0]));
+    // What is newer counts also where four are known.
+    for younger in 1..5 {
+        let (new, _) = Ticket::issue(&stick, unix + younger).unwrap();
+        assert_eq!(seeker.ticket(unix, new.datagram()), Some(Told::Activation));
+    }
+    assert!(!seeker.activations().contains(&running[0]));
+    assert_eq!(seeker.activations().len(), 4);
+}
+
+#[test]
+fn questions_on_sixteen_interfaces_are_remembered_under_all_keys() {
+    let (stick, unix, now) = (key::tests::fixed(), 1_800_000_000, Instant::now());
+    let mut seeker = Seeker::new(&stick);
+    for number in 0..4 {
+        let (ticket, _) = Ticket::issue(&stick, unix + number).unwrap();
+        seeker.ticket(unix, ticket.datagram()).unwrap();
+    }
+    let mut asked = 0;
+    for (_, scope) in (0..10).flat_map(|half| (1..=16).map(move |scope| (half, scope))) {
+        let activations = seeker.activations().into_iter().map(Some);
+        for activation in [None].into_iter().chain(activations) {
+            seeker.discover_as(now, scope, activation).unwrap();
+            asked += 1;
+        }
+    }
+    assert_eq!(seeker.held(), asked);
+}

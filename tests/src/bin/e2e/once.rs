@@ -153,7 +153,6 @@ pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
         folder: "/".to_owned(),
     };
     let handover = Handover::Search(Box::new(SearchHandover {
-        keys: vec![key(bench, "stick")?],
         hostname: "search".to_owned(),
         disk: DiskIdentity {
             serial: Some(disk.serial.clone()),
@@ -161,7 +160,6 @@ pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
             ..DiskIdentity::default()
         },
         mounts: vec![("/".to_owned(), root)],
-        config: bench.kit.config(""),
         wireguard: manifest.wireguard,
         nvme_target: manifest.nvme_target,
     }));
@@ -177,8 +175,8 @@ pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
     desktop.login("root", PASSWORD, Duration::from_secs(30))?;
     desktop.run_ok("echo kept > /root/written-on-the-desktop")?;
     desktop.power_off(patience::SHUTDOWN)?;
-    laptop.wait_reboot(patience::SHUTDOWN)?;
-    laptop.quit()?;
+    // A reboot could end in the stick again.
+    laptop.wait_shutdown(patience::SHUTDOWN)?;
     machines.disk.fsck_clean()?;
     if machines.disk.read_file("/root/written-on-the-desktop")? != b"kept\n" {
         return Err("what was written on the desktop is not on the laptop's disk".into());
