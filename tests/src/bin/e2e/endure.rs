@@ -202,7 +202,7 @@ pub(crate) fn link_faults(bench: &Bench, way: Way) -> Result<(), Failure> {
 
 /// What ufw and firewalld come to.
 const FIREWALL: &str = "nft 'table inet strict { chain input { type filter hook input priority 0; policy drop; \
-     iif lo accept; meta l4proto ipv6-icmp accept; ct state established,related accept; }; }'";
+     iif lo accept; meta l4proto 58 accept; ct state established,related accept; }; }'";
 
 /// systemd-networkd, told to take every interface there is.
 fn networkd() -> Vec<ExtraFile> {
