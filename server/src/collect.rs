@@ -432,6 +432,7 @@ fn checked(part: Part, size: u64) -> Result<u64, CollectError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
 
     fn tree(files: &[(&str, &str)]) -> (tempfile::TempDir, Tree) {
         let dir = tempfile::tempdir().unwrap();
@@ -441,24 +442,6 @@ mod tests {
             std::fs::write(tree.path(path), text).unwrap();
         }
         (dir, tree)
-    }
-
-    fn a_disk(name: &str) -> Disk {
-        Disk {
-            name: name.into(),
-            path: Path::new("/dev").join(name),
-            device: (8, 0),
-            size: 1 << 30,
-            logical_block_size: 512,
-            physical_block_size: 512,
-            model: None,
-            serial: None,
-            wwid: None,
-            removable: false,
-            read_only: false,
-            rotational: false,
-            sequence: None,
-        }
     }
 
     #[test]
@@ -474,8 +457,8 @@ mod tests {
 
     #[test]
     fn a_system_on_several_disks_is_refused_by_their_names() {
-        assert_eq!(only(vec![a_disk("sda")], "/".into()).unwrap().name, "sda");
-        let text = only(vec![a_disk("sda"), a_disk("sdb")], "/".into())
+        assert_eq!(only(vec![testing::disk("sda")], "/".into()).unwrap().name, "sda");
+        let text = only(vec![testing::disk("sda"), testing::disk("sdb")], "/".into())
             .unwrap_err()
             .to_string();
         assert!(text.contains("sda, sdb"), "{text}");
@@ -497,10 +480,10 @@ mod tests {
         let seen = |disks: &[(&str, Option<&str>)]| -> Vec<_> {
             disks
                 .iter()
-                .map(|(name, serial)| (a_disk(name), an_identity(*serial)))
+                .map(|(name, serial)| (testing::disk(name), an_identity(*serial)))
                 .collect()
         };
-        let known = |serial, disks: &[_]| known_again(&a_disk("sda"), an_identity(serial), &seen(disks));
+        let known = |serial, disks: &[_]| known_again(&testing::disk("sda"), an_identity(serial), &seen(disks));
         known(Some("1"), &[("sda", Some("1")), ("sdb", Some("2"))]).unwrap();
         for (serial, disks) in [
             (Some("1"), &[("sda", Some("1")), ("sdb", Some("1"))][..]),

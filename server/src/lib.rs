@@ -16,4 +16,6 @@ pub mod role;
 pub mod setup;
 mod supply;
 pub mod target;
+#[cfg(test)]
+mod testing;
 mod tree;

@@ -246,36 +246,15 @@ impl Chosen {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pick::unused;
     use super::*;
+    use crate::testing;
 
     fn disk(name: &str, serial: Option<&str>, sequence: Option<u64>) -> Disk {
         Disk {
-            name: name.into(),
-            path: format!("/dev/{name}").into(),
-            device: (8, 0),
-            size: 1 << 20,
-            logical_block_size: 512,
-            physical_block_size: 512,
-            model: None,
             serial: serial.map(str::to_owned),
-            wwid: None,
-            removable: false,
-            read_only: false,
-            rotational: false,
             sequence,
-        }
-    }
-
-    fn survey(disks: &[&Disk]) -> Survey {
-        let candidate = |disk: &&Disk| Candidate {
-            disk: (*disk).clone(),
-            system: false,
-            usb: false,
-            users: Vec::new(),
-        };
-        Survey {
-            disks: disks.iter().map(candidate).collect(),
-            unknown: None,
+            ..testing::disk(name)
         }
     }
 
@@ -283,16 +262,16 @@ mod tests {
     fn a_disk_that_gets_the_name_of_a_named_one_is_not_lent() {
         for serial in [Some("A1"), None] {
             let meant = disk("sdb", serial, Some(1));
-            let mut chosen = Chosen::new(&[Named::Disk("sdb".into())], &survey(&[&meant]));
+            let mut chosen = Chosen::new(&[Named::Disk("sdb".into())], &unused(&[&meant]));
             assert!(chosen.has(&meant));
             let other = disk("sdb", Some("B2"), Some(2));
-            assert!(chosen.look(&survey(&[&other]), Instant::now()).is_empty());
+            assert!(chosen.look(&unused(&[&other]), Instant::now()).is_empty());
             assert!(!chosen.has(&other));
         }
         let twin = disk("sdc", Some("A1"), Some(3));
         let meant = disk("sdb", Some("A1"), Some(1));
-        let mut chosen = Chosen::new(&[Named::Disk("sdb".into())], &survey(&[&meant]));
-        assert_eq!(chosen.look(&survey(&[&meant, &twin]), Instant::now()).len(), 1);
+        let mut chosen = Chosen::new(&[Named::Disk("sdb".into())], &unused(&[&meant]));
+        assert_eq!(chosen.look(&unused(&[&meant, &twin]), Instant::now()).len(), 1);
         assert!(chosen.has(&meant) && !chosen.has(&twin));
     }
 
@@ -300,7 +279,7 @@ mod tests {
     fn a_file_is_itself_and_an_old_kernel_has_only_names() {
         let old = disk("sdb", None, None);
         let named = [Named::Disk("sdb".into()), Named::File("/a/b.img".into())];
-        let chosen = Chosen::new(&named, &survey(&[&old]));
+        let chosen = Chosen::new(&named, &unused(&[&old]));
         assert!(chosen.has(&old) && !chosen.has(&disk("sdc", None, None)));
         assert_eq!(chosen.files().collect::<Vec<_>>(), [Path::new("/a/b.img")]);
     }

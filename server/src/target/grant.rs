@@ -114,40 +114,19 @@ pub(super) fn lasting(word: &str, survey: &Survey) -> anyhow::Result<WritableDis
 #[cfg(test)]
 mod tests {
     use super::super::follow::ALONE;
-    use super::super::pick::Candidate;
+    use super::super::pick::unused;
     use super::*;
+    use crate::testing;
     use proptest::prelude::*;
     use std::time::Duration;
     use stiefel_sys::block::Disk;
 
     fn disk(name: &str, serial: Option<&str>, sequence: Option<u64>) -> Disk {
         Disk {
-            name: name.into(),
-            path: format!("/dev/{name}").into(),
-            device: (8, 0),
-            size: 1 << 20,
-            logical_block_size: 512,
-            physical_block_size: 512,
             model: Some("USB".into()),
             serial: serial.map(str::to_owned),
-            wwid: None,
-            removable: false,
-            read_only: false,
-            rotational: false,
             sequence,
-        }
-    }
-
-    fn survey(disks: &[&Disk]) -> Survey {
-        let candidate = |disk: &&Disk| Candidate {
-            disk: (*disk).clone(),
-            system: false,
-            usb: false,
-            users: Vec::new(),
-        };
-        Survey {
-            disks: disks.iter().map(candidate).collect(),
-            unknown: None,
+            ..testing::disk(name)
         }
     }
 
@@ -171,7 +150,7 @@ mod tests {
         Grants::new(
             &options,
             lent.iter().map(|(source, names)| (source, names)),
-            &survey(disks),
+            &unused(disks),
         )
     }
 
@@ -186,11 +165,11 @@ mod tests {
             let mut grants = grants(word, false, &[&meant]).unwrap();
             assert!(may_write(&grants, &meant), "{word}");
             let other = disk("sdb", Some("B2"), Some(8));
-            assert!(grants.look(&survey(&[&other]), Instant::now()).is_empty());
+            assert!(grants.look(&unused(&[&other]), Instant::now()).is_empty());
             assert!(!may_write(&grants, &other), "{word}");
             // The disk itself, in another port.
             let again = disk("sdx", Some("A1"), Some(9));
-            grants.look(&survey(&[&other, &again]), Instant::now());
+            grants.look(&unused(&[&other, &again]), Instant::now());
             assert!(may_write(&grants, &again) && !may_write(&grants, &other), "{word}");
         }
     }
@@ -223,10 +202,10 @@ mod tests {
         // The twin comes later, and stays when the first one has gone.
         let now = Instant::now();
         let mut one = grants("sdb", false, &[&meant]).unwrap();
-        one.look(&survey(&[&meant]), now);
-        assert_eq!(one.look(&survey(&[&meant, &twin]), now).len(), 1);
+        one.look(&unused(&[&meant]), now);
+        assert_eq!(one.look(&unused(&[&meant, &twin]), now).len(), 1);
         assert!(may_write(&one, &meant) && !may_write(&one, &twin));
-        one.look(&survey(&[&twin]), now);
+        one.look(&unused(&[&twin]), now);
         assert!(!may_write(&one, &twin));
     }
 
@@ -238,20 +217,20 @@ mod tests {
         let comes = disk("sdb", Some("B2"), Some(2));
         let now = Instant::now();
         for at in [now, now + ALONE] {
-            later.look(&survey(&[&there, &comes]), at);
+            later.look(&unused(&[&there, &comes]), at);
         }
         assert!(may_write(&later, &comes) && !may_write(&later, &there));
         // A kernel's name is nobody's own.
         let mut named = grants("sda", true, &[&there]).unwrap();
         for at in [now, now + ALONE] {
-            named.look(&survey(&[&there]), at);
+            named.look(&unused(&[&there]), at);
         }
         assert!(!may_write(&named, &there));
         // Twins that are there already: nobody could say which is meant.
         let twin = disk("sdc", Some("B2"), Some(3));
         let mut both = grants("usb-b2", true, &[&comes, &twin]).unwrap();
-        assert_eq!(both.look(&survey(&[&comes, &twin]), now).len(), 1);
-        both.look(&survey(&[&comes]), now + ALONE);
+        assert_eq!(both.look(&unused(&[&comes, &twin]), now).len(), 1);
+        both.look(&unused(&[&comes]), now + ALONE);
         assert!(!may_write(&both, &comes) && !may_write(&both, &twin));
     }
 
@@ -260,16 +239,16 @@ mod tests {
         let (first, twin) = (disk("sdb", Some("B2"), Some(2)), disk("sdc", Some("B2"), Some(3)));
         let now = Instant::now();
         let mut quick = grants("usb-b2", true, &[]).unwrap();
-        quick.look(&survey(&[&first]), now);
+        quick.look(&unused(&[&first]), now);
         assert!(quick.waits() && !may_write(&quick, &first));
-        assert_eq!(quick.look(&survey(&[&first, &twin]), now + ALONE).len(), 1);
+        assert_eq!(quick.look(&unused(&[&first, &twin]), now + ALONE).len(), 1);
         assert!(!quick.waits() && !may_write(&quick, &first) && !may_write(&quick, &twin));
         // Late: what was written so far may have been the wrong one.
         let mut late = grants("usb-b2", true, &[]).unwrap();
-        late.look(&survey(&[&first]), now);
-        late.look(&survey(&[&first]), now + ALONE);
+        late.look(&unused(&[&first]), now);
+        late.look(&unused(&[&first]), now + ALONE);
         assert!(may_write(&late, &first) && !may_write(&late, &twin));
-        assert_eq!(late.look(&survey(&[&first, &twin]), now + 2 * ALONE).len(), 1);
+        assert_eq!(late.look(&unused(&[&first, &twin]), now + 2 * ALONE).len(), 1);
         assert!(!may_write(&late, &first) && !may_write(&late, &twin));
     }
 
@@ -280,11 +259,11 @@ mod tests {
         let now = Instant::now();
         let mut grants = grants("usb-b2", true, &[]).unwrap();
         for (there, at) in [(&first, 0), (&first, 1), (&other, 2), (&other, 3)] {
-            grants.look(&survey(&[there]), now + at * ALONE);
+            grants.look(&unused(&[there]), now + at * ALONE);
         }
         assert!(!may_write(&grants, &other) && !grants.waits());
         for at in [4, 5] {
-            grants.look(&survey(&[&first]), now + at * ALONE);
+            grants.look(&unused(&[&first]), now + at * ALONE);
         }
         assert!(may_write(&grants, &first));
     }
@@ -292,7 +271,7 @@ mod tests {
     #[test]
     fn only_a_name_that_lasts_goes_into_the_handover() {
         let (own, none) = (disk("sda", Some("A1"), Some(1)), disk("sdb", None, Some(2)));
-        let both = survey(&[&own, &none]);
+        let both = unused(&[&own, &none]);
         let expected = WritableDisk {
             name: "usb-a1".to_owned(),
             size: Some(own.size),
@@ -302,7 +281,7 @@ mod tests {
         assert!(lasting("sdb", &both).is_err());
         assert!(lasting("sdz", &both).is_err());
         let twin = disk("sdc", Some("A1"), Some(3));
-        assert!(lasting("sda", &survey(&[&own, &twin])).is_err());
+        assert!(lasting("sda", &unused(&[&own, &twin])).is_err());
     }
 
     #[test]
@@ -313,7 +292,7 @@ mod tests {
         let now = Instant::now();
         let seen = |disk: &Disk, size: Option<u64>| {
             let mut grants = sized("usb-case", size, true, &[]).unwrap();
-            let mut survey = survey(&[disk]);
+            let mut survey = unused(&[disk]);
             survey.disks[0].usb = true;
             let said: Vec<String> = [now, now + ALONE]
                 .iter()
@@ -338,7 +317,7 @@ mod tests {
             for (first, second) in steps {
                 let both = [(first, &meant), (second, &twin)];
                 let there: Vec<&Disk> = both.iter().filter(|(is, _)| *is).map(|(_, disk)| *disk).collect();
-                grants.look(&survey(&there), Instant::now());
+                grants.look(&unused(&there), Instant::now());
                 met |= there.len() == 2;
                 if let ([only], false) = (there.as_slice(), met) {
                     alone = only;
@@ -362,7 +341,7 @@ mod tests {
                 now += Duration::from_secs(seconds.into());
                 let both = [(first, &one), (second, &two)];
                 let there: Vec<&Disk> = both.iter().filter(|(is, _)| *is).map(|(_, disk)| *disk).collect();
-                grants.look(&survey(&there), now);
+                grants.look(&unused(&there), now);
                 met |= there.len() == 2;
                 for ((is, disk), since) in both.iter().zip(&mut since) {
                     *since = is.then(|| since.unwrap_or(now));

@@ -174,24 +174,16 @@ pub(super) fn machine(tree: &Tree) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
     use proptest::prelude::*;
 
     fn disk(name: &str, model: Option<&str>, serial: Option<&str>, wwid: Option<&str>) -> Disk {
         let text = |text: Option<&str>| text.map(str::to_owned);
         Disk {
-            name: name.into(),
-            path: format!("/dev/{name}").into(),
-            device: (8, 0),
-            size: 1 << 20,
-            logical_block_size: 512,
-            physical_block_size: 512,
             model: text(model),
             serial: text(serial),
             wwid: text(wwid),
-            removable: false,
-            read_only: false,
-            rotational: false,
-            sequence: None,
+            ..testing::disk(name)
         }
     }
 

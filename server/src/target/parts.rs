@@ -87,25 +87,8 @@ fn plug(disk: &Disk) -> Plug {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::disk;
     use std::sync::atomic::{AtomicUsize, Ordering};
-
-    fn disk(name: &str) -> Disk {
-        Disk {
-            name: name.into(),
-            path: format!("/dev/{name}").into(),
-            device: (8, 0),
-            size: 1 << 20,
-            logical_block_size: 512,
-            physical_block_size: 512,
-            model: None,
-            serial: None,
-            wwid: None,
-            removable: false,
-            read_only: false,
-            rotational: false,
-            sequence: None,
-        }
-    }
 
     fn content(name: &str) -> Content {
         Content {

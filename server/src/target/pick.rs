@@ -183,6 +183,21 @@ pub(super) mod fake {
     }
 }
 
+/// Disks that nothing uses, and on which no system lives.
+#[cfg(test)]
+pub(super) fn unused(disks: &[&Disk]) -> Survey {
+    let candidate = |disk: &&Disk| Candidate {
+        disk: (*disk).clone(),
+        system: false,
+        usb: false,
+        users: Vec::new(),
+    };
+    Survey {
+        disks: disks.iter().map(candidate).collect(),
+        unknown: None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::fake::Machine;

@@ -370,25 +370,15 @@ fn export(source: &Source, names: &Names, mode: &Mode) -> anyhow::Result<Arc<Exp
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
     use std::cell::Cell;
 
     #[test]
     fn what_is_opened_by_the_name_of_a_disk_that_has_gone_is_let_go_of() {
         // No kernel calls a disk so.
         let gone = Disk {
-            name: "no-such-disk".into(),
-            path: "/dev/no-such-disk".into(),
-            device: (8, 0),
-            size: 1 << 20,
-            logical_block_size: 512,
-            physical_block_size: 512,
-            model: None,
-            serial: None,
-            wwid: None,
-            removable: false,
-            read_only: false,
-            rotational: false,
             sequence: Some(7),
+            ..testing::disk("no-such-disk")
         };
         let (was_opened, gone) = (Cell::new(false), Source::Disk(gone));
         let open = || {

@@ -117,24 +117,14 @@ pub(super) fn mode(options: &Options, grants: &Grants, source: &Source) -> Mode 
 mod tests {
     use super::super::pick::Named;
     use super::*;
+    use crate::testing;
     use stiefel_sys::block::Disk;
 
     fn candidate(name: &str, system: bool) -> Candidate {
         Candidate {
             disk: Disk {
-                name: name.into(),
-                path: format!("/dev/{name}").into(),
-                device: (8, 0),
-                size: 1 << 20,
-                logical_block_size: 512,
-                physical_block_size: 512,
-                model: None,
                 serial: Some(format!("serial {name}")),
-                wwid: None,
-                removable: false,
-                read_only: false,
-                rotational: false,
-                sequence: None,
+                ..testing::disk(name)
             },
             system,
             usb: false,

@@ -449,14 +449,16 @@ fn publish(tree: &mut impl Tree, root: &Path, disk: &Publish<'_>) -> Result<Publ
     if tree.list(&nvmet).is_err() {
         return Err(NvmetError::NoTarget { path: nvmet });
     }
+    carry_out(tree, disk.plan(&nvmet))
+}
+
+/// Takes all steps, or none: what was done is taken back when one fails.
+fn carry_out(tree: &mut impl Tree, steps: Vec<Step>) -> Result<Published, NvmetError> {
     let mut done = Published {
         left: Vec::new(),
         missing: Vec::new(),
     };
-    let result = disk
-        .plan(&nvmet)
-        .into_iter()
-        .try_for_each(|step| step.run(tree, &mut done));
+    let result = steps.into_iter().try_for_each(|step| step.run(tree, &mut done));
     done.left.reverse();
     let Err(cause) = result else { return Ok(done) };
     match take_back(tree, &mut done.left) {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::testing;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -242,19 +243,9 @@ impl Machine for AFile {
 
 fn a_disk(path: &Path) -> Disk {
     Disk {
-        name: "disk".to_owned(),
         path: path.to_owned(),
-        device: (8, 0),
         size: SIZE,
-        logical_block_size: 512,
-        physical_block_size: 512,
-        model: None,
-        serial: None,
-        wwid: None,
-        removable: false,
-        read_only: false,
-        rotational: false,
-        sequence: None,
+        ..testing::disk("disk")
     }
 }
 

@@ -5,8 +5,8 @@
 
 use super::tree::{Configfs, Tree};
 use super::{
-    MAX_MODEL, MAX_SERIAL, Namespace, NvmetError, Path, PathBuf, Port, Published, Step, Undo, fitting, is_nqn,
-    leftovers, nvmet_folder, require, take_back, uuid_text,
+    MAX_MODEL, MAX_SERIAL, Namespace, NvmetError, Path, PathBuf, Port, Published, Step, Undo, carry_out, fitting,
+    is_nqn, leftovers, nvmet_folder, require, take_back, uuid_text,
 };
 
 /// What the names of the disks of a storage target begin with; [`Shelf::open`] takes away what an earlier process has left.
@@ -112,24 +112,7 @@ fn ports_in(tree: &mut impl Tree, root: &Path, ports: &[Port]) -> Result<Shelf, 
 
 pub(super) fn put_in(tree: &mut impl Tree, shelf: &Shelf, item: &Item<'_>) -> Result<Published, NvmetError> {
     item.check()?;
-    let mut done = Published {
-        left: Vec::new(),
-        missing: Vec::new(),
-    };
-    let result = item
-        .plan(shelf)
-        .into_iter()
-        .try_for_each(|step| step.run(tree, &mut done));
-    done.left.reverse();
-    let Err(cause) = result else { return Ok(done) };
-    match take_back(tree, &mut done.left) {
-        Err(NvmetError::Withdraw { path, source: undo }) => Err(NvmetError::Left {
-            path,
-            undo,
-            source: Box::new(cause),
-        }),
-        _ => Err(cause),
-    }
+    carry_out(tree, item.plan(shelf))
 }
 
 impl Item<'_> {
