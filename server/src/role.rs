@@ -36,6 +36,7 @@ use crate::tree::Tree;
 use host::{Host, News, Setup};
 use keys::Keys;
 use machine::Laptop;
+pub(crate) use machine::Memory;
 use record::{RECORD, Records};
 
 /// How the laptop's turn ends.
@@ -201,9 +202,7 @@ fn needed_modules(handover: &ServerHandover) -> Vec<&'static str> {
 
 /// Loads them, and mounts where the kernel's target is set up.
 fn load(modules: &[&str]) -> anyhow::Result<()> {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let folder = Path::new("/lib/modules").join(release);
-    let mut loader = Loader::open(&folder, &[])?;
+    let mut loader = Loader::running()?;
     for module in modules {
         loader.load(module).with_context(|| {
             format!("the ramdisk lacks the module {module}; build it anew, or see link.encryption and disk.transport")

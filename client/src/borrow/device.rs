@@ -36,8 +36,7 @@ const BACKEND: &str = "stiefel-borrowed";
 
 /// Loads the modules; whether this kernel can have disks by NVMe over TCP.
 pub(super) fn prepare(allow_nvme: bool) -> anyhow::Result<bool> {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    if let Ok(mut loader) = Loader::open(&Path::new("/lib/modules").join(release), &[]) {
+    if let Ok(mut loader) = Loader::running() {
         for module in ["wireguard", "nbd", "nvme_tcp"] {
             // Built in, or missing: what is missing shows when it is used.
             let _ = loader.load(module);

@@ -19,7 +19,7 @@ use super::volumes::{self, Volumes};
 use super::{Gather, settle};
 use crate::collect::{self, KEYS_DIR};
 use crate::payload::{self, Piece};
-use crate::role::wait_for_disk;
+use crate::role::{Memory, wait_for_disk};
 use crate::tree::Tree;
 
 /// Where the laptop's system is put together.
@@ -142,13 +142,7 @@ fn length(piece: &Piece) -> io::Result<u64> {
 /// The memory that is free for files, in bytes, as far as the kernel tells.
 fn available(tree: &Tree) -> Option<u64> {
     let text = tree.text("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
+    Some(Memory::parse(&text)?.available)
 }
 
 /// Whether parts of so many bytes fit into memory, with room to work in.

@@ -157,8 +157,7 @@ pub(super) fn modules_of(fstype: &str) -> Vec<&str> {
 
 /// Loads modules; one that this kernel does not have is in it already, or it will be missed soon.
 pub(super) fn load(modules: &[&str]) -> anyhow::Result<()> {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let mut loader = Loader::open(&Path::new("/lib/modules").join(release), &[])?;
+    let mut loader = Loader::running()?;
     for module in modules {
         // What is missed is said by who needs it.
         let _ = loader.load(module);

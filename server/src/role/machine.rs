@@ -28,16 +28,16 @@ const BACKLOG: i32 = 16;
 
 /// The machine's memory, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     /// All of it.
     pub(super) total: u64,
     /// What programs may still have.
-    pub(super) available: u64,
+    pub(crate) available: u64,
 }
 
 impl Memory {
     /// Reads /proc/meminfo.
-    fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let number = |name: &str| -> Option<u64> {
             let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
             let kib: u64 = rest.trim().strip_suffix("kB")?.trim().parse().ok()?;

@@ -490,12 +490,9 @@ fn listen(port: u16) -> std::io::Result<TcpListener> {
 }
 
 /// Loads modules that no device asks for. Built in, or loaded already, where there is no folder: what is missing shows when it is
-/// used. In the ramdisk there is no modprobe that the kernel could call.
+/// used.
 pub(super) fn load(modules: &[&str]) {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let Ok(mut loader) = Loader::open(&Path::new("/lib/modules").join(release), &[]) else {
-        return;
-    };
+    let Ok(mut loader) = Loader::running() else { return };
     for module in modules {
         if let Err(error) = loader.load(module) {
             eprintln!("stiefel: {:#}", anyhow::Error::new(error));

@@ -4,8 +4,10 @@
 //! the modules of one kernel version (`/lib/modules/VERSION`, or what was packed for a payload); needs no kmod.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::system::{finit_module, init_module};
@@ -121,6 +123,19 @@ impl Loader {
             tried: HashMap::new(),
             seen: HashSet::new(),
         })
+    }
+
+    /// Of the running kernel, as [`Self::open`] with nothing on the blacklist. In a ramdisk there is no modprobe that the kernel
+    /// could call for what it needs itself.
+    ///
+    /// # Errors
+    /// As there; also where all is built in, and no modules are installed.
+    pub fn running() -> Result<Self, ModuleError> {
+        let name = rustix::system::uname();
+        Self::open(
+            &Path::new("/lib/modules").join(OsStr::from_bytes(name.release().to_bytes())),
+            &[],
+        )
     }
 
     /// The index, e.g. to see whether a module exists.
