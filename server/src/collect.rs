@@ -432,17 +432,7 @@ fn checked(part: Part, size: u64) -> Result<u64, CollectError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing;
-
-    fn tree(files: &[(&str, &str)]) -> (tempfile::TempDir, Tree) {
-        let dir = tempfile::tempdir().unwrap();
-        let tree = Tree::new(dir.path());
-        for (path, text) in files {
-            std::fs::create_dir_all(tree.path(path).parent().unwrap()).unwrap();
-            std::fs::write(tree.path(path), text).unwrap();
-        }
-        (dir, tree)
-    }
+    use crate::testing::{self, tree};
 
     #[test]
     fn the_overlay_is_compressed_only_for_a_kernel_that_says_so() {

@@ -83,17 +83,8 @@ fn layer(tree: &Tree, block: &str, device: &str) -> String {
 mod tests {
     use super::*;
     use crate::collect::{CollectError, disk};
+    use crate::testing::tree;
     use stiefel_shared::config::Auto;
-
-    fn tree(files: &[(&str, &str)]) -> (tempfile::TempDir, Tree) {
-        let dir = tempfile::tempdir().unwrap();
-        let tree = Tree::new(dir.path());
-        for (path, text) in files {
-            std::fs::create_dir_all(tree.path(path).parent().unwrap()).unwrap();
-            std::fs::write(tree.path(path), text).unwrap();
-        }
-        (dir, tree)
-    }
 
     /// The refusal of a root on these devices.
     fn refusal(files: &[(&str, &str)]) -> String {

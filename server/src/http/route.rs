@@ -46,6 +46,19 @@ struct Pending {
     at: Instant,
 }
 
+impl Pending {
+    /// What is left of the handshake, and who begins with it.
+    fn begin(self, peer: SocketAddrV6) -> (Accepted, Begin) {
+        let begin = Begin {
+            peer,
+            key: self.key,
+            machine: self.accepted.machine,
+            session: self.accepted.session,
+        };
+        (self.accepted, begin)
+    }
+}
+
 /// A session's secret, and the goodbye that ended it.
 struct Session {
     name: SessionName,
@@ -203,15 +216,9 @@ impl<H: SessionHost> Server<H> {
         let Some(pending) = self.pending(name, &wire) else {
             return text(StatusCode::NOT_FOUND, "There is no such session.");
         };
-        let machine = pending.accepted.machine;
-        let Ok(sender) = pending.accepted.begin(body) else {
+        let (accepted, begin) = pending.begin(wire.peer);
+        let Ok(sender) = accepted.begin(body) else {
             return text(StatusCode::FORBIDDEN, "The request does not verify; search again.");
-        };
-        let begin = Begin {
-            peer: wire.peer,
-            key: pending.key,
-            machine,
-            session: name,
         };
         let frames = feed(
             Arc::clone(&self.host),
@@ -241,15 +248,9 @@ impl<H: SessionHost> Server<H> {
         let Some(pending) = self.pending(name, wire) else {
             return text(StatusCode::NOT_FOUND, "There is no such session.");
         };
-        let machine = pending.accepted.machine;
-        let Ok((mut sender, question)) = pending.accepted.begin_asking(body) else {
+        let (accepted, begin) = pending.begin(wire.peer);
+        let Ok((mut sender, question)) = accepted.begin_asking(body) else {
             return text(StatusCode::FORBIDDEN, "The request does not verify; search again.");
-        };
-        let begin = Begin {
-            peer: wire.peer,
-            key: pending.key,
-            machine,
-            session: name,
         };
         // In a task of its own: what has begun must not be left half done when the other side goes away.
         let host = Arc::clone(&self.host);

@@ -19,7 +19,6 @@ use super::follow::Chosen;
 use super::grant::Grants;
 use super::listing::LeftOut;
 use super::names::machine;
-use super::pick;
 use super::qr::{self, Room};
 use super::role::{Press, Sure};
 use super::run::{self, Event, LOOK, SETTLE, Signals};
@@ -222,12 +221,7 @@ impl Shown {
     /// Looks at the disks, and shows what can be borrowed if that has changed.
     fn update(&mut self, options: &Options, desk: &Desk) -> anyhow::Result<()> {
         let root = Path::new("/");
-        let survey = pick::survey(root)?;
-        let now = Instant::now();
-        let news = self.grants.look(&survey, now).into_iter();
-        for words in news.chain(self.chosen.look(&survey, now)) {
-            eprintln!("stiefel: {words}");
-        }
+        let survey = run::look(root, &mut self.grants, &mut self.chosen)?;
         let (wanted, left_out) = wanted(options, &self.chosen, &survey);
         let named = self.called.with_names(&self.machine, wanted);
         let on_offer = named.into_iter().map(|(want, names)| OnOffer {

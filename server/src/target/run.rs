@@ -268,12 +268,7 @@ impl<'a> Lender<'a> {
     /// Takes back what has gone, lends what has come, and shows it.
     fn reconcile(&mut self) -> anyhow::Result<()> {
         let root = Path::new("/");
-        let survey = pick::survey(root)?;
-        let now = Instant::now();
-        let news = self.grants.look(&survey, now).into_iter();
-        for words in news.chain(self.chosen.look(&survey, now)) {
-            eprintln!("stiefel: {words}");
-        }
+        let survey = look(root, &mut self.grants, &mut self.chosen)?;
         let (wanted, mut left_out) = wanted(self.options, &self.chosen, &survey);
         let is_wanted = |source: &Source| wanted.iter().any(|want| want.source == *source);
         let gone = self.shares.iter().filter_map(|(name, share)| {
@@ -513,6 +508,17 @@ pub(super) fn load_target() -> anyhow::Result<()> {
         "this kernel has no NVMe target (nvmet, nvmet-tcp)"
     );
     Ok(())
+}
+
+/// Looks at the disks that are there, and says what has become of those that were named.
+pub(super) fn look(root: &Path, grants: &mut Grants, chosen: &mut Chosen) -> anyhow::Result<pick::Survey> {
+    let survey = pick::survey(root)?;
+    let now = Instant::now();
+    let news = grants.look(&survey, now).into_iter();
+    for words in news.chain(chosen.look(&survey, now)) {
+        eprintln!("stiefel: {words}");
+    }
+    Ok(survey)
 }
 
 /// The kernel's NVMe target with a port for everybody.

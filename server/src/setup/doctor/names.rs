@@ -83,21 +83,9 @@ pub(super) fn fstab(patient: &Patient) -> Vec<Finding> {
     for entry in fstab_entries(&text).iter().filter(|entry| counts(patient, entry)) {
         let Entry { device, point, .. } = entry;
         if is_place(device) {
-            let uuid = patient.tree.uuid_of(device);
-            let next = uuid.map_or_else(
-                || {
-                    format!(
-                        "find its UUID with `blkid {}`, and write UUID=… in its place in {FSTAB}",
-                        shell(device)
-                    )
-                },
-                |uuid| {
-                    format!(
-                        "sed -i -E {} {FSTAB}",
-                        shell(&format!(r"s#^{}(\s)#UUID={uuid}\1#", pattern(device)))
-                    )
-                },
-            );
+            let next = by_uuid(patient, FSTAB, device, |device, uuid| {
+                format!(r"s#^{device}(\s)#UUID={uuid}\1#")
+            });
             findings.push(named_by_place(
                 CHECK,
                 entry,
@@ -126,6 +114,17 @@ pub(super) fn fstab(patient: &Patient) -> Vec<Finding> {
     findings
 }
 
+/// The command that names a device in `table` by its UUID; `replace` makes sed's command of a pattern for the device, and the UUID.
+fn by_uuid(patient: &Patient, table: &str, device: &str, replace: impl Fn(&str, &str) -> String) -> String {
+    match patient.tree.uuid_of(device) {
+        Some(uuid) => format!("sed -i -E {} {table}", shell(&replace(&pattern(device), &uuid))),
+        None => format!(
+            "find its UUID with `blkid {}`, and write UUID=… in its place in {table}",
+            shell(device)
+        ),
+    }
+}
+
 pub(super) fn crypttab(patient: &Patient) -> Vec<Finding> {
     const CHECK: &str = "crypttab";
     let Ok(text) = patient.tree.text(CRYPTTAB) else {
@@ -135,21 +134,9 @@ pub(super) fn crypttab(patient: &Patient) -> Vec<Finding> {
     for entry in crypttab_entries(&text).iter().filter(|entry| counts(patient, entry)) {
         let Entry { device, point, .. } = entry;
         if is_place(device) {
-            let uuid = patient.tree.uuid_of(device);
-            let next = uuid.map_or_else(
-                || {
-                    format!(
-                        "find its UUID with `blkid {}`, and write UUID=… in its place in {CRYPTTAB}",
-                        shell(device)
-                    )
-                },
-                |uuid| {
-                    format!(
-                        "sed -i -E {} {CRYPTTAB}",
-                        shell(&format!(r"s#(\s){}(\s|$)#\1UUID={uuid}\2#", pattern(device)))
-                    )
-                },
-            );
+            let next = by_uuid(patient, CRYPTTAB, device, |device, uuid| {
+                format!(r"s#(\s){device}(\s|$)#\1UUID={uuid}\2#")
+            });
             findings.push(named_by_place(
                 CHECK,
                 entry,
