@@ -58,7 +58,8 @@ impl Pipe {
         Ok(())
     }
 
-    /// Takes what has been received, at most `length` bytes; `None` when nothing has, or it is full. 0 is the end.
+    /// Takes what has been received, at most `length` bytes, and waits if nothing has (the flag is about the pipe); `None`
+    /// when it is full. 0 is the end.
     pub(super) fn receive(&self, stream: &TcpStream, length: usize) -> io::Result<Option<usize>> {
         loop {
             match splice(stream, None, &self.into, None, length, SpliceFlags::NONBLOCK) {

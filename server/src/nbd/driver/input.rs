@@ -12,6 +12,7 @@ use stiefel_shared::nbd::{Asked, EXTENDED_REQUEST_LEN, REQUEST_LEN, Request};
 
 use super::super::connection::PIECE;
 use super::super::negotiate::Style;
+use super::patience::Patience;
 
 /// Bytes received at a time at most.
 const INPUT: usize = PIECE;
@@ -23,6 +24,7 @@ pub(super) struct Input {
     start: usize,
     end: usize,
     extended: bool,
+    patience: Patience,
 }
 
 impl Input {
@@ -35,6 +37,7 @@ impl Input {
             start: 0,
             end: ahead.len(),
             extended: style == Style::Extended,
+            patience: Patience::default(),
         }
     }
 
@@ -91,12 +94,29 @@ impl Input {
         asked.transpose().map_err(io::Error::other)
     }
 
+    /// The client is not expected to send soon.
+    pub(super) fn expect_nothing(&mut self) {
+        self.patience.pass();
+    }
+
     /// Waits for more, at most `most` bytes if there is a limit; returns how many came, 0 at the end (and when full).
     pub(super) fn receive(&mut self, stream: &TcpStream, most: Option<usize>) -> io::Result<usize> {
         self.make_room();
         let room = self.bytes.len() - self.end;
         let to = self.end + most.unwrap_or(room).min(room);
-        self.take(stream, to, RecvFlags::empty())
+        let Self {
+            bytes, end, patience, ..
+        } = self;
+        let here = patience.look(|| match receive(stream, &mut bytes[*end..to], RecvFlags::DONTWAIT) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            got => got.map(Some),
+        })?;
+        let got = match here {
+            Some(got) => got,
+            None => receive(stream, &mut self.bytes[self.end..to], RecvFlags::empty())?,
+        };
+        self.end += got;
+        Ok(got)
     }
 
     /// Waits until `length` bytes, not more than the buffer holds, are here.
@@ -109,9 +129,11 @@ impl Input {
         }
         while self.len() < length {
             let to = self.start + length;
-            if self.take(stream, to, RecvFlags::WAITALL)? == 0 {
+            let got = receive(stream, &mut self.bytes[self.end..to], RecvFlags::WAITALL)?;
+            if got == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
+            self.end += got;
         }
         Ok(())
     }
@@ -123,18 +145,15 @@ impl Input {
             self.start = 0;
         }
     }
+}
 
-    /// Receives into the buffer, up to `to`.
-    fn take(&mut self, stream: &TcpStream, to: usize, flags: RecvFlags) -> io::Result<usize> {
-        loop {
-            match recv(stream, &mut self.bytes[self.end..to], flags) {
-                Err(Os::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-                Ok((_, got)) => {
-                    self.end += got;
-                    return Ok(got);
-                }
-            }
+/// One receive, whatever interrupts it.
+fn receive(stream: &TcpStream, into: &mut [u8], flags: RecvFlags) -> io::Result<usize> {
+    loop {
+        match recv(stream, &mut *into, flags) {
+            Err(Os::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok((_, got)) => return Ok(got),
         }
     }
 }

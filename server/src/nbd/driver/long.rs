@@ -4,13 +4,14 @@ use std::io::{self, IoSlice};
 use std::net::TcpStream;
 use std::sync::Arc;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::ioctl_fionread;
 
 use super::super::connection::{BIG, Broken};
 use super::super::export::Export;
 use super::super::pipe::Pipe;
 use super::super::reply::{Failure, Replies};
 use super::super::request::{Command, Range};
+use super::patience::Patience;
 use super::{Driver, Step, length_of};
 
 /// Bytes that are collected in a pipe before they are written, as long as more are at hand.
@@ -100,6 +101,7 @@ impl Driver {
             pipe: &pipe,
             stream: &self.connection.peer.stream,
             export: &self.connection.export,
+            patience: &mut self.patience,
             at: *at,
             end,
             held: 0,
@@ -146,6 +148,7 @@ struct Passage<'a> {
     pipe: &'a Pipe,
     stream: &'a TcpStream,
     export: &'a Export,
+    patience: &'a mut Patience,
     /// What is written so far, and the end.
     at: u64,
     end: u64,
@@ -169,39 +172,37 @@ impl Passage<'_> {
 
     /// Takes what has come, and waits only if that cannot be written yet; returns how much to write now.
     fn gather(&mut self) -> io::Result<usize> {
-        let mut waited = false;
         loop {
             let missing = usize::try_from(self.end - self.at).unwrap_or(usize::MAX) - self.held;
-            let got = if missing == 0 || self.held >= GULP {
-                None
-            } else {
-                self.pipe.receive(self.stream, missing)?
-            };
-            match got {
-                Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Some(got) => {
-                    // There may be more, and fewer and longer writes cost less.
-                    self.held += got;
-                    waited = false;
-                    continue;
-                }
-                None if missing == 0 => return Ok(self.held),
-                None => {}
-            }
-            let pages = self.held - over_page(self.at, self.held);
-            if pages > 0 {
-                // Better than to wait with nothing done.
-                return Ok(pages);
-            }
-            if waited && self.held > 0 {
-                // Nothing came although something is there: the pipe is full of small pieces.
+            if missing == 0 {
                 return Ok(self.held);
             }
-            // Interrupted or not: the socket is asked again.
-            let _ = poll(&mut [PollFd::new(self.stream, PollFlags::IN)], None);
-            waited = true;
+            let pages = self.held - over_page(self.at, self.held);
+            if self.held >= GULP {
+                return Ok(pages);
+            }
+            // There may be more, and fewer and longer writes cost less.
+            let wanted = match self.patience.look(|| here(self.stream))? {
+                Some(here) => here.min(missing),
+                // Better than to sleep with nothing done.
+                None if pages > 0 => return Ok(pages),
+                // Sleeps, or comes back with the end.
+                None => missing,
+            };
+            match self.pipe.receive(self.stream, wanted)? {
+                Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Some(got) => self.held += got,
+                // Full of small pieces.
+                None => return Ok(self.held),
+            }
         }
     }
+}
+
+/// How many bytes have come, if any.
+fn here(stream: &TcpStream) -> io::Result<Option<usize>> {
+    let here = usize::try_from(ioctl_fionread(stream)?).unwrap_or(usize::MAX);
+    Ok((here > 0).then_some(here))
 }
 
 /// How many of `length` bytes at `at` lie behind the last end of a page.

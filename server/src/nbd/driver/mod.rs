@@ -10,6 +10,7 @@
 
 mod input;
 mod long;
+mod patience;
 mod runs;
 
 use std::any::Any;
@@ -21,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use stiefel_shared::nbd::{Asked, Errno};
 
 use self::input::Input;
+use self::patience::Patience;
 use super::connection::{BIG, Connection, Scratch, Task};
 use super::export::Export;
 use super::negotiate::Agreed;
@@ -43,6 +45,8 @@ pub(super) struct Driver {
     out: Vec<u8>,
     filled: usize,
     scratch: Scratch,
+    /// For payloads; the input has its own, for requests.
+    patience: Patience,
     /// The last request was a long write, and so the next one may be.
     bulk: bool,
 }
@@ -86,6 +90,7 @@ pub(super) fn transmit(
         out: vec![0; OUTPUT],
         filled: 0,
         scratch,
+        patience: Patience::default(),
         bulk: false,
     };
     Box::new(driver).drive();
@@ -119,6 +124,8 @@ impl Driver {
         let connection = Arc::clone(&self.connection);
         // An error shows again at the next request.
         let _ = self.send_out();
+        // The client most likely sends nothing before it has the answer, and the medium may want this core.
+        self.input.expect_nothing();
         let seat = Arc::new(Mutex::new(Some(self)));
         let taken = Arc::clone(&seat);
         let take = move || {
