@@ -14,8 +14,8 @@ use super::super::request::{Command, Range};
 use super::patience::Patience;
 use super::{Driver, Step, length_of};
 
-/// Bytes that are collected in a pipe before they are written, as long as more are at hand.
-const GULP: usize = 512 << 10;
+/// Bytes that are collected in a pipe before they are written, as long as more are at hand (docs/nbd.md, "The engine").
+const GULP: usize = 128 << 10;
 /// Files are written in pieces that end where pages do, or the kernel would have to read before it writes.
 const PAGE: u64 = 4096;
 

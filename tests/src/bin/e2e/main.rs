@@ -12,6 +12,7 @@ mod image;
 mod interlocks;
 mod journey;
 mod link;
+mod mistakes;
 mod once;
 mod runner;
 mod setup;
@@ -194,6 +195,10 @@ fn tests() -> Vec<Test> {
         setup::btrfs,
     );
     tests.long("package_sets_a_debian_up_and_leaves_no_trace (xfs, dracut)", setup::xfs);
+    tests.long(
+        "mistakes_of_a_new_user_are_said_and_what_was_killed_half_way_is_finished",
+        mistakes::mistakes,
+    );
     tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
     tests.add(
         "desktop_with_a_disk_of_the_same_uuid_is_not_booted",

@@ -14,17 +14,17 @@ use crate::runner::Bench;
 use crate::systems;
 
 /// Where the package lies on the laptop.
-const PACKAGE: &str = "/root/stiefel.deb";
+pub(crate) const PACKAGE: &str = "/root/stiefel.deb";
 /// A stick's size, in bytes.
 const STICK: u64 = 256 << 20;
 /// For what works for a while: a ramdisk or an initrd is built.
-const BUILD: Duration = Duration::from_secs(180);
+pub(crate) const BUILD: Duration = Duration::from_secs(180);
 /// For an initrd that is built on the desktop: hundreds of small files come over the link.
 const REBUILD: Duration = Duration::from_secs(400);
 
 /// Prints all files of the laptop; see there.
-const TREE_SCRIPT: &str = include_str!("tree.sh");
-const TREE: &str = "/root/tree/list";
+pub(crate) const TREE_SCRIPT: &str = include_str!("tree.sh");
+pub(crate) const TREE: &str = "/root/tree/list";
 
 /// Which laptop, and what makes an initrd there that would know only the machine that it was made on.
 struct Laptop {
