@@ -6,6 +6,7 @@ mod nbd_support;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, TcpListener};
 use std::ops::Range as Span;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ const MIB: u32 = 1 << 20;
 #[derive(Debug, Default)]
 struct Dying {
     bad: Span<u64>,
+    /// Reads until all fail; 0 for never.
+    tires: AtomicUsize,
     /// Requests wait as long as this is set.
     hangs: Mutex<bool>,
     answers: Condvar,
@@ -63,6 +66,11 @@ impl Store for Dying {
 
     fn read(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
         self.reach(offset, data.len() as u64)?;
+        match self.tires.load(Ordering::SeqCst) {
+            0 => {}
+            1 => return Err(io::Error::from_raw_os_error(5)),
+            left => self.tires.store(left - 1, Ordering::SeqCst),
+        }
         data.fill(7);
         Ok(())
     }
@@ -124,6 +132,30 @@ fn a_bad_place_is_an_error_there_and_nowhere_else() {
         errors += 1;
     }
     assert_eq!(fixture.export.stats().errors, errors);
+}
+
+/// After the first chunk's head, when nothing but data can follow.
+#[test]
+fn an_error_in_the_middle_of_an_unbroken_read_is_told_where_it_can_be() {
+    let tiring = Arc::new(Dying::default());
+    let fixture = Fixture::of_store(Arc::clone(&tiring) as Arc<dyn Store>);
+    for mut client in [fixture.client(), fixture.extended_client()] {
+        // All 256 KiB are read once to see whether they can be, then the first of them again.
+        tiring.tires.store(16 + 3, Ordering::SeqCst);
+        let answer = client.ask(CMD_READ, CMD_FLAG_DF, 0, 4 * MIB, &[]);
+        assert_eq!(answer, Answer::Error(Errno::Io));
+        tiring.tires.store(0, Ordering::SeqCst);
+        assert_eq!(
+            client.ask(CMD_READ, CMD_FLAG_DF, 0, 4 * MIB, &[]),
+            Answer::Data(0, vec![7; 4 << 20])
+        );
+    }
+    let mut simple = fixture.simple_client();
+    tiring.tires.store(16 + 3, Ordering::SeqCst);
+    simple.send(CMD_READ, 0, 0, 4 * MIB, &[]);
+    let mut said = Vec::new();
+    std::io::Read::read_to_end(&mut simple.stream, &mut said).unwrap();
+    assert!(said.len() < 4 << 20, "closed before the end");
 }
 
 /// Two exports by their names.

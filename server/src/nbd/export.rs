@@ -375,16 +375,14 @@ impl Export {
         if fua { self.flush() } else { Ok(()) }
     }
 
-    pub(super) fn trim(&self, range: Range, fua: bool) -> io::Result<()> {
+    pub(super) fn trim(&self, range: Range) -> io::Result<()> {
         self.check()?;
-        self.store.trim(range)?;
-        if fua { self.flush() } else { Ok(()) }
+        self.store.trim(range)
     }
 
-    pub(super) fn zero(&self, range: Range, no_hole: bool, fast: bool, fua: bool) -> io::Result<()> {
+    pub(super) fn zero(&self, range: Range, no_hole: bool, fast: bool) -> io::Result<()> {
         self.check()?;
-        self.store.zero(range, no_hole, fast)?;
-        if fua { self.flush() } else { Ok(()) }
+        self.store.zero(range, no_hole, fast)
     }
 
     pub(super) fn cache(&self, range: Range) -> io::Result<()> {
@@ -487,8 +485,8 @@ mod tests {
         for _ in 0..2 {
             assert!(export.flush().is_err());
             assert!(export.write(0, b"after", false).is_err());
-            assert!(export.trim(range, false).is_err());
-            assert!(export.zero(range, false, false, false).is_err());
+            assert!(export.trim(range).is_err());
+            assert!(export.zero(range, false, false).is_err());
         }
         let mut data = [0; 6];
         export.read(0, &mut data).unwrap();

@@ -113,6 +113,14 @@ impl Driver {
                 self.scratch.pipe = Some(pipe);
                 Ok(Ok(()))
             }
+            // A file system that has no splice: what is in the pipe goes through memory, and so does all that comes.
+            Err(Broken::Medium(error))
+                if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) =>
+            {
+                let mut data = vec![0; passage.held];
+                pipe.read(&mut data)?;
+                Ok(self.connection.export.write(passage.at, &data, false))
+            }
             Err(Broken::Medium(error)) => {
                 // The old one holds a part that was not written.
                 self.scratch.pipe = Pipe::new().ok();
@@ -191,7 +199,10 @@ impl Passage<'_> {
             };
             match self.pipe.receive(self.stream, wanted)? {
                 Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Some(got) => self.held += got,
+                Some(got) => {
+                    self.held += got;
+                    self.patience.payload(got);
+                }
                 // Full of small pieces.
                 None => return Ok(self.held),
             }

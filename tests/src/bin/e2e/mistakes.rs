@@ -12,7 +12,8 @@ use crate::runner::Bench;
 use crate::setup::{BUILD, PACKAGE, TREE, TREE_SCRIPT};
 
 /// All that `install` may have put in place; printed by the shell, nothing when nothing is there.
-const PUT: &str = "ls -d /etc/systemd/system/stiefel* /etc/NetworkManager/conf.d/*stiefel* /var/lib/stiefel/[a-z]* 2>/dev/null";
+const PUT: &str =
+    "ls -d /etc/systemd/system/stiefel* /etc/NetworkManager/conf.d/*stiefel* /var/lib/stiefel/[a-z]* 2>/dev/null";
 /// Fills the root file system to the last block.
 const FILL: &str = "mkdir /root/fill; for size in 1G 256M 64M 16M 4M 1M 256K 64K 16K 4K; do n=0; \
                     while fallocate -l $size /root/fill/$size-$n 2>/dev/null; do n=$((n+1)); done; done";
