@@ -109,6 +109,7 @@ fn measure(arguments: &Arguments) -> Result<String, Failure> {
     let system = System::new(Layout::Ext4, Initrd::Dracut)
         .suite("trixie")
         .package("dracut-network")
+        .package("zstd")
         .package("nvme-cli")
         .package("nbd-client");
     let disk = LaptopDisk::of(&system)?
