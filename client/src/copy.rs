@@ -517,7 +517,10 @@ mod tests {
         let mut piece = vec![1; 5 * SECTOR];
         let mut unreadable = Vec::new();
         let refused = read_piece(&file, 0, &mut piece, false, &mut Vec::new()).unwrap_err();
-        assert!(refused.to_string().contains(&format!("byte {};", 3 * SECTOR)), "{refused}");
+        assert!(
+            refused.to_string().contains(&format!("byte {};", 3 * SECTOR)),
+            "{refused}"
+        );
         read_piece(&file, 0, &mut piece, true, &mut unreadable).unwrap();
         assert_eq!(unreadable, [(3 * SECTOR as u64, 2 * SECTOR as u64)]);
         assert!(piece[..3 * SECTOR].iter().all(|&byte| byte == 7));

@@ -110,7 +110,7 @@ pub(crate) fn plug(vm: &Vm, dir: &Path, id: &str, serial: &str, broken: Option<u
     image(&path, id)?;
     let mut file = json!({ "driver": "file", "filename": path });
     if let Some(byte) = broken {
-        let rule = json!({ "event": "none", "iotype": ["read"], "errno": 5, "sector": byte / 512 });
+        let rule = json!({ "event": "none", "iotype": "read", "errno": 5, "sector": byte / 512 });
         file = json!({ "driver": "blkdebug", "image": file, "inject-error": [rule] });
     }
     let node = json!({ "node-name": id, "driver": "raw", "file": file });

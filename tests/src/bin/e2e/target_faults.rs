@@ -21,7 +21,7 @@ pub(crate) fn faults(bench: &Bench) -> Result<(), Failure> {
     pair.plug_broken("broken", "bad-disk", BAD * BLOCK + 512)?;
     wait(&pair.target, "grep -q bad-disk /run/out")?;
     for by in ["", "--nbd"] {
-        bad_sector(bench, &pair, by)?;
+        bad_sector(&pair, by)?;
         let other = pair
             .client
             .run_ok_within(&format!("stiefel attach target/data-a {by}"), SOON)?;
@@ -37,7 +37,7 @@ pub(crate) fn faults(bench: &Bench) -> Result<(), Failure> {
 }
 
 /// One sector cannot be read: an error there, and nowhere else; a copy says where.
-fn bad_sector(bench: &Bench, pair: &Pair, by: &str) -> Result<(), Failure> {
+fn bad_sector(pair: &Pair, by: &str) -> Result<(), Failure> {
     let client = &pair.client;
     let name = pair
         .target
@@ -53,9 +53,7 @@ fn bad_sector(bench: &Bench, pair: &Pair, by: &str) -> Result<(), Failure> {
     let at = BAD * BLOCK;
     let copy = format!("stiefel copy {device} /root/copy.img --yes");
     let said = client.run_ok_within(&format!("! {copy} 2>&1"), SOON * 2)?;
-    bench.note(&said);
     let skipping = client.run_ok_within(&format!("{copy} --skip-errors 2>&1"), SOON * 2)?;
-    bench.note(&skipping);
     for (said, words) in [
         (said, format!("cannot read the source at byte {at};")),
         (skipping, format!("{BLOCK} bytes at {at} could not be read")),

@@ -32,7 +32,10 @@ pub(crate) fn one_file(bench: &Bench) -> Result<(), Failure> {
         .start()?;
     let picture = cache::log_dir()?.join(format!("{}-target-screen.png", std::process::id()));
     let shown = wait_for_code(&target, &["/data-a", "/firmware"], &picture, patience::STICK)?;
-    bench.note(&format!("after {:.1} s the screen says:\n{shown}", target.uptime().as_secs_f64()));
+    bench.note(&format!(
+        "after {:.1} s the screen says:\n{shown}",
+        target.uptime().as_secs_f64()
+    ));
     client.login("root", PASSWORD, patience::LOGIN)?;
     client.run_ok("ip link set $(ls /sys/class/net | grep -v lo | head -n 1) up")?;
 
@@ -105,7 +108,5 @@ fn from_one_file(bench: &Bench, dir: &Path, wire: &Wire) -> Result<Vm, Failure> 
             })
         },
     );
-    Ok(machine
-        .nic("wired", NicModel::E1000e, &wire.a(), TARGET_MAC)
-        .start()?)
+    Ok(machine.nic("wired", NicModel::E1000e, &wire.a(), TARGET_MAC).start()?)
 }

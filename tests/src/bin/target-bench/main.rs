@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use stiefel_initrd_builder::stick::{self, StickOptions};
+use stiefel_shared::cpio;
 use stiefel_tests::disk::{Initrd, LaptopDisk, Layout, System};
 use stiefel_tests::kit::{CONSOLE, DESKTOP_MAC};
 use stiefel_tests::scenario::{Failure, laptop_with_its_files};
@@ -173,7 +174,16 @@ fn ours(program: &Path, disk: &LaptopDisk, dir: &Path) -> Result<Contender, Fail
     )?;
     let name = image.to_string_lossy().into_owned();
     let cmdline = CONSOLE.join(" ");
-    let words = ["stick", "--target", "--open", "--read-write", "data-b", "--cmdline", &cmdline, &name];
+    let words = [
+        "stick",
+        "--target",
+        "--open",
+        "--read-write",
+        "data-b",
+        "--cmdline",
+        &cmdline,
+        &name,
+    ];
     stiefel(&words, &[("--ramdisk", &ramdisk)])?;
     let size = ["kernel", "ramdisk.cpio.zst"]
         .iter()
@@ -206,7 +216,7 @@ fn theirs(disk: &LaptopDisk, dir: &Path) -> Result<Contender, Failure> {
     let options = StickOptions {
         kernel,
         ramdisk,
-        handover: Vec::new().into(),
+        handover: cpio::Writer::new(Vec::new()).finish()?.into(),
         cmdline: format!(
             "rd.systemd.unit=storage-target-mode.target ip=link-local {}",
             CONSOLE.join(" ")
@@ -242,9 +252,7 @@ fn round(
             snapshot: true,
         });
     }
-    let target = target
-        .nic("wired", NicModel::Virtio, &wire.a(), TARGET_MAC)
-        .start()?;
+    let target = target.nic("wired", NicModel::Virtio, &wire.a(), TARGET_MAC).start()?;
     let found = target.serial().expect_any(&[re(contender.lent)], START)?;
     let (name, seconds) = (contender.name, found.at.as_secs_f64());
     eprintln!("{name}: lent after {seconds:.1} s: {}", found.line.trim());
