@@ -88,6 +88,8 @@ struct Contender {
     size: u64,
     /// What its console says when the disk is lent.
     lent: &'static str,
+    /// How the name of the first disk's subsystem ends, which is read.
+    read: &'static str,
     /// Of what it said, what makes the disk to be written `$disk` at the client: as its users write.
     write: fn(&Said) -> String,
 }
@@ -194,6 +196,7 @@ fn ours(program: &Path, disk: &LaptopDisk, dir: &Path) -> Result<Contender, Fail
         stick: image,
         size,
         lent: r"nvme connect -t tcp -a fe80\S+ -s \d+ -n \S*data-a",
+        read: "data-a",
         write: by_nbd,
     })
 }
@@ -229,7 +232,8 @@ fn theirs(disk: &LaptopDisk, dir: &Path) -> Result<Contender, Failure> {
         stick: image,
         size,
         lent: r"nvme connect-all -t tcp -a fe80\S+ -s \d+",
-        write: by_nvme,
+        read: "vda",
+        write: |said| by_name(said, "vdb"),
     })
 }
 
@@ -261,7 +265,7 @@ fn round(
     let read = "if=$disk of=/dev/null iflag=direct";
     let write = "if=/dev/zero of=$disk oflag=direct conv=fsync";
     for (connect, dd, speeds) in [
-        (by_id(&said, "data-a"), read, &mut samples.read),
+        (by_name(&said, contender.read), read, &mut samples.read),
         ((contender.write)(&said), write, &mut samples.written),
     ] {
         let words = client.run_ok_within(&timed(&connect, dd), LONG)?;
@@ -298,17 +302,16 @@ impl Said {
     }
 }
 
-/// Connects to all disks by NVMe, and finds the one with this serial number.
-fn by_id(said: &Said, serial: &str) -> String {
+/// Connects to the disk whose subsystem's name ends so, by NVMe. One by one: `nvme connect-all` (2.13) follows a discovery log to
+/// link-local addresses without their interface, and reaches none.
+fn by_name(said: &Said, end: &str) -> String {
     let Said { address, port } = said;
+    let at = format!("-t tcp -a {address}%$nic -s {port}");
     format!(
-        "nvme connect-all -t tcp -a {address}%$nic -s {port} >&2; \
-         for i in $(seq 100); do disk=$(ls /dev/disk/by-id/nvme-*{serial}* 2>/dev/null | head -n 1); [ -n \"$disk\" ] && break; sleep 0.2; done"
+        "nqn=$(nvme discover {at} | awk '/^subnqn:.*{end}$/ {{ print $2 }}' | head -n 1); nvme connect {at} -n $nqn >&2; \
+         for i in $(seq 100); do for s in /sys/class/nvme-subsystem/*; do [ \"$(cat $s/subsysnqn)\" = \"$nqn\" ] && \
+         disk=$(ls $s | grep -E '^nvme[0-9]+n[0-9]+$' | head -n 1); done; [ -b \"/dev/$disk\" ] && break; sleep 0.2; done; disk=/dev/$disk"
     )
-}
-
-fn by_nvme(said: &Said) -> String {
-    by_id(said, "data-b")
 }
 
 /// Connects to the disk that may be written, which is so only after a while.
@@ -325,7 +328,7 @@ fn timed(connect: &str, dd: &str) -> String {
     let size = SIZE >> 20;
     format!(
         "nic=$(ls /sys/class/net | grep -v lo | head -n 1); {connect}; \
-         begun=$(date +%s.%N); dd {dd} bs=1M count={size} status=none && ended=$(date +%s.%N); \
+         begun=$(date +%s.%N); dd {dd} bs=1M count={size} status=none || exit 1; ended=$(date +%s.%N); \
          nvme disconnect-all >/dev/null; nbd-client -d /dev/nbd0 >/dev/null 2>&1; awk \"BEGIN {{ print {size} / ($ended - $begun) }}\""
     )
 }
@@ -383,7 +386,7 @@ mod tests {
     #[test]
     fn the_client_connects_to_what_the_target_said_by_its_own_interface() {
         let said = Said::parse("x nvme connect-all -t tcp -a fe80::1%eth0 -s 16858 y");
-        let command = timed(&by_nvme(&said), "");
+        let command = timed(&by_name(&said, "vdb"), "");
         assert!(command.contains("-a fe80::1%$nic -s 16858 "), "{command}");
         assert!(by_nbd(&said).contains("nbd-client fe80::1%$nic $disk -N data-b "));
     }
