@@ -18,6 +18,8 @@ mod runner;
 mod setup;
 mod systems;
 mod target;
+mod target_faults;
+mod target_stick;
 mod tiny;
 
 use std::path::PathBuf;
@@ -221,6 +223,15 @@ fn tests() -> Vec<Test> {
     tests.long(
         "laptop_is_restarted_to_lend_its_own_disk_and_comes_home",
         target::reboot,
+    );
+    tests.long(
+        "disk_with_a_bad_sector_is_read_around_it_and_a_borrower_reset_while_writing_gets_its_disk_again",
+        target_faults::faults,
+    );
+    tests.long("a_hundred_loans_leave_nothing_behind", target_faults::rounds);
+    tests.long(
+        "one_efi_file_lends_a_machines_disks_and_its_screen_says_how",
+        target_stick::one_file,
     );
     tests.add("keys_at_the_laptop_are_heard", faults::keys);
     tests.add(
