@@ -197,7 +197,7 @@ fn tests() -> Vec<Test> {
         setup::btrfs,
     );
     tests.long("package_sets_a_debian_up_and_leaves_no_trace (xfs, dracut)", setup::xfs);
-    tests.long(
+    tests.add(
         "mistakes_of_a_new_user_are_said_and_what_was_killed_half_way_is_finished",
         mistakes::mistakes,
     );

@@ -59,7 +59,7 @@ const MISTAKES: [Mistake; 7] = [
         make: "chmod 644 /etc/stiefel/keys/*.key",
         command: "stiefel doctor",
         status: 1,
-        says: &["chmod 600 /etc/stiefel/keys/"],
+        says: &["chmod 0600 /etc/stiefel/keys/"],
         mend: "chmod 600 /etc/stiefel/keys/*.key",
     },
     Mistake {
