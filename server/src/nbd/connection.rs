@@ -120,20 +120,19 @@ impl Connection {
     /// Everything but reading; the reply goes to `out`.
     fn act(&self, out: &mut Vec<u8>, replies: Replies, command: Command, data: &[u8]) -> io::Result<()> {
         let export = &self.export;
-        match command {
+        let flush = match command {
             Command::BlockStatus { range, one } => {
                 replies.status(out, &export.extents(range, one));
                 return Ok(());
             }
-            Command::Write { range, fua } => export.write(range.offset, data, fua)?,
-            Command::Flush => export.flush()?,
+            Command::Write { range, fua } => {
+                export.write(range.offset, data)?;
+                fua
+            }
             Command::Trim { range, fua } => {
                 self.in_steps(range, |step| export.trim(step))?;
-                if fua {
-                    export.flush()?;
-                }
+                fua
             }
-            Command::Cache(range) => export.cache(range)?,
             Command::WriteZeroes {
                 range,
                 fua,
@@ -146,11 +145,18 @@ impl Connection {
                 } else {
                     self.in_steps(range, |step| export.zero(step, no_hole, false))?;
                 }
-                if fua {
-                    export.flush()?;
-                }
+                fua
             }
-            Command::Read { .. } | Command::Disconnect => {}
+            Command::Flush => true,
+            Command::Cache(range) => {
+                export.cache(range)?;
+                false
+            }
+            Command::Read { .. } | Command::Disconnect => false,
+        };
+        if flush {
+            // FUA too, not by RWF_DSYNC: its error would not tell a refused write from lost data of before.
+            export.flush()?;
         }
         replies.done(out);
         Ok(())

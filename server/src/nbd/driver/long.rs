@@ -59,7 +59,7 @@ impl Driver {
             if at == range.offset && range.length <= BIG as u64 && !written.as_ref().is_ok_and(|bytes| *bytes > 0) {
                 return self.collect(replies, range, fua);
             }
-            result = written.and_then(|written| export.write(at + written as u64, &data[written..], false));
+            result = written.and_then(|written| export.write(at + written as u64, &data[written..]));
             self.input.pass(piece);
             at += piece as u64;
         }
@@ -119,7 +119,7 @@ impl Driver {
             {
                 let mut data = vec![0; passage.held];
                 pipe.read(&mut data)?;
-                Ok(self.connection.export.write(passage.at, &data, false))
+                Ok(self.connection.export.write(passage.at, &data))
             }
             Err(Broken::Medium(error)) => {
                 // The old one holds a part that was not written.

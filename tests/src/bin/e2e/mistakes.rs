@@ -18,6 +18,9 @@ const PUT: &str =
 const FILL: &str = "mkdir /root/fill; for size in 1G 256M 64M 16M 4M 1M 256K 64K 16K 4K; do n=0; \
                     while fallocate -l $size /root/fill/$size-$n 2>/dev/null; do n=$((n+1)); done; done";
 
+/// How a shell tells the end of `timeout` and its command by SIGKILL.
+const KILLED: i32 = 128 + 9;
+
 /// Something that is not as it should be.
 struct Mistake {
     /// Makes it so.
@@ -106,7 +109,7 @@ pub(crate) fn mistakes(bench: &Bench) -> Result<(), Failure> {
     for mistake in &MISTAKES {
         try_it(&home, mistake)?;
     }
-    killed_half_way(&home)?;
+    killed_half_way(bench, &home)?;
     home.run_ok_within("stiefel uninstall --yes --purge", BUILD)?;
     home.run_ok("dpkg --purge stiefel && rm -rf /root/ramdisk")?;
     home.run_ok_within(&format!("{TREE} >/root/tree/after"), BUILD)?;
@@ -134,6 +137,9 @@ fn try_it(home: &Vm, mistake: &Mistake) -> Result<(), Failure> {
     if let Some(missing) = mistake.says.iter().find(|words| !ran.output.contains(**words)) {
         return Err(complaint(&format!("was to say {missing:?}")));
     }
+    if !ran.output.contains("next: ") {
+        return Err(complaint("was to say what is next"));
+    }
     if ran.output.contains("panicked") {
         return Err(complaint("panicked"));
     }
@@ -146,16 +152,19 @@ fn try_it(home: &Vm, mistake: &Mistake) -> Result<(), Failure> {
 }
 
 /// Killed at many points, without any warning; with a read-only /boot, which nobody needs to write.
-fn killed_half_way(home: &Vm) -> Result<(), Failure> {
+fn killed_half_way(bench: &Bench, home: &Vm) -> Result<(), Failure> {
     home.run_ok_within("stiefel build --out /root/ramdisk", BUILD)?;
     home.run_ok("mount --bind /boot /boot && mount -o remount,bind,ro /boot")?;
+    let mut killed = 0;
     for tenths in [1, 3, 5, 7, 9, 12, 15, 20] {
         let time = Duration::from_millis(100 * tenths).as_secs_f32();
-        // However it ends.
-        home.run_within(
-            &format!("timeout -s KILL {time} stiefel install --yes --ramdisk /root/ramdisk"),
-            BUILD,
-        )?;
+        let install = format!("timeout -s KILL {time} stiefel install --yes --ramdisk /root/ramdisk");
+        // The later ones may have been quicker.
+        killed += u32::from(home.run_within(&install, BUILD)?.status == KILLED);
+    }
+    bench.note(&format!("{killed} installations were killed\n"));
+    if killed < 3 {
+        return Err(format!("only {killed} installations were killed before their end").into());
     }
     home.run_ok_within("stiefel install --yes", BUILD)?;
     home.run_ok("umount /boot && systemctl is-active stiefel-autokexec.service")?;

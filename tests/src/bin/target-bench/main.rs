@@ -302,8 +302,8 @@ impl Said {
     }
 }
 
-/// Connects to the disk whose subsystem's name ends so, by NVMe. One by one: `nvme connect-all` (2.13) follows a discovery log to
-/// link-local addresses without their interface, and reaches none.
+/// Connects to the disk whose subsystem's name ends so, by NVMe. One by one: the discovery log of Linux gives link-local addresses
+/// without their interface, so `nvme connect-all` reaches none.
 fn by_name(said: &Said, end: &str) -> String {
     let Said { address, port } = said;
     let at = format!("-t tcp -a {address}%$nic -s {port}");
