@@ -106,6 +106,17 @@ pub async fn attach(
         Some(machine) => format!("no machine {machine} that lends disks to this key answers"),
         None => "no machine that lends disks to this key answers".to_owned(),
     })?;
+    if let Some(record) = read_all(Path::new(RECORDS))
+        .iter()
+        .find(|record| record.is_of(&found.hostname, disk))
+    {
+        // Two of them would be two views of one disk; and the other machine would take the second for us, started anew.
+        bail!(
+            "{}/{disk} is attached already, as {}; `stiefel detach` gives it back",
+            found.hostname,
+            record.device
+        );
+    }
     let nvme = device::prepare(allow_nvme)?;
     let question = Ask::Attach {
         disk: disk.to_owned(),

@@ -217,7 +217,8 @@ fn first_piece(source: &File, size: u64, skip: bool) -> anyhow::Result<Vec<u8>> 
     Ok(piece)
 }
 
-/// Reads a piece; with `skip` what cannot be read becomes zeroes, and is noted.
+/// Reads a piece, in sectors where it cannot be read as a whole: with `skip` what cannot be read becomes zeroes, and is noted; else
+/// the first such place is told.
 fn read_piece(
     source: &File,
     offset: u64,
@@ -225,24 +226,27 @@ fn read_piece(
     skip: bool,
     unreadable: &mut Vec<Range>,
 ) -> anyhow::Result<()> {
-    match source.read_exact_at(piece, offset) {
-        Err(error) if !skip => Err(error).with_context(|| {
-            format!("cannot read the source at byte {offset}; the same call tries again there, --skip-errors goes on with zeroes")
-        }),
-        Ok(()) => Ok(()),
-        Err(_) => {
-            let mut at = offset;
-            for sector in piece.chunks_mut(SECTOR) {
-                let length = sector.len() as u64;
-                if source.read_exact_at(sector, at).is_err() {
-                    sector.fill(0);
-                    push(unreadable, (at, length));
-                }
-                at += length;
-            }
-            Ok(())
-        }
+    if source.read_exact_at(piece, offset).is_ok() {
+        return Ok(());
     }
+    let mut at = offset;
+    for sector in piece.chunks_mut(SECTOR) {
+        let length = sector.len() as u64;
+        match source.read_exact_at(sector, at) {
+            Err(error) if !skip => return Err(error).with_context(|| {
+                format!(
+                    "cannot read the source at byte {at}; the same call tries again there, --skip-errors goes on with zeroes"
+                )
+            }),
+            Err(_) => {
+                sector.fill(0);
+                push(unreadable, (at, length));
+            }
+            Ok(()) => {}
+        }
+        at += length;
+    }
+    Ok(())
 }
 
 /// A copy that goes on must still have what was written last: else the target is another one.
@@ -512,7 +516,11 @@ mod tests {
         // Behind its end nothing can be read, as on a bad sector.
         let mut piece = vec![1; 5 * SECTOR];
         let mut unreadable = Vec::new();
-        assert!(read_piece(&file, 0, &mut piece, false, &mut Vec::new()).is_err());
+        let refused = read_piece(&file, 0, &mut piece, false, &mut Vec::new()).unwrap_err();
+        assert!(
+            refused.to_string().contains(&format!("byte {};", 3 * SECTOR)),
+            "{refused}"
+        );
         read_piece(&file, 0, &mut piece, true, &mut unreadable).unwrap();
         assert_eq!(unreadable, [(3 * SECTOR as u64, 2 * SECTOR as u64)]);
         assert!(piece[..3 * SECTOR].iter().all(|&byte| byte == 7));

@@ -91,7 +91,7 @@ pub type Progress<'a> = &'a mut dyn FnMut(Stage, u64, u64);
 #[derive(Debug, thiserror::Error)]
 pub enum RamdiskError {
     /// No kernel of the running system is where distributions put it.
-    #[error("cannot find the kernel {version} of the running system (looked for {}): give kernel and modules by option", looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "))]
+    #[error("cannot find the kernel {version} of the running system (looked for {})\n  next: reboot if it was just updated, install its package again, or name another one in the configuration (initrd.kernel)", looked.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "))]
     NoDefaultKernel {
         /// `uname -r`.
         version: String,
@@ -135,7 +135,7 @@ pub enum RamdiskError {
     #[error(transparent)]
     Modules(#[from] ModulesError),
     /// The output cannot be written.
-    #[error("cannot write the ramdisk to {}", path.display())]
+    #[error("cannot write the ramdisk to {}\n  next: see whether there is space (`df`) and the file system is writable (`findmnt`); then do it again", path.display())]
     Write {
         /// The folder or file.
         path: PathBuf,

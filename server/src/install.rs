@@ -117,8 +117,13 @@ pub enum InstallError {
         root: PathBuf,
     },
     /// The configuration is wrong.
-    #[error("the configuration cannot be used; nothing was changed")]
-    Config(#[from] ConfigError),
+    #[error("the configuration {path} cannot be used; nothing was changed", path = path.display())]
+    Config {
+        /// It; of one that was given, that.
+        path: PathBuf,
+        /// Why.
+        source: ConfigError,
+    },
     /// No key could be made.
     #[error("a first key cannot be made")]
     Key(#[from] KeyError),

@@ -3,9 +3,12 @@
 
 mod nbd_support;
 
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, TcpListener};
 use std::ops::Range as Span;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,6 +23,10 @@ const MIB: u32 = 1 << 20;
 #[derive(Debug, Default)]
 struct Dying {
     bad: Span<u64>,
+    /// Where writes go, if anywhere; its file system has no splice.
+    file: Option<File>,
+    /// Reads until all fail; 0 for never.
+    tires: AtomicUsize,
     /// Requests wait as long as this is set.
     hangs: Mutex<bool>,
     answers: Condvar,
@@ -63,6 +70,11 @@ impl Store for Dying {
 
     fn read(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
         self.reach(offset, data.len() as u64)?;
+        match self.tires.load(Ordering::SeqCst) {
+            0 => {}
+            1 => return Err(io::Error::from_raw_os_error(5)),
+            left => self.tires.store(left - 1, Ordering::SeqCst),
+        }
         data.fill(7);
         Ok(())
     }
@@ -72,7 +84,14 @@ impl Store for Dying {
     }
 
     fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.reach(offset, data.len() as u64)
+        self.reach(offset, data.len() as u64)?;
+        self.file
+            .as_ref()
+            .map_or(Ok(()), |file| file.write_all_at(data, offset))
+    }
+
+    fn file(&self) -> Option<&File> {
+        self.file.as_ref()
     }
 
     fn trim(&self, range: Range) -> io::Result<()> {
@@ -124,6 +143,47 @@ fn a_bad_place_is_an_error_there_and_nowhere_else() {
         errors += 1;
     }
     assert_eq!(fixture.export.stats().errors, errors);
+}
+
+/// After the first chunk's head, when nothing but data can follow.
+#[test]
+fn an_error_in_the_middle_of_an_unbroken_read_is_told_where_it_can_be() {
+    let tiring = Arc::new(Dying::default());
+    let fixture = Fixture::of_store(Arc::clone(&tiring) as Arc<dyn Store>);
+    for mut client in [fixture.client(), fixture.extended_client()] {
+        // All 256 KiB are read once to see whether they can be, then the first of them again.
+        tiring.tires.store(16 + 3, Ordering::SeqCst);
+        let answer = client.ask(CMD_READ, CMD_FLAG_DF, 0, 4 * MIB, &[]);
+        assert_eq!(answer, Answer::Error(Errno::Io));
+        tiring.tires.store(0, Ordering::SeqCst);
+        assert_eq!(
+            client.ask(CMD_READ, CMD_FLAG_DF, 0, 4 * MIB, &[]),
+            Answer::Data(0, vec![7; 4 << 20])
+        );
+    }
+    let mut simple = fixture.simple_client();
+    tiring.tires.store(16 + 3, Ordering::SeqCst);
+    simple.send(CMD_READ, 0, 0, 4 * MIB, &[]);
+    let mut said = Vec::new();
+    std::io::Read::read_to_end(&mut simple.stream, &mut said).unwrap();
+    assert!(said.len() < 4 << 20, "closed before the end");
+}
+
+#[test]
+fn long_writes_arrive_also_where_the_file_system_has_no_splice() {
+    let file = tempfile::tempfile().unwrap();
+    let fixture = Fixture::of_store(Arc::new(Dying {
+        file: Some(file.try_clone().unwrap()),
+        ..Dying::default()
+    }));
+    let mut client = fixture.client();
+    let data: Vec<u8> = (0..3 * MIB + 777).map(|at| at.to_le_bytes()[1]).collect();
+    for offset in [0, 5 << 20, (9 << 20) + 13] {
+        client.write(offset, &data);
+        let mut arrived = vec![0; data.len()];
+        file.read_exact_at(&mut arrived, offset).unwrap();
+        assert!(arrived == data, "at {offset}");
+    }
 }
 
 /// Two exports by their names.

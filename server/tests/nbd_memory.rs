@@ -14,7 +14,7 @@ use stiefel_shared::nbd::*;
 
 const CLIENTS: usize = 12;
 /// What docs/nbd.md says that one connection may hold, and the stacks of its threads, in KiB.
-const EACH: u64 = (2 * 256) + 1024 + 2 * 1024 + 1024 + 18 * 32;
+const EACH: u64 = (2 * 256) + 1024 + 2 * 1024 + 1024 + 18 * 32 + 16 * (128 + 128);
 
 /// A disk that lets nobody in until it is opened.
 #[derive(Debug, Default)]
@@ -81,9 +81,15 @@ impl Store for Stuck {
         Ok(())
     }
 
-    fn extents(&self, range: Range, _most: usize) -> Vec<Extent> {
-        let length = range.length;
-        vec![Extent { length, state: 0 }]
+    fn extents(&self, range: Range, most: usize) -> Vec<Extent> {
+        let length = (range.length / most as u64).max(1);
+        (0..most as u64)
+            .take_while(|index| (index + 1) * length <= range.length)
+            .map(|index| Extent {
+                length,
+                state: u32::from(index % 2 == 0),
+            })
+            .collect()
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -143,10 +149,26 @@ fn memory_is_bounded_whatever_clients_send_and_never_read() {
             scope.spawn(move || flood(client, message));
         }
     });
+    // What needs no payload, and has long answers.
+    let mut askers: Vec<_> = (0..CLIENTS).map(|_| fixture.extended_client().stream).collect();
+    let question = Asked {
+        flags: 0,
+        command: CMD_BLOCK_STATUS,
+        cookie: 1,
+        offset: 0,
+        length: 1 << 30,
+        payload: 0,
+    };
+    let questions = question.encode_extended().repeat(1000);
+    std::thread::scope(|scope| {
+        for client in &mut askers {
+            scope.spawn(|| flood(client, &questions));
+        }
+    });
     let grown = peak() - before;
     assert!(
-        grown < CLIENTS as u64 * EACH,
-        "{CLIENTS} clients made it grow by {grown} KiB"
+        grown < 2 * CLIENTS as u64 * EACH,
+        "{CLIENTS} and {CLIENTS} clients made it grow by {grown} KiB"
     );
     fixture.server.drop_connections(nbd_support::PATIENCE).unwrap();
 }

@@ -283,6 +283,13 @@ fn extended_headers_serve_everything_and_ranges_of_64_bits() {
         .unwrap();
     assert_eq!(client.answer(0).1, Answer::Error(Errno::Inval));
     assert_eq!(client.read(0, 1), [0]);
+    // A payload that would never end, or was not meant to be one.
+    let endless = Asked {
+        length: 1 << 33,
+        ..trim
+    };
+    client.stream.write_all(&endless.encode_extended()).unwrap();
+    assert!(client.is_closed());
 }
 
 #[test]

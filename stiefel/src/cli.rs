@@ -305,7 +305,7 @@ pub(crate) struct NbdArgs {
     #[arg(long)]
     pub(crate) read_only: bool,
     /// Leave the target as it is: writes go into memory (`memory` or `memory:SIZE`, such as memory:2G; gone at the end) or
-    /// into a file that is kept.
+    /// into a file that is kept, and counts only as long as nobody writes the target itself.
     #[arg(long, value_name = "memory[:SIZE]|FILE", conflicts_with = "read_only")]
     pub(crate) overlay: Option<Upper>,
     /// The export's name.

@@ -217,6 +217,21 @@ impl Kit {
         })
     }
 
+    /// Writes a stick, or one file if its name ends in `.efi`, that lends a machine's disks to the holders of the key `key`.
+    ///
+    /// # Errors
+    /// [`KitError::Program`].
+    pub fn lending_stick(&self, path: &Path, key: &str, cmdline: &str) -> Result<(), KitError> {
+        self.stiefel("stick", |command| {
+            command.arg(path).arg("--target").arg("--key").arg(self.key(key));
+            command
+                .arg("--ramdisk")
+                .arg(self.ramdisk())
+                .arg("--cmdline")
+                .arg(cmdline)
+        })
+    }
+
     /// A configuration that leaves everything at its default.
     pub fn defaults(&self) -> PathBuf {
         self.dir.path().join("defaults.yaml")

@@ -33,6 +33,7 @@ pub mod net;
 mod process;
 pub mod qmp;
 pub mod scenario;
+pub mod screen;
 pub mod serial;
 pub mod shell;
 pub mod stop;

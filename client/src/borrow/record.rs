@@ -90,6 +90,12 @@ impl Record {
     pub fn is(&self, name: &str) -> bool {
         name == self.disk || name == format!("{}/{}", self.hostname, self.disk) || name == self.device
     }
+
+    /// Whether it is this machine's disk.
+    #[must_use]
+    pub fn is_of(&self, hostname: &str, disk: &str) -> bool {
+        self.hostname == hostname && self.disk == disk
+    }
 }
 
 /// All records in `folder`; those that cannot be read are passed over.
@@ -164,6 +170,8 @@ mod tests {
             assert!(record().is(name), "{name}");
         }
         assert!(!record().is("laptop"));
+        assert!(record().is_of("laptop", "ssd-1"));
+        assert!(!record().is_of("other", "ssd-1") && !record().is_of("laptop", "ssd-2"));
     }
 
     #[test]

@@ -286,7 +286,8 @@ fn what_cannot_be_read_or_is_in_the_way_changes_nothing() {
     let laptop = Laptop::new();
     laptop.write("root/etc/stiefel/config.yaml", "trigger: {wake: always}\n");
     let before = laptop.tree();
-    assert!(matches!(laptop.install(), Err(InstallError::Config(_))));
+    let error = laptop.install().unwrap_err();
+    assert!(matches!(&error, InstallError::Config { path, .. } if path.ends_with("etc/stiefel/config.yaml")));
     laptop.write("root/etc/stiefel/config.yaml", "");
     fs::create_dir_all(laptop.path("root/usr/local/bin/stiefel")).unwrap();
     assert!(matches!(laptop.install(), Err(InstallError::InTheWay { .. })));

@@ -112,7 +112,13 @@ impl Wanted {
 /// All that must be there, folders before what is in them.
 pub fn wanted(tree: &Tree, options: &InstallOptions) -> Result<Vec<Wanted>, InstallError> {
     let Configuration { text, is_new, .. } = configuration(tree, options.config.as_deref())?;
-    let config = Config::parse(&text)?;
+    let config = Config::parse(&text).map_err(|source| InstallError::Config {
+        path: match &options.config {
+            Some(given) if is_new => given.clone(),
+            _ => tree.path(CONFIG_PATH),
+        },
+        source,
+    })?;
     let program = program(tree, options);
     let mut wanted = vec![
         Wanted::folder(STATE_DIR, 0o755, Fate::Remove, "the ramdisk's folder"),

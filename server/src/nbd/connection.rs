@@ -9,7 +9,7 @@ use std::any::Any;
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use stiefel_shared::nbd::STATE_ZERO;
 
@@ -26,6 +26,8 @@ use super::wire::Peer;
 pub(super) const BIG: usize = 1 << 20;
 /// Bytes of a long request that go at a time: they stay in the processor's cache.
 pub(super) const PIECE: usize = 256 << 10;
+/// Bytes that are zeroed or trimmed at a time: who drops the connection, or wants the same map, waits for so much only.
+const STEP: u64 = 64 << 20;
 /// Extents looked up at a time when a long read is split at its holes.
 const EXTENTS: usize = 64;
 
@@ -37,10 +39,6 @@ pub(super) struct Connection {
     pub(super) style: Style,
     pub(super) pool: Arc<Pool>,
     pub(super) output: Output,
-    /// Tasks that run or wait for a thread.
-    pub(super) tasks: AtomicUsize,
-    /// Tasks at the same time.
-    pub(super) workers: usize,
     /// Told of the end by being dropped, after all else.
     pub(super) _guard: Box<dyn Any + Send + Sync>,
 }
@@ -107,7 +105,6 @@ impl Connection {
             }
         }
         drop(data);
-        self.tasks.fetch_sub(1, Ordering::AcqRel);
         self.output.post(&self.peer.stream, out, held);
     }
 
@@ -123,24 +120,60 @@ impl Connection {
     /// Everything but reading; the reply goes to `out`.
     fn act(&self, out: &mut Vec<u8>, replies: Replies, command: Command, data: &[u8]) -> io::Result<()> {
         let export = &self.export;
-        match command {
+        let flush = match command {
             Command::BlockStatus { range, one } => {
                 replies.status(out, &export.extents(range, one));
                 return Ok(());
             }
-            Command::Write { range, fua } => export.write(range.offset, data, fua)?,
-            Command::Flush => export.flush()?,
-            Command::Trim { range, fua } => export.trim(range, fua)?,
-            Command::Cache(range) => export.cache(range)?,
+            Command::Write { range, fua } => {
+                export.write(range.offset, data)?;
+                fua
+            }
+            Command::Trim { range, fua } => {
+                self.in_steps(range, |step| export.trim(step))?;
+                fua
+            }
             Command::WriteZeroes {
                 range,
                 fua,
                 no_hole,
                 fast,
-            } => export.zero(range, no_hole, fast, fua)?,
-            Command::Read { .. } | Command::Disconnect => {}
+            } => {
+                if fast {
+                    // All or nothing.
+                    export.zero(range, no_hole, fast)?;
+                } else {
+                    self.in_steps(range, |step| export.zero(step, no_hole, false))?;
+                }
+                fua
+            }
+            Command::Flush => true,
+            Command::Cache(range) => {
+                export.cache(range)?;
+                false
+            }
+            Command::Read { .. } | Command::Disconnect => false,
+        };
+        if flush {
+            // FUA too, not by RWF_DSYNC: its error would not tell a refused write from lost data of before.
+            export.flush()?;
         }
         replies.done(out);
+        Ok(())
+    }
+
+    /// Does a long request step by step, as long as the connection is not being dropped.
+    fn in_steps(&self, range: Range, act: impl Fn(Range) -> io::Result<()>) -> io::Result<()> {
+        let end = range.offset + range.length;
+        let mut offset = range.offset;
+        while offset < end {
+            if self.peer.closing.load(Ordering::Acquire) {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+            let length = (end - offset).min(STEP - offset % STEP);
+            act(Range { offset, length })?;
+            offset += length;
+        }
         Ok(())
     }
 
@@ -212,23 +245,40 @@ impl Connection {
         turn.send(&mut parts).map_err(Broken::Connection)
     }
 
-    /// One head for all the data. They are read once before, because no error can be told after the head.
+    /// One head for all the data. They are read once before, because in a simple reply no error can be told after the head; a
+    /// chunk is then filled up with zeroes, and the error follows it ("Structured reply chunk message").
     fn stream_unbroken(&self, scratch: &mut Scratch, replies: Replies, range: Range) -> Result<(), Broken> {
         for (at, length) in pieces(range) {
             self.export.try_read(at, scratch.part(length))?;
         }
         let mut head = Vec::with_capacity(MAX_HEAD);
         let length = usize::try_from(range.length).map_err(io::Error::other)?;
-        replies.data_head(&mut head, range.offset, length, true);
+        let simple = replies.style == Style::Simple;
+        replies.data_head(&mut head, range.offset, length, simple);
         let mut turn = self.output.turn(&self.peer.stream);
         turn.send(&mut [IoSlice::new(&head)]).map_err(Broken::Connection)?;
+        let mut failed = None;
         for (at, length) in pieces(range) {
             let part = scratch.part(length);
-            if let Err(error) = self.export.read(at, part) {
-                let _ = self.peer.stream.shutdown(Shutdown::Both);
-                return Err(Broken::Connection(error));
+            if failed.is_some() {
+                part.fill(0);
+            } else if let Err(error) = self.export.read(at, part) {
+                if simple {
+                    let _ = self.peer.stream.shutdown(Shutdown::Both);
+                    return Err(Broken::Connection(error));
+                }
+                part.fill(0);
+                failed = Some(error);
             }
             turn.send(&mut [IoSlice::new(part)]).map_err(Broken::Connection)?;
+        }
+        if let Some(error) = failed {
+            return Err(Broken::Medium(error));
+        }
+        if !simple {
+            head.clear();
+            replies.done(&mut head);
+            turn.send(&mut [IoSlice::new(&head)]).map_err(Broken::Connection)?;
         }
         Ok(())
     }

@@ -367,24 +367,21 @@ impl Export {
         self.store.file()
     }
 
-    pub(super) fn write(&self, offset: u64, data: &[u8], fua: bool) -> io::Result<()> {
+    pub(super) fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.check()?;
         self.store.write(data, offset)?;
         self.bytes_written.fetch_add(data.len() as u64, Ordering::Relaxed);
-        // Not RWF_DSYNC: its error would not tell a refused write from lost data of before.
-        if fua { self.flush() } else { Ok(()) }
+        Ok(())
     }
 
-    pub(super) fn trim(&self, range: Range, fua: bool) -> io::Result<()> {
+    pub(super) fn trim(&self, range: Range) -> io::Result<()> {
         self.check()?;
-        self.store.trim(range)?;
-        if fua { self.flush() } else { Ok(()) }
+        self.store.trim(range)
     }
 
-    pub(super) fn zero(&self, range: Range, no_hole: bool, fast: bool, fua: bool) -> io::Result<()> {
+    pub(super) fn zero(&self, range: Range, no_hole: bool, fast: bool) -> io::Result<()> {
         self.check()?;
-        self.store.zero(range, no_hole, fast)?;
-        if fua { self.flush() } else { Ok(()) }
+        self.store.zero(range, no_hole, fast)
     }
 
     pub(super) fn cache(&self, range: Range) -> io::Result<()> {
@@ -480,15 +477,15 @@ mod tests {
     fn a_failed_flush_stays_failed_and_stops_all_writing() {
         let backing = file(4096);
         let export = Export::open(backing.path(), ExportOptions::default()).unwrap();
-        export.write(0, b"before", true).unwrap();
+        export.write(0, b"before").unwrap();
         export.syncs.lock().unwrap().failure = Some("Input/output error".into());
         export.failed.store(true, Ordering::Release);
         let range = Range { offset: 0, length: 512 };
         for _ in 0..2 {
             assert!(export.flush().is_err());
-            assert!(export.write(0, b"after", false).is_err());
-            assert!(export.trim(range, false).is_err());
-            assert!(export.zero(range, false, false, false).is_err());
+            assert!(export.write(0, b"after").is_err());
+            assert!(export.trim(range).is_err());
+            assert!(export.zero(range, false, false).is_err());
         }
         let mut data = [0; 6];
         export.read(0, &mut data).unwrap();

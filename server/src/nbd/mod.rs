@@ -50,6 +50,11 @@ pub trait Gate: Send + Sync {
     /// The export called `name`, empty for the default one; `None` looks to the client as if it did not exist.
     fn export(&self, name: &str, peer: SocketAddr) -> Option<Arc<Export>>;
 
+    /// The same for one that is only asked about: nothing changes by it.
+    fn look(&self, name: &str, peer: SocketAddr) -> Option<Arc<Export>> {
+        self.export(name, peer)
+    }
+
     /// What `NBD_OPT_LIST` shows; empty where names are secret.
     fn list(&self, peer: SocketAddr) -> Vec<Listed>;
 }
@@ -60,7 +65,7 @@ pub struct Limits {
     /// Connections of the server at the same time; more are closed at once.
     pub connections: usize,
     /// Requests of one connection that wait for the medium at the same time (threads).
-    pub workers: usize,
+    pub workers: u32,
     /// Bytes of payload that these requests hold in memory; at least 1 MiB is used, for longer requests go piece by piece.
     /// Besides, a connection has buffers of 0.5 to 1.5 MiB.
     pub bytes_in_flight: u32,

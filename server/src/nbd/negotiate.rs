@@ -62,6 +62,8 @@ pub trait Catalogue {
     type Export: Offered;
     /// The export called `name`; empty for the default one.
     fn export(&self, name: &str) -> Option<Self::Export>;
+    /// The same, only to be told of: whoever has it keeps it.
+    fn look(&self, name: &str) -> Option<Self::Export>;
     /// What `NBD_OPT_LIST` shows.
     fn list(&self) -> Vec<Listed>;
     /// Whether the server is going away.
@@ -277,7 +279,11 @@ impl<'a, C: Catalogue> Negotiation<'a, C> {
 
     fn info(&self, option: u32, data: &[u8], out: &mut Vec<u8>) -> Answered<C::Export> {
         let request = InfoRequest::parse(data).map_err(|_| INVALID)?;
-        let export = self.catalogue.export(&request.name).ok_or(UNKNOWN)?;
+        let chosen = match option {
+            OPT_GO => self.catalogue.export(&request.name),
+            _ => self.catalogue.look(&request.name),
+        };
+        let export = chosen.ok_or(UNKNOWN)?;
         let offer = export.offer();
         let told = request.wanted.contains(&INFO_BLOCK_SIZE);
         let agreed = self.agree(&request.name, export, told);
@@ -309,7 +315,7 @@ impl<'a, C: Catalogue> Negotiation<'a, C> {
             return Err((REP_ERR_INVALID, "structured replies must be agreed on first"));
         }
         let request = MetaRequest::parse(data).map_err(|_| INVALID)?;
-        self.catalogue.export(&request.name).ok_or(UNKNOWN)?;
+        self.catalogue.look(&request.name).ok_or(UNKNOWN)?;
         Ok(request)
     }
 

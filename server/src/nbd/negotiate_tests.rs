@@ -61,6 +61,10 @@ impl Catalogue for Shelf {
         (name == "disk").then_some(Disk)
     }
 
+    fn look(&self, name: &str) -> Option<Disk> {
+        self.export(name)
+    }
+
     fn list(&self) -> Vec<Listed> {
         vec![Listed {
             name: "disk".into(),

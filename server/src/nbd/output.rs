@@ -13,46 +13,46 @@ use super::pipe::Pipe;
 /// Replies sent in one system call at most.
 const BATCH: usize = 64;
 
-/// Bytes of payload that a connection's tasks hold in memory.
+/// Something that a connection's tasks share: bytes of payload in memory, or places.
 pub(super) struct Budget {
     free: Mutex<u32>,
     freed: Condvar,
 }
 
 impl Budget {
-    pub(super) fn new(bytes: u32) -> Self {
+    pub(super) fn new(all: u32) -> Self {
         Self {
-            free: Mutex::new(bytes),
+            free: Mutex::new(all),
             freed: Condvar::new(),
         }
     }
 
-    /// Takes `bytes` if they are free.
-    pub(super) fn try_take(&self, bytes: u32) -> bool {
+    /// Takes `some` if so much is free.
+    pub(super) fn try_take(&self, some: u32) -> bool {
         let mut free = lock(&self.free);
-        let enough = *free >= bytes;
+        let enough = *free >= some;
         if enough {
-            *free -= bytes;
+            *free -= some;
         }
         enough
     }
 
-    /// Waits until `bytes` are free; must not be more than the whole budget.
-    pub(super) fn take(&self, bytes: u32) {
+    /// Waits until `some` is free; must not be more than there is in all.
+    pub(super) fn take(&self, some: u32) {
         let mut free = lock(&self.free);
-        while *free < bytes {
+        while *free < some {
             free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
         }
-        *free -= bytes;
+        *free -= some;
     }
 
-    fn give(&self, bytes: u32) {
-        *lock(&self.free) += bytes;
+    fn give(&self, some: u32) {
+        *lock(&self.free) += some;
         self.freed.notify_all();
     }
 }
 
-/// A reply that waits to be sent, and how much of the budget it holds.
+/// A task's reply that waits to be sent, and how much of the budget it holds.
 struct Posted {
     bytes: Vec<u8>,
     held: u32,
@@ -67,19 +67,24 @@ struct State {
     queue: VecDeque<Posted>,
 }
 
-/// Who may send, and what waits for it. The queue is bounded by the tasks that a connection may have.
+/// Who may send, and what waits for it. The queue is bounded by the tasks that a connection may have: a task's place is free
+/// again when its reply was sent, so that who reads no replies gets no more of them made.
 pub(super) struct Output {
     state: Mutex<State>,
     free: Condvar,
+    /// Bytes.
     pub(super) budget: Budget,
+    /// Tasks at the same time.
+    pub(super) places: Budget,
 }
 
 impl Output {
-    pub(super) fn new(budget: u32) -> Self {
+    pub(super) fn new(budget: u32, places: u32) -> Self {
         Self {
             state: Mutex::default(),
             free: Condvar::new(),
             budget: Budget::new(budget),
+            places: Budget::new(places),
         }
     }
 
@@ -95,7 +100,7 @@ impl Output {
         Turn { output: self, stream }
     }
 
-    /// Sends a whole reply, or leaves it to the thread that is sending; then gives `held` back to the budget.
+    /// Sends a task's whole reply, or leaves it to the thread that is sending; then gives `held` back to the budget, and the place.
     pub(super) fn post(&self, stream: &TcpStream, bytes: Vec<u8>, held: u32) {
         let mut state = lock(&self.state);
         state.queue.push_back(Posted { bytes, held });
@@ -160,9 +165,12 @@ impl Turn<'_> {
             let mut parts: Vec<_> = batch.iter().map(|posted| IoSlice::new(&posted.bytes)).collect();
             // An error has closed the connection, which its driver notices.
             let _ = self.send(&mut parts);
-            let held = batch.iter().map(|posted| posted.held).sum();
+            let (held, places) = batch
+                .iter()
+                .fold((0, 0), |(held, places), posted| (held + posted.held, places + 1));
             drop(batch);
             output.budget.give(held);
+            output.places.give(places);
             state = output.state.lock().unwrap_or_else(PoisonError::into_inner);
         }
         state

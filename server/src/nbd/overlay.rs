@@ -275,17 +275,19 @@ impl Overlay {
     }
 
     /// The parts of a range that come from one layer each: where, how long, whether from the upper one.
-    fn parts(&self, map: &Map, range: Range) -> Vec<(u64, u64, bool)> {
+    fn parts(map: &Map, range: Range) -> impl Iterator<Item = (u64, u64, bool)> {
         let end = range.offset + range.length;
         let mut at = range.offset;
-        let mut parts = Vec::new();
-        while at < end {
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
             let (next, upper) = map.run(at / BLOCK, end.div_ceil(BLOCK));
             let next = (next * BLOCK).min(end);
-            parts.push((at, next - at, upper));
+            let part = (at, next - at, upper);
             at = next;
-        }
-        parts
+            Some(part)
+        })
     }
 
     /// Takes blocks that the upper layer now has into account.
@@ -366,7 +368,7 @@ impl Store for Overlay {
                 length: data.len() as u64,
             };
             let mut rest: &mut [u8] = data;
-            for (at, bytes, upper) in self.parts(&map, range) {
+            for (at, bytes, upper) in Self::parts(&map, range) {
                 let (here, behind) = rest.split_at_mut(length(bytes));
                 rest = behind;
                 let mut here = [IoSliceMut::new(here)];
@@ -392,7 +394,7 @@ impl Store for Overlay {
             length: data.len() as u64,
         };
         let mut rest = data;
-        for (at, bytes, upper) in self.parts(&map, range) {
+        for (at, bytes, upper) in Self::parts(&map, range) {
             let (here, behind) = rest.split_at_mut(length(bytes));
             rest = behind;
             if upper {
@@ -516,7 +518,7 @@ impl Store for Overlay {
     fn extents(&self, range: Range, most: usize) -> Vec<Extent> {
         let map = self.read_map();
         let mut found = Vec::new();
-        for (at, length, upper) in self.parts(&map, range) {
+        for (at, length, upper) in Self::parts(&map, range) {
             let left = most.saturating_sub(found.len());
             if left == 0 {
                 break;

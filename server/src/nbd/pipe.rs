@@ -71,6 +71,19 @@ impl Pipe {
         }
     }
 
+    /// Takes what it holds, exactly as many bytes as `into` has, into memory.
+    pub(super) fn read(&self, mut into: &mut [u8]) -> io::Result<()> {
+        while !into.is_empty() {
+            match rustix::io::read(&self.out, &mut *into) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(got) => into = &mut into[got..],
+                Err(Os::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
     /// The end to take from.
     pub(super) fn out(&self) -> BorrowedFd<'_> {
         self.out.as_fd()

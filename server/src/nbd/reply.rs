@@ -50,6 +50,8 @@ impl From<io::Error> for Failure {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => Errno::NoSpc,
             io::ErrorKind::Unsupported => Errno::NotSup,
             io::ErrorKind::OutOfMemory => Errno::NoMem,
+            // Given up because the connection is being dropped.
+            io::ErrorKind::ConnectionAborted => Errno::Shutdown,
             _ => Errno::Io,
         };
         Self {

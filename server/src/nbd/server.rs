@@ -415,6 +415,10 @@ impl Catalogue for View<'_> {
         alone.then_some(export)
     }
 
+    fn look(&self, name: &str) -> Option<Arc<Export>> {
+        self.shared.gate.look(name, self.address)
+    }
+
     fn list(&self) -> Vec<Listed> {
         self.shared.gate.list(self.address)
     }

@@ -384,7 +384,11 @@ fn extents(file: &File, medium: Medium, range: Range, most: usize) -> Vec<Extent
 fn next_extent(file: &File, at: u64, end: u64) -> (u64, u32) {
     match seek(file, SeekFrom::Data(at)) {
         Ok(data) if data > at => (data.min(end), STATE_HOLE | STATE_ZERO),
-        Err(Errno::NXIO) => (end, STATE_HOLE | STATE_ZERO),
+        // No data up to the file's end. What lies beyond that, in one that was cut, is an error to be told by reading it.
+        Err(Errno::NXIO) => match file.metadata() {
+            Ok(now) if now.len() > at => (now.len().min(end), STATE_HOLE | STATE_ZERO),
+            _ => (end, 0),
+        },
         Err(_) => (end, 0),
         Ok(_) => match seek(file, SeekFrom::Hole(at)) {
             Ok(hole) if hole > at => (hole.min(end), 0),
@@ -410,6 +414,21 @@ mod tests {
         file.set_len(4 * MIB).unwrap();
         file.write_all_at(&[7; 1 << 20], MIB).unwrap();
         file
+    }
+
+    #[test]
+    fn what_a_cut_file_has_lost_is_no_hole() {
+        let file = sparse();
+        file.set_len(3 * MIB).unwrap();
+        let rest = Range {
+            offset: 2 * MIB,
+            length: 2 * MIB,
+        };
+        let states: Vec<_> = extents(&file, Medium::File, rest, 9)
+            .iter()
+            .map(|extent| (extent.length, extent.state))
+            .collect();
+        assert_eq!(states, [(MIB, STATE_HOLE | STATE_ZERO), (MIB, 0)]);
     }
 
     #[test]

@@ -42,6 +42,18 @@ impl Catalog {
     }
 }
 
+/// What `peer` may have, or have again, under a name.
+fn find<'a>(entries: &'a mut BTreeMap<String, Entry>, name: &str, peer: SocketAddr) -> Option<&'a mut Entry> {
+    let entry = match (name, entries.len()) {
+        // With one disk there is no doubt which is meant.
+        ("", 1) => entries.values_mut().next(),
+        _ => entries.get_mut(name),
+    }?;
+    let others = entry.writer != Some(peer.ip().to_canonical());
+    let busy = entry.export.single() && Arc::strong_count(&entry.export) > IDLE;
+    (!(busy && others)).then_some(entry)
+}
+
 impl Gate for Catalog {
     fn admit(&self, _peer: SocketAddr) -> bool {
         true
@@ -49,20 +61,13 @@ impl Gate for Catalog {
 
     fn export(&self, name: &str, peer: SocketAddr) -> Option<Arc<Export>> {
         let mut entries = self.lock();
-        let entry = match (name, entries.len()) {
-            // With one disk there is no doubt which is meant.
-            ("", 1) => entries.values_mut().next(),
-            _ => entries.get_mut(name),
-        }?;
-        if entry.export.single() {
-            let address = peer.ip().to_canonical();
-            let busy = Arc::strong_count(&entry.export) > IDLE;
-            if busy && entry.writer != Some(address) {
-                return None;
-            }
-            entry.writer = Some(address);
-        }
+        let entry = find(&mut entries, name, peer)?;
+        entry.writer = Some(peer.ip().to_canonical());
         Some(Arc::clone(&entry.export))
+    }
+
+    fn look(&self, name: &str, peer: SocketAddr) -> Option<Arc<Export>> {
+        find(&mut self.lock(), name, peer).map(|entry| Arc::clone(&entry.export))
     }
 
     fn list(&self, _peer: SocketAddr) -> Vec<Listed> {
@@ -122,6 +127,18 @@ mod tests {
         assert!(catalog.export("a", at("10.0.0.1:77")).is_some());
         drop(held);
         assert!(catalog.export("a", at("10.0.0.2:9")).is_some());
+    }
+
+    #[test]
+    fn to_ask_about_a_writable_disk_takes_it_from_nobody() {
+        let catalog = Catalog::default();
+        let (disk, _file) = export("a", true);
+        catalog.insert(Arc::clone(&disk));
+        assert!(catalog.look("a", at("10.0.0.2:9")).is_some());
+        let held = catalog.export("a", at("10.0.0.1:9"));
+        assert!(held.is_some());
+        assert!(catalog.look("a", at("10.0.0.2:9")).is_none(), "in use");
+        assert!(catalog.look("a", at("10.0.0.1:9")).is_some());
     }
 
     #[test]

@@ -2,25 +2,27 @@
 //!
 //! Counterpart: `client::borrow`. Nothing is seen of the disks without a key: discovery does not answer, and the NBD server
 //! closes every connection that does not come out of a loan's tunnel. A loan ends by the borrower's goodbye, when its disk
-//! goes, or when nothing has come through its tunnel for [`GRACE`].
+//! goes, when nothing has come through its tunnel for [`GRACE`], or when its borrower, silent, asks for the disk anew.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use stiefel_shared::bundle::{ControlKey, DISK_PORT, DiskOffer, Goodbye, LinkOffer, NVME_PORT, Transport};
 use stiefel_shared::handover::DiskIdentity;
-use stiefel_shared::lend::{Ask, DiskInfo, Lent, Loan, PartInfo};
+use stiefel_shared::lend::{Ask, Lent, Loan};
 use stiefel_shared::seal;
-use stiefel_shared::session::SessionName;
-use stiefel_sys::block::{self, Content};
+use stiefel_shared::session::{MachineId, SessionName};
+use stiefel_sys::block;
 use stiefel_sys::netns::Namespace;
 use stiefel_sys::nvmet::{CONFIGFS, NQN_PREFIX, Port, Shelf};
 
 use super::clients;
+use super::described::{cut, describe};
+use super::heard::{GRACE, Heard, News};
 use super::names::Names;
 use super::parts::Parts;
 use super::role::Lending;
@@ -30,12 +32,8 @@ use crate::http::{Begin, Bundle, Refusal, SessionHost};
 use crate::nbd::{Export, Gate, Listed, Server, Stats};
 use crate::role::disk::uuid;
 
-/// Silence in the tunnel after which a loan is over; a borrower's kernel says something every few seconds.
-pub(super) const GRACE: Duration = Duration::from_secs(300);
 /// Loans at the same time.
 const MAX_LOANS: usize = 32;
-/// The longest texts of the list.
-const MAX_SHOWN: usize = 200;
 
 /// A disk that may be borrowed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,13 +56,15 @@ impl OnOffer {
 struct LoanState {
     disk: String,
     borrower: String,
+    /// The borrower's key and machine.
+    asked_by: (String, MachineId),
     client: Ipv6Addr,
     export: Option<Arc<Export>>,
     writable: bool,
     share: Share,
     tunnel: Tunnel,
-    /// What had come through the tunnel when something came last.
-    heard: (u64, Instant),
+    /// When something came through the tunnel last.
+    heard: Heard,
     /// What it had done when that was said last.
     told: Stats,
 }
@@ -143,23 +143,21 @@ impl Desk {
         self.lock().withheld.contains(disk)
     }
 
-    /// Ends the loans from which nothing has come for too long.
+    /// Looks from whom something has come, and ends the loans from which nothing has for too long.
     pub(super) fn look(&self, now: Instant) {
-        let silent: Vec<String> = {
-            let mut state = self.lock();
-            let heard = |loan: &mut LoanState| {
-                let received = loan.tunnel.received().unwrap_or(loan.heard.0);
-                if received != loan.heard.0 {
-                    loan.heard = (received, now);
-                }
-                now.saturating_duration_since(loan.heard.1) < GRACE
-            };
-            let loans = state.loans.iter_mut();
-            loans
-                .filter_map(|(name, loan)| (!heard(loan)).then(|| name.clone()))
-                .collect()
-        };
-        for name in silent {
+        let mut over = Vec::new();
+        for (name, loan) in &mut self.lock().loans {
+            let (disk, borrower) = (&loan.disk, &loan.borrower);
+            match loan.heard.look(loan.tunnel.received(), now) {
+                Some(News::Silent) => eprintln!("stiefel: {disk}: nothing comes from {borrower} any more"),
+                Some(News::Back) => eprintln!("stiefel: {disk}: {borrower} is back"),
+                None => {}
+            }
+            if loan.heard.is_over(now) {
+                over.push(name.clone());
+            }
+        }
+        for name in over {
             self.end_aside(&name, "nothing has come from its borrower for too long");
         }
     }
@@ -168,7 +166,8 @@ impl Desk {
     pub(super) fn borrowers(&self) -> Vec<(String, String)> {
         let words = |loan: &LoanState| {
             let how = if loan.writable { "READ-WRITE" } else { "read-only" };
-            (loan.disk.clone(), format!("lent to {}, {how}", loan.borrower))
+            let silent = if loan.heard.is_silent() { ", silent" } else { "" };
+            (loan.disk.clone(), format!("lent to {}, {how}{silent}", loan.borrower))
         };
         self.lock().loans.values().map(words).collect()
     }
@@ -256,6 +255,8 @@ impl Desk {
     }
 
     fn attach(&self, begin: &Begin, disk: &str, read_write: bool, nvme: bool) -> anyhow::Result<Loan> {
+        let asked_by = (begin.key.clone(), begin.machine);
+        self.end_earlier(disk, &asked_by)?;
         let on_offer = self.free(disk, read_write)?;
         let session = begin.session.to_string();
         let (tunnel, link, share, transport) = self.open(&on_offer, &session, read_write, nvme)?;
@@ -279,16 +280,31 @@ impl Desk {
         let loan = LoanState {
             disk: disk.to_owned(),
             borrower,
+            asked_by,
             client: link.address,
             export: share.export.clone(),
             writable: read_write,
             share,
             tunnel,
-            heard: (0, Instant::now()),
+            heard: Heard::new(Instant::now()),
             told: Stats::default(),
         };
         self.enter(session, loan)?;
         Ok(Loan::Attached(Box::new(lent)))
+    }
+
+    /// Ends what a machine had of this disk before it was started anew: nothing comes from there any more, and it asks again.
+    fn end_earlier(&self, disk: &str, asked_by: &(String, MachineId)) -> anyhow::Result<()> {
+        let earlier: Vec<String> = {
+            let state = self.lock();
+            let earlier = |loan: &LoanState| loan.disk == disk && loan.asked_by == *asked_by && loan.heard.is_silent();
+            let loans = state.loans.iter().filter(|(_, loan)| earlier(loan));
+            loans.map(|(name, _)| name.clone()).collect()
+        };
+        for name in earlier {
+            self.end(&name)?;
+        }
+        Ok(())
     }
 
     /// A disk that can be lent so now.
@@ -429,36 +445,6 @@ fn identity(disk: &OnOffer) -> DiskIdentity {
         model: Some(disk.names.model.clone()),
         size: disk.source.size(),
     })
-}
-
-/// Fit for the list: without control characters, not too long.
-fn cut(text: &str) -> String {
-    let mut text: String = text.chars().filter(|c| !c.is_control()).collect();
-    text.truncate(text.floor_char_boundary(MAX_SHOWN));
-    text
-}
-
-/// `contents` is `None` if the disk does not answer.
-fn describe(disk: &OnOffer, contents: Option<Vec<Content>>) -> DiskInfo {
-    let dying = contents.is_none().then(|| "it does not answer".to_owned());
-    let part = |content: Content| {
-        let names = content.claims.iter().filter(|claim| claim.kind.is_name());
-        let names = names.map(|claim| cut(&format!("{} {}", claim.kind, claim.value)));
-        let formats = content.formats.iter().map(|format| (*format).to_owned());
-        PartInfo {
-            name: cut(&content.name),
-            size: content.size,
-            content: formats.chain(names).collect(),
-        }
-    };
-    DiskInfo {
-        name: disk.names.key.clone(),
-        model: cut(&disk.names.model),
-        size: disk.source.size(),
-        writable: disk.mode != Mode::ReadOnly,
-        users: disk.users.iter().map(|user| cut(user)).chain(dying).collect(),
-        parts: contents.into_iter().flatten().take(128).map(part).collect(),
-    }
 }
 
 impl Lending for Arc<Desk> {

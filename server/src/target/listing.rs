@@ -120,7 +120,8 @@ impl Listing {
     ) -> Self {
         let disks: Vec<Listed> = shares.map(|share| Listed::new(share, places, nbd_port)).collect();
         let nvme = disks.iter().any(|disk| disk.nqn.is_some());
-        let discover = places.iter().filter(|_| nvme);
+        // The kernel's discovery log gives link-local addresses without their interface: nobody can follow that.
+        let discover = places.iter().filter(|place| nvme && !is_link_local(place.address));
         let discover = discover.map(|place| format!("nvme connect-all -t tcp -a {} -s {NVME_PORT}", place.host()));
         Self {
             discover: discover.collect(),
@@ -148,13 +149,12 @@ impl Listing {
         }
     }
 
-    /// The command that says most in one line, for a code: all disks at once by NVMe, else the first one by NBD.
+    /// The commands that say most, for a code: all disks at once by NVMe, and the only one, or the first, by itself.
     pub(super) fn shortest(&self) -> Vec<String> {
-        let first = |disk: &Listed| disk.nvme.first().or(disk.uris.first()).cloned();
-        let only = (self.disks.len() == 1)
-            .then(|| self.disks.first().and_then(first))
-            .flatten();
-        only.into_iter().chain(self.discover.first().cloned()).collect()
+        let one = self.disks.len() == 1 || self.discover.is_empty();
+        let first = self.disks.first().filter(|_| one);
+        let first = first.and_then(|disk| disk.nvme.first().or(disk.uris.first()));
+        first.into_iter().chain(self.discover.first()).cloned().collect()
     }
 
     pub(super) fn words(&self) -> String {

@@ -10,9 +10,11 @@
 mod catalog;
 mod clients;
 mod closed;
+mod described;
 mod desk;
 mod follow;
 mod grant;
+mod heard;
 mod listing;
 mod lives;
 mod names;

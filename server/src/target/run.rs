@@ -25,6 +25,7 @@ use super::clients::{self, Who};
 use super::closed::Seat;
 use super::follow::Chosen;
 use super::grant::Grants;
+use super::heard::GRACE;
 use super::listing::{LeftOut, Listing, places};
 use super::names::{Names, machine};
 use super::pick;
@@ -224,6 +225,8 @@ impl<'a> Lender<'a> {
         let catalog = Arc::new(Catalog::default());
         let limits = Limits {
             connections: CONNECTIONS,
+            // Whoever was switched off while writing keeps others out no longer.
+            peer_timeout: GRACE,
             ..Limits::default()
         };
         let gate: Arc<dyn nbd::Gate> = Arc::<Catalog>::clone(&catalog);

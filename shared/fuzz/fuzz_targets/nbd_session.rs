@@ -78,6 +78,10 @@ impl Catalogue for Shelf {
         (read_only || matches!(name, "" | "disk")).then_some(Disk { read_only })
     }
 
+    fn look(&self, name: &str) -> Option<Disk> {
+        self.export(name)
+    }
+
     fn list(&self) -> Vec<Listed> {
         vec![Listed {
             name: "disk".into(),

@@ -31,7 +31,7 @@ pub(crate) fn install(named: Option<&Path>, args: &InstallArgs) -> anyhow::Resul
     };
     options.check()?;
     // Built beside, so that nothing of the installed one changes before the user has agreed.
-    let building = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let building = workshop()?;
     if options.ramdisk.is_none() {
         if options.dry_run {
             tell_dry_build();
@@ -57,7 +57,7 @@ pub(crate) fn upgrade(args: &UpgradeArgs) -> anyhow::Result<()> {
         ..InstallOptions::new(&args.root)
     };
     options.check()?;
-    let building = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let building = workshop()?;
     if options.dry_run {
         tell_dry_build();
     } else {
@@ -74,6 +74,13 @@ pub(crate) fn upgrade(args: &UpgradeArgs) -> anyhow::Result<()> {
         options.ramdisk = built.map(|_| out);
     }
     Ok(stiefel_server::install::install(&options)?)
+}
+
+/// A folder for a ramdisk that is not yet in its place.
+fn workshop() -> anyhow::Result<tempfile::TempDir> {
+    tempfile::tempdir().context(
+        "cannot make a temporary folder\n  next: see whether there is space (`df`) and the file system is writable (`findmnt`), or name another place in TMPDIR",
+    )
 }
 
 /// A ramdisk that could not do what the configuration asks for never replaces one that may.

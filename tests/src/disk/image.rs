@@ -136,6 +136,11 @@ impl LaptopDisk {
         self.layout == Layout::LuksLvm
     }
 
+    /// The archive of the installed system, without the test's files.
+    pub fn archive(&self) -> &Path {
+        self.base.archive()
+    }
+
     /// Demands that the file systems are clean and their journals empty.
     ///
     /// # Errors

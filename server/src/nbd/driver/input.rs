@@ -37,7 +37,7 @@ impl Input {
             start: 0,
             end: ahead.len(),
             extended: style == Style::Extended,
-            patience: Patience::default(),
+            patience: Patience::new(),
         }
     }
 
@@ -92,6 +92,11 @@ impl Input {
             here.first_chunk().map(|header| Request::parse(header).map(Asked::from))
         };
         asked.transpose().map_err(io::Error::other)
+    }
+
+    /// A request was taken.
+    pub(super) fn took_request(&mut self) {
+        self.patience.request();
     }
 
     /// The client is not expected to send soon.

@@ -14,8 +14,8 @@ use super::super::request::{Command, Range};
 use super::patience::Patience;
 use super::{Driver, Step, length_of};
 
-/// Bytes that are collected in a pipe before they are written, as long as more are at hand.
-const GULP: usize = 512 << 10;
+/// Bytes that are collected in a pipe before they are written, as long as more are at hand (docs/nbd.md, "The engine").
+const GULP: usize = 128 << 10;
 /// Files are written in pieces that end where pages do, or the kernel would have to read before it writes.
 const PAGE: u64 = 4096;
 
@@ -59,7 +59,7 @@ impl Driver {
             if at == range.offset && range.length <= BIG as u64 && !written.as_ref().is_ok_and(|bytes| *bytes > 0) {
                 return self.collect(replies, range, fua);
             }
-            result = written.and_then(|written| export.write(at + written as u64, &data[written..], false));
+            result = written.and_then(|written| export.write(at + written as u64, &data[written..]));
             self.input.pass(piece);
             at += piece as u64;
         }
@@ -112,6 +112,14 @@ impl Driver {
             Ok(()) => {
                 self.scratch.pipe = Some(pipe);
                 Ok(Ok(()))
+            }
+            // A file system that has no splice: what is in the pipe goes through memory, and so does all that comes.
+            Err(Broken::Medium(error))
+                if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) =>
+            {
+                let mut data = vec![0; passage.held];
+                pipe.read(&mut data)?;
+                Ok(self.connection.export.write(passage.at, &data))
             }
             Err(Broken::Medium(error)) => {
                 // The old one holds a part that was not written.
@@ -191,7 +199,10 @@ impl Passage<'_> {
             };
             match self.pipe.receive(self.stream, wanted)? {
                 Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Some(got) => self.held += got,
+                Some(got) => {
+                    self.held += got;
+                    self.patience.payload(got);
+                }
                 // Full of small pieces.
                 None => return Ok(self.held),
             }

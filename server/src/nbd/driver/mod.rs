@@ -16,7 +16,7 @@ mod runs;
 use std::any::Any;
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use stiefel_shared::nbd::{Asked, Errno};
@@ -25,7 +25,7 @@ use self::input::Input;
 use self::patience::Patience;
 use super::connection::{BIG, Connection, Scratch, Task};
 use super::export::Export;
-use super::negotiate::Agreed;
+use super::negotiate::{Agreed, Style};
 use super::output::Output;
 use super::pool::Pool;
 use super::reply::{Failure, MAX_HEAD, Replies};
@@ -68,7 +68,7 @@ pub(super) fn transmit(
     ahead: &[u8],
     agreed: Agreed<Arc<Export>>,
     pool: Arc<Pool>,
-    (workers, bytes_in_flight): (usize, u32),
+    (workers, bytes_in_flight): (u32, u32),
     guard: Box<dyn Any + Send + Sync>,
 ) {
     let least = u32::try_from(BIG).unwrap_or(u32::MAX);
@@ -79,9 +79,7 @@ pub(super) fn transmit(
         bounds: agreed.bounds,
         style: agreed.style,
         pool,
-        output: Output::new(bytes_in_flight.max(least)),
-        tasks: AtomicUsize::new(0),
-        workers,
+        output: Output::new(bytes_in_flight.max(least), workers.max(1)),
         _guard: guard,
     });
     let driver = Driver {
@@ -90,7 +88,7 @@ pub(super) fn transmit(
         out: vec![0; OUTPUT],
         filled: 0,
         scratch,
-        patience: Patience::default(),
+        patience: Patience::new(),
         bulk: false,
     };
     Box::new(driver).drive();
@@ -107,6 +105,11 @@ impl Driver {
                 },
                 Ok(Step::End) => {
                     // What cannot be sent, nobody waits for.
+                    let _ = self.send_out();
+                    return;
+                }
+                // No more comes in from one that is being dropped; its other requests still have their replies sent.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && self.closing() => {
                     let _ = self.send_out();
                     return;
                 }
@@ -149,12 +152,13 @@ impl Driver {
             return Ok(if self.receive()? { Step::On } else { Step::End });
         };
         self.input.pass(self.input.header());
+        self.input.took_request();
         let replies = self.replies(&asked);
         let mut work = validate(&asked, &self.connection.bounds);
         if work == Ok(Command::Disconnect) {
             return Ok(Step::End);
         }
-        if self.connection.peer.closing.load(Ordering::Acquire) {
+        if self.closing() {
             work = Err(Refusal {
                 errno: Errno::Shutdown,
                 message: "the server drops this connection",
@@ -168,12 +172,24 @@ impl Driver {
             }
             Ok(Command::Write { range, fua }) => self.long_write(replies, range, fua),
             Ok(command) => self.dispatch(replies, command, Vec::new(), 0),
+            // "Extended headers": a payload that was never allowed is not worth waiting for, or was not meant to be one.
+            Err(_)
+                if self.connection.style == Style::Extended
+                    && asked.payload > self.connection.bounds.maximum.into() =>
+            {
+                Ok(Step::End)
+            }
             Err(refusal) => {
                 self.skip(asked.payload)?;
                 self.connection.export.count(false);
                 self.reply(|out| replies.error(out, &Failure::from(refusal)))
             }
         }
+    }
+
+    /// Whether the server drops this connection.
+    fn closing(&self) -> bool {
+        self.connection.peer.closing.load(Ordering::Acquire)
     }
 
     fn replies(&self, asked: &Asked) -> Replies {
@@ -203,8 +219,11 @@ impl Driver {
     /// Passes over a payload that nobody wants.
     fn skip(&mut self, mut length: u64) -> io::Result<()> {
         while length > 0 {
-            if self.input.len() == 0 && !self.receive()? {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            if self.input.len() == 0 {
+                self.send_out()?;
+                if !self.receive()? {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
             }
             let here = usize::try_from(length).unwrap_or(usize::MAX).min(self.input.len());
             self.input.pass(here);
@@ -243,15 +262,18 @@ impl Driver {
         Ok(Step::On)
     }
 
-    /// Makes a task of a request. It runs elsewhere if more requests are at hand, now if there are too many tasks already,
-    /// else on this thread while another one drives.
+    /// Makes a task of a request, when there is room for it. It runs elsewhere if more requests are at hand, else on this thread
+    /// while another one drives.
     fn dispatch(&mut self, replies: Replies, command: Command, data: Vec<u8>, held: usize) -> io::Result<Step> {
         let held = u32::try_from(held).map_err(io::Error::other)?;
         let more = self.input.peek()?.is_some();
         let connection = Arc::clone(&self.connection);
-        if !connection.output.budget.try_take(held) {
-            self.send_out()?;
-            connection.output.budget.take(held);
+        let output = &connection.output;
+        for (room, wanted) in [(&output.budget, held), (&output.places, 1)] {
+            if !room.try_take(wanted) {
+                self.send_out()?;
+                room.take(wanted);
+            }
         }
         let task = Task {
             replies,
@@ -259,11 +281,6 @@ impl Driver {
             data,
             held,
         };
-        if connection.tasks.fetch_add(1, Ordering::AcqRel) >= connection.workers {
-            self.send_out()?;
-            connection.execute(task);
-            return Ok(Step::On);
-        }
         if !more {
             return Ok(Step::Wait(task));
         }

@@ -1,31 +1,56 @@
 //! Looks for a moment before it sleeps.
 //!
 //! A thread that sleeps on a core that has nothing else to do takes tens of microseconds to wake, longer than a client takes
-//! to send its next request or piece. So the socket is asked for a while, every time after everyone else who wants the core,
-//! less and less often where that was in vain, so that a client with little to do costs nothing.
+//! to send its next request or piece. So the socket is asked for a while, every time after everyone else who wants the core.
+//! That is paid by what comes in: a client whose requests or bytes are far apart, as over a real network, soon has the thread
+//! sleep.
 
 use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to look: what waking up costs, for the one who wakes too (30 to 50 µs each on a virtual machine).
+/// How long to look at most: what waking up costs, for the one who wakes too (30 to 50 µs each on a virtual machine).
 const LOOK: Duration = Duration::from_micros(100);
-/// After as many looks in vain, one of `1 << MISSES` waits still begins with one.
-const MISSES: u32 = 3;
+/// Time to look that one request earns: a little more than a client on the same machine needs for the next one.
+const PER_REQUEST: Duration = Duration::from_micros(25);
+/// Bytes of payload that earn a nanosecond: some time at gigabytes per second, next to none at a network's speed.
+const BYTES_PER_NANOSECOND: u64 = 4;
+/// What can be saved up.
+const MOST: Duration = Duration::from_millis(1);
 
 /// Whether the next wait is worth a look.
-#[derive(Default)]
 pub(super) struct Patience {
-    /// Looks in vain, one after the other.
-    misses: u32,
-    /// Waits to pass without a look.
-    pass: u32,
+    /// Time to look that was earned.
+    credit: Duration,
+    /// The next wait will be a long one.
+    pass: bool,
 }
 
 impl Patience {
+    pub(super) fn new() -> Self {
+        Self {
+            credit: LOOK,
+            pass: false,
+        }
+    }
+
+    /// A request has come.
+    pub(super) fn request(&mut self) {
+        self.earn(PER_REQUEST);
+    }
+
+    /// So many bytes of payload have come.
+    pub(super) fn payload(&mut self, bytes: usize) {
+        self.earn(Duration::from_nanos(bytes as u64 / BYTES_PER_NANOSECOND));
+    }
+
+    fn earn(&mut self, time: Duration) {
+        self.credit = (self.credit + time).min(MOST);
+    }
+
     /// The next wait will be a long one: not worth a look.
     pub(super) fn pass(&mut self) {
-        self.pass = self.pass.max(1);
+        self.pass = true;
     }
 
     /// Attempts until it succeeds, at least once, for a moment at most; `None` means it is time to sleep.
@@ -36,21 +61,19 @@ impl Patience {
         if let Some(found) = attempt()? {
             return Ok(Some(found));
         }
-        if self.pass > 0 {
-            self.pass -= 1;
+        if std::mem::take(&mut self.pass) || self.credit < LOOK {
             return Ok(None);
         }
         let begun = Instant::now();
-        while begun.elapsed() < LOOK {
+        loop {
             thread::yield_now();
-            if let Some(found) = attempt()? {
-                self.misses = 0;
-                return Ok(Some(found));
+            let found = attempt();
+            let spent = begun.elapsed();
+            if !matches!(found, Ok(None)) || spent >= LOOK {
+                self.credit = self.credit.saturating_sub(spent);
+                return found;
             }
         }
-        self.misses = (self.misses + 1).min(MISSES);
-        self.pass = (1 << self.misses) - 1;
-        Ok(None)
     }
 }
 
@@ -58,7 +81,7 @@ impl Patience {
 mod tests {
     use super::*;
 
-    /// How often the attempt is made in one look.
+    /// How often the attempt is made in one look; `until` then it succeeds.
     fn attempts(patience: &mut Patience, until: u32) -> u32 {
         let mut made = 0;
         let found = patience.look(|| {
@@ -70,52 +93,52 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_found_at_once() {
-        let mut patience = Patience::default();
+    fn what_is_there_is_found_at_once_and_costs_nothing() {
+        let mut patience = Patience::new();
         for _ in 0..3 {
             assert_eq!(attempts(&mut patience, 1), 1);
         }
+        assert_eq!(patience.credit, LOOK);
     }
 
     #[test]
-    fn looks_in_vain_become_rare() {
-        let mut patience = Patience::default();
-        let mut looks = 0;
-        for _ in 0..1000 {
-            let begun = Instant::now();
-            attempts(&mut patience, u32::MAX);
-            looks += u32::from(begun.elapsed() >= LOOK);
+    fn what_comes_soon_is_waited_for() {
+        assert_eq!(attempts(&mut Patience::new(), 2), 2);
+    }
+
+    #[test]
+    fn a_look_in_vain_is_paid_by_later_requests() {
+        let mut patience = Patience::new();
+        assert!(attempts(&mut patience, u32::MAX) > 1);
+        for _ in 0..3 {
+            assert_eq!(attempts(&mut patience, u32::MAX), 1, "nothing is left");
+            patience.request();
         }
-        assert!((MISSES..200).contains(&looks), "{looks} of 1000");
-        assert_eq!(
-            attempts(&mut patience, 1),
-            1,
-            "what is there already is taken nevertheless"
-        );
+        patience.request();
+        assert!(attempts(&mut patience, u32::MAX) > 1);
+    }
+
+    #[test]
+    fn slow_bytes_earn_next_to_nothing_and_fast_ones_enough() {
+        let mut patience = Patience::new();
+        attempts(&mut patience, u32::MAX);
+        (0..1000).for_each(|_| patience.payload(1));
+        assert_eq!(attempts(&mut patience, u32::MAX), 1);
+        patience.payload(1 << 20);
+        assert!(attempts(&mut patience, u32::MAX) > 1);
     }
 
     #[test]
     fn a_wait_known_to_be_long_is_passed() {
-        let mut patience = Patience::default();
+        let mut patience = Patience::new();
         patience.pass();
         assert_eq!(attempts(&mut patience, u32::MAX), 1);
         assert!(attempts(&mut patience, u32::MAX) > 1, "the one after it is not");
     }
 
     #[test]
-    fn a_find_restores_the_patience() {
-        let mut patience = Patience::default();
-        while patience.misses < MISSES {
-            attempts(&mut patience, u32::MAX);
-        }
-        patience.pass = 0;
-        assert_eq!(attempts(&mut patience, 2), 2, "found while looking");
-        assert_eq!((patience.misses, patience.pass), (0, 0));
-    }
-
-    #[test]
     fn an_error_ends_the_look() {
-        let result = Patience::default().look(|| Err::<Option<()>, _>(io::ErrorKind::BrokenPipe.into()));
+        let result = Patience::new().look(|| Err::<Option<()>, _>(io::ErrorKind::BrokenPipe.into()));
         assert_eq!(result.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }

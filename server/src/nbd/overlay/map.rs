@@ -29,13 +29,12 @@ impl Map {
         let has = self.has(block);
         let mut at = block + 1;
         while at < end && self.has(at) == has {
-            let (leaf, ..) = place(at);
-            // Whole absent leaves need not be looked at bit by bit.
-            let absent = self.leaves.get(leaf).is_none_or(Option::is_none);
-            at = if absent {
-                at.next_multiple_of(LEAF).max(at + 1)
-            } else {
-                at + 1
+            let (leaf, byte, _) = place(at);
+            // What is alike as a whole need not be looked at bit by bit.
+            at = match self.leaves.get(leaf).and_then(Option::as_ref) {
+                None => at.next_multiple_of(LEAF).max(at + 1),
+                Some(bits) if at.is_multiple_of(8) && bits[byte] == if has { 0xff } else { 0 } => at + 8,
+                Some(_) => at + 1,
             };
         }
         (at.min(end), has)

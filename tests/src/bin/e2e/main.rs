@@ -12,11 +12,14 @@ mod image;
 mod interlocks;
 mod journey;
 mod link;
+mod mistakes;
 mod once;
 mod runner;
 mod setup;
 mod systems;
 mod target;
+mod target_faults;
+mod target_stick;
 mod tiny;
 
 use std::path::PathBuf;
@@ -194,6 +197,10 @@ fn tests() -> Vec<Test> {
         setup::btrfs,
     );
     tests.long("package_sets_a_debian_up_and_leaves_no_trace (xfs, dracut)", setup::xfs);
+    tests.add(
+        "mistakes_of_a_new_user_are_said_and_what_was_killed_half_way_is_finished",
+        mistakes::mistakes,
+    );
     tests.add("absent_disk_is_said_and_the_laptop_goes_home", faults::absent_disk);
     tests.add(
         "desktop_with_a_disk_of_the_same_uuid_is_not_booted",
@@ -216,6 +223,15 @@ fn tests() -> Vec<Test> {
     tests.long(
         "laptop_is_restarted_to_lend_its_own_disk_and_comes_home",
         target::reboot,
+    );
+    tests.long(
+        "disk_with_a_bad_sector_is_read_around_it_and_a_borrower_reset_while_writing_gets_its_disk_again",
+        target_faults::faults,
+    );
+    tests.long("a_hundred_loans_leave_nothing_behind", target_faults::rounds);
+    tests.long(
+        "one_efi_file_lends_a_machines_disks_and_its_screen_says_how",
+        target_stick::one_file,
     );
     tests.add("keys_at_the_laptop_are_heard", faults::keys);
     tests.add(

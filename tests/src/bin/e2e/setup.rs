@@ -14,17 +14,17 @@ use crate::runner::Bench;
 use crate::systems;
 
 /// Where the package lies on the laptop.
-const PACKAGE: &str = "/root/stiefel.deb";
+pub(crate) const PACKAGE: &str = "/root/stiefel.deb";
 /// A stick's size, in bytes.
 const STICK: u64 = 256 << 20;
 /// For what works for a while: a ramdisk or an initrd is built.
-const BUILD: Duration = Duration::from_secs(180);
+pub(crate) const BUILD: Duration = Duration::from_secs(180);
 /// For an initrd that is built on the desktop: hundreds of small files come over the link.
 const REBUILD: Duration = Duration::from_secs(400);
 
 /// Prints all files of the laptop; see there.
-const TREE_SCRIPT: &str = include_str!("tree.sh");
-const TREE: &str = "/root/tree/list";
+pub(crate) const TREE_SCRIPT: &str = include_str!("tree.sh");
+pub(crate) const TREE: &str = "/root/tree/list";
 
 /// Which laptop, and what makes an initrd there that would know only the machine that it was made on.
 struct Laptop {
@@ -107,6 +107,7 @@ fn whole(bench: &Bench, laptop: &Laptop) -> Result<(), Failure> {
     let desktop = scenario::desktop(&stick, &wire.b(), false)?;
     scenario::desktop_logs_in(&desktop, &disk, &mut Milestones::new(false))?;
     desktop.run_ok("findmnt --noheadings / && echo kept >/root/tree/written")?;
+    firmware_is_read_only(&desktop)?;
     if let Some(make) = laptop.make {
         // An initrd that is made here knows the laptop's disk all the same.
         desktop.run_ok_within(make, REBUILD)?;
@@ -148,6 +149,28 @@ fn set_up(bench: &Bench, home: &Vm) -> Result<(), Failure> {
         return Err(format!("`stiefel doctor` finds after the installation:\n{}", said.output).into());
     }
     home.run_ok("systemctl is-active stiefel-autokexec.service")?;
+    Ok(())
+}
+
+/// The desktop's firmware variables can be read and not written, also where they are mounted once more.
+fn firmware_is_read_only(desktop: &Vm) -> Result<(), Failure> {
+    desktop.run_ok("mkdir /run/again && mount -t efivarfs efivarfs /run/again")?;
+    for place in ["/sys/firmware/efi/efivars", "/run/again"] {
+        // The keeper is told of a mount after it is there.
+        let told = format!("timeout 10 sh -c 'until findmnt -no OPTIONS {place} | grep -qw ro; do sleep 0.1; done'");
+        desktop.run_ok(&told)?;
+        desktop.run_ok(&format!("ls {place} | grep -q BootOrder"))?;
+        let name = format!("{place}/Stiefel-4d1ede05-38c7-4a6a-9cc6-4bcca8b38c14");
+        let said = desktop.run(&format!("printf '\\7\\0\\0\\0x' >{name}"))?;
+        if said.status == 0 || !said.output.contains("ead-only") {
+            return Err(format!(
+                "a variable of the desktop's firmware was written in {place}: {}",
+                said.output
+            )
+            .into());
+        }
+    }
+    desktop.run_ok("umount /run/again")?;
     Ok(())
 }
 

@@ -12,23 +12,23 @@ use stiefel_tests::{Drive, NicModel, Vm, VmBuilder, Wire};
 use crate::runner::Bench;
 
 /// For commands that connect, or wait for something to appear.
-const SOON: Duration = Duration::from_secs(40);
-const TARGET_MAC: &str = "52:54:00:57:1e:31";
+pub(crate) const SOON: Duration = Duration::from_secs(40);
+pub(crate) const TARGET_MAC: &str = "52:54:00:57:1e:31";
 /// Bytes of each extra disk.
-const SIZE: u64 = 32 << 20;
+pub(crate) const SIZE: u64 = 32 << 20;
 
 /// The two machines, up and with addresses.
-struct Pair {
-    target: Vm,
-    client: Vm,
+pub(crate) struct Pair {
+    pub(crate) target: Vm,
+    pub(crate) client: Vm,
     dir: tempfile::TempDir,
     /// The machines' sockets go with it.
     _wire: Wire,
 }
 
 impl Pair {
-    fn start(bench: &Bench) -> Result<Self, Failure> {
-        let base = BaseSystem::ensure(&BaseOptions::default().package("nvme-cli").package("nbd-client"))?;
+    pub(crate) fn start(bench: &Bench) -> Result<Self, Failure> {
+        let base = base()?;
         let dir = tempfile::tempdir_in(bench.kit.dir())?;
         let wire = Wire::direct()?;
         let machine = |name: &str| debian(bench, &base, dir.path(), name);
@@ -46,10 +46,7 @@ impl Pair {
         let client = machine("client")?.nic("wired", NicModel::E1000e, &wire.b(), DESKTOP_MAC);
         let (target, client) = (target.start()?, client.start()?);
         for (vm, address) in [(&target, "10.77.0.1"), (&client, "10.77.0.2")] {
-            vm.login("root", PASSWORD, patience::LOGIN)?;
-            vm.run_ok(&format!(
-                "nic=$(ls /sys/class/net | grep -v lo | head -n 1); ip link set $nic up; ip addr add {address}/24 dev $nic"
-            ))?;
+            up(vm, address)?;
         }
         client.run_ok_within("modprobe -a nvme-tcp nbd", SOON)?;
         Ok(Self {
@@ -61,7 +58,7 @@ impl Pair {
     }
 
     /// Starts `stiefel target` and waits until it lends `data-a`.
-    fn lend(&self, options: &str) -> Result<(), Failure> {
+    pub(crate) fn lend(&self, options: &str) -> Result<(), Failure> {
         self.target.run_ok(&format!(
             "rm -f /run/out; systemd-run --quiet --unit lend -p StandardOutput=file:/run/out -p StandardError=file:/run/err \
              stiefel target {options}"
@@ -72,18 +69,16 @@ impl Pair {
 
     /// Plugs a stick with known content into the target.
     fn plug(&self, id: &str, serial: &str) -> Result<(), Failure> {
-        let path = self.dir.path().join(id);
-        image(&path, id)?;
-        let file = json!({ "driver": "file", "filename": path });
-        let node = json!({ "node-name": id, "driver": "raw", "file": file });
-        self.target.execute("blockdev-add", node)?;
-        let device = json!({ "driver": "usb-storage", "drive": id, "id": id, "bus": "xhci.0", "serial": serial });
-        self.target.execute("device_add", device)?;
-        Ok(())
+        plug(&self.target, self.dir.path(), id, serial, None)
+    }
+
+    /// Plugs a stick with a place at `byte` that cannot be read into the target.
+    pub(crate) fn plug_broken(&self, id: &str, serial: &str, byte: u64) -> Result<(), Failure> {
+        plug(&self.target, self.dir.path(), id, serial, Some(byte))
     }
 
     /// Ends it; it must say that all was in order.
-    fn lend_no_more(&self) -> Result<(), Failure> {
+    pub(crate) fn lend_no_more(&self) -> Result<(), Failure> {
         self.target
             .run_ok_within("systemctl stop lend; ! systemctl is-failed lend", SOON)?;
         self.target.run_ok(
@@ -94,8 +89,39 @@ impl Pair {
     }
 }
 
+/// The Debian of all these machines.
+pub(crate) fn base() -> Result<BaseSystem, Failure> {
+    let packages = BaseOptions::default().package("nvme-cli").package("nbd-client");
+    Ok(BaseSystem::ensure(&packages)?)
+}
+
+/// Waits until the machine is up, and gives it an address.
+pub(crate) fn up(vm: &Vm, address: &str) -> Result<(), Failure> {
+    vm.login("root", PASSWORD, patience::LOGIN)?;
+    vm.run_ok(&format!(
+        "nic=$(ls /sys/class/net | grep -v lo | head -n 1); ip link set $nic up; ip addr add {address}/24 dev $nic"
+    ))?;
+    Ok(())
+}
+
+/// Plugs a stick with known content into a machine; with `broken`, the sector at this byte of it cannot be read.
+pub(crate) fn plug(vm: &Vm, dir: &Path, id: &str, serial: &str, broken: Option<u64>) -> Result<(), Failure> {
+    let path = dir.join(id);
+    image(&path, id)?;
+    let mut file = json!({ "driver": "file", "filename": path });
+    if let Some(byte) = broken {
+        let rule = json!({ "event": "none", "iotype": "read", "errno": 5, "sector": byte / 512 });
+        file = json!({ "driver": "blkdebug", "image": file, "inject-error": [rule] });
+    }
+    let node = json!({ "node-name": id, "driver": "raw", "file": file });
+    vm.execute("blockdev-add", node)?;
+    let device = json!({ "driver": "usb-storage", "drive": id, "id": id, "bus": "xhci.0", "serial": serial });
+    vm.execute("device_add", device)?;
+    Ok(())
+}
+
 /// A key that opens nothing; another test may have made it.
-fn other_key(bench: &Bench) -> Result<(), Failure> {
+pub(crate) fn other_key(bench: &Bench) -> Result<(), Failure> {
     match bench.kit.key("other").exists() {
         true => Ok(()),
         false => Ok(bench.kit.new_key("other")?),
@@ -103,7 +129,7 @@ fn other_key(bench: &Bench) -> Result<(), Failure> {
 }
 
 /// A Debian with the program and the keys, not started yet.
-fn debian(bench: &Bench, base: &BaseSystem, dir: &Path, name: &str) -> Result<VmBuilder, Failure> {
+pub(crate) fn debian(bench: &Bench, base: &BaseSystem, dir: &Path, name: &str) -> Result<VmBuilder, Failure> {
     let disk = LaptopDisk::builder(base)
         .hostname(name)
         .autologin(true)
@@ -123,7 +149,7 @@ fn debian(bench: &Bench, base: &BaseSystem, dir: &Path, name: &str) -> Result<Vm
 }
 
 /// Runs a command again and again until it succeeds.
-fn wait(vm: &Vm, command: &str) -> Result<(), Failure> {
+pub(crate) fn wait(vm: &Vm, command: &str) -> Result<(), Failure> {
     vm.run_ok_within(
         &format!("for i in $(seq 100); do {command} && exit 0; sleep 0.3; done; exit 1"),
         SOON,
@@ -132,19 +158,19 @@ fn wait(vm: &Vm, command: &str) -> Result<(), Failure> {
 }
 
 /// A disk with known content.
-fn image(path: &Path, name: &str) -> Result<(), Failure> {
+pub(crate) fn image(path: &Path, name: &str) -> Result<(), Failure> {
     let line = format!("{:<511}\n", format!("this is {name} of the target"));
     let lines = usize::try_from(SIZE)? / line.len();
     Ok(std::fs::write(path, line.repeat(lines))?)
 }
 
 /// What `sha256sum` says of the whole device.
-fn sum(vm: &Vm, device: &str) -> Result<String, Failure> {
+pub(crate) fn sum(vm: &Vm, device: &str) -> Result<String, Failure> {
     let said = vm.run_ok_within(&format!("sha256sum < {device}"), SOON)?;
     Ok(said.split_whitespace().next().unwrap_or_default().to_owned())
 }
 
-fn same(what: &str, a: &str, b: &str) -> Result<(), Failure> {
+pub(crate) fn same(what: &str, a: &str, b: &str) -> Result<(), Failure> {
     if a == b {
         Ok(())
     } else {
@@ -284,7 +310,7 @@ pub(crate) fn reboot(bench: &Bench) -> Result<(), Failure> {
         .serial()
         .expect("disks are lent to the holders of these keys: stick", patience::SERVING)?;
     laptop.serial().expect("READ-WRITE", patience::SERVING)?;
-    let base = BaseSystem::ensure(&BaseOptions::default().package("nvme-cli").package("nbd-client"))?;
+    let base = base()?;
     let dir = tempfile::tempdir_in(bench.kit.dir())?;
     other_key(bench)?;
     let client = debian(bench, &base, dir.path(), "client")?;

@@ -3,7 +3,8 @@
 # with their sizes and times below /usr; but for what a running system changes by itself. Two of these are compared.
 set -eu
 export LC_ALL=C
-left_out='/proc /sys /dev /run /tmp /var/tmp /var/log /var/cache /var/lib/dpkg /var/lib/systemd /root/tree /lost+found'
+left_out='/proc /sys /dev /run /tmp /var/tmp /var/log /var/cache /var/lib/dpkg /var/lib/systemd /var/lib/NetworkManager
+/etc/resolv.conf /root/tree /lost+found'
 prune=''
 for folder in $left_out; do
     prune="$prune -o -path $folder"

@@ -2,6 +2,15 @@
 
 use super::*;
 
+/// Runs the command that is to mend `/etc/NAME`, on the laptop's copy.
+fn do_as_told(laptop: &Fixture, name: &str) {
+    let path = format!("/etc/{name}");
+    let copy = laptop.tree().path(&path);
+    let command = worst(laptop, name).next.unwrap().replace(&path, copy.to_str().unwrap());
+    let done = std::process::Command::new("sh").args(["-c", &command]).status();
+    assert!(done.unwrap().success(), "{command}");
+}
+
 #[test]
 fn names_by_place_in_fstab_are_failures_with_a_command_that_mends_them() {
     let laptop = Fixture::debian_luks_lvm();
@@ -14,17 +23,7 @@ fn names_by_place_in_fstab_are_failures_with_a_command_that_mends_them() {
         Level::Failure,
         &["/boot", "/dev/nvme0n1p2", "UUID=0b-0b"],
     );
-    let command = worst(&laptop, "fstab").next.unwrap();
-    // As the user types it, on a copy.
-    let file = laptop.tree().path("/etc/fstab");
-    let command = command.replace("/etc/fstab", file.to_str().unwrap());
-    assert!(
-        std::process::Command::new("sh")
-            .args(["-c", &command])
-            .status()
-            .unwrap()
-            .success()
-    );
+    do_as_told(&laptop, "fstab");
     is(&laptop, "fstab", Level::Ok, &[]);
     assert!(
         laptop
@@ -54,18 +53,7 @@ fn names_by_place_in_fstab_are_failures_with_a_command_that_mends_them() {
 fn a_file_system_on_a_disk_that_stays_behind_stops_the_desktop() {
     let laptop = Fixture::two_disks();
     is(&laptop, "fstab", Level::Failure, &["/data is on sda", "nofail"]);
-    let file = laptop.tree().path("/etc/fstab");
-    let command = worst(&laptop, "fstab")
-        .next
-        .unwrap()
-        .replace("/etc/fstab", file.to_str().unwrap());
-    assert!(
-        std::process::Command::new("sh")
-            .args(["-c", &command])
-            .status()
-            .unwrap()
-            .success()
-    );
+    do_as_told(&laptop, "fstab");
     is(&laptop, "fstab", Level::Ok, &[]);
     assert!(
         laptop
@@ -82,18 +70,7 @@ fn names_by_place_in_crypttab_are_failures() {
     is(&laptop, "crypttab", Level::Ok, &[]);
     laptop.write("/etc/crypttab", "c /dev/nvme0n1p3 none luks\n");
     is(&laptop, "crypttab", Level::Failure, &["/dev/nvme0n1p3", "UUID=1c-1c"]);
-    let file = laptop.tree().path("/etc/crypttab");
-    let command = worst(&laptop, "crypttab")
-        .next
-        .unwrap()
-        .replace("/etc/crypttab", file.to_str().unwrap());
-    assert!(
-        std::process::Command::new("sh")
-            .args(["-c", &command])
-            .status()
-            .unwrap()
-            .success()
-    );
+    do_as_told(&laptop, "crypttab");
     assert_eq!(laptop.tree().text("/etc/crypttab").unwrap(), "c UUID=1c-1c none luks\n");
     is(&laptop, "crypttab", Level::Ok, &[]);
     let laptop = Fixture::two_disks();
