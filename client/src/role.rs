@@ -63,7 +63,9 @@ pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow
     let mut unlocker = Unlocker::new(console);
     let mut pause = Duration::from_secs(1);
     loop {
-        let event = match tokio::time::timeout(HINT, events.recv()).await {
+        let heard = tokio::time::timeout(HINT, events.recv()).await;
+        unlocker.forget_old();
+        let event = match heard {
             Err(_) => {
                 screen.hint();
                 continue;

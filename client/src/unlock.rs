@@ -59,6 +59,11 @@ impl Unlocker {
         }
     }
 
+    /// Wipes what was typed and no laptop has taken for too long.
+    pub(crate) fn forget_old(&mut self) {
+        self.waiting = self.waiting.take().filter(|waiting| waiting.is_young(Instant::now()));
+    }
+
     /// Does what is next with this offer.
     pub(crate) async fn step(&mut self, key: &StickKey, machine: MachineId, found: &Found) -> anyhow::Result<Step> {
         if let Some(when) = self.not_before.take() {
@@ -66,11 +71,16 @@ impl Unlocker {
             // This offer may be too old by now.
             return Ok(Step::Again);
         }
-        let typed = self
+        self.forget_old();
+        if self
             .waiting
-            .take()
-            .filter(|waiting| waiting.is_for(found, Instant::now()));
-        let Some(typed) = typed else {
+            .as_ref()
+            .is_some_and(|waiting| waiting.laptop != found.address)
+        {
+            // Of another one, or of the same by another NIC: the one that it was typed for offers again.
+            return Ok(Step::Again);
+        }
+        let Some(typed) = self.waiting.take() else {
             let answer = send(key, machine, found, &Passphrase::default()).await?;
             return self.ask(found, &answer).await;
         };
@@ -113,11 +123,12 @@ impl Unlocker {
         if answer.outcome == Outcome::Open || answer.wait > 0 {
             return self.told(found, answer);
         }
-        self.console.warn(&format!(
+        let question = format!(
             "{} wants the passphrase of {}. Type it here, then Enter; nothing of it is shown, and keys count as on a US keyboard",
             found.hostname, answer.wants
-        ));
-        let typed = tokio::task::spawn_blocking(type_it).await??;
+        );
+        let console = self.console;
+        let typed = tokio::task::spawn_blocking(move || type_it(console, &question)).await??;
         match typed {
             Typed::Line(line) if line.is_empty() => self.console.info("nothing was typed"),
             Typed::Line(line) => {
@@ -137,16 +148,17 @@ impl Unlocker {
 }
 
 impl Waiting {
-    /// Whether it was typed for this laptop, and not long ago.
-    fn is_for(&self, found: &Found, now: Instant) -> bool {
-        self.laptop == found.address && now.saturating_duration_since(self.at) < KEPT
+    /// Whether it was typed not long ago.
+    fn is_young(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.at) < KEPT
     }
 }
 
-fn type_it() -> anyhow::Result<Typed> {
+/// Asks, once keys are heard and are not shown any more.
+fn type_it(console: &Console, question: &str) -> anyhow::Result<Typed> {
     let mut keyboard = Keyboard::open(Path::new("/dev"), Path::new(SYSFS))
         .context("this desktop hears no keyboard, so no passphrase can be typed")?;
-    Ok(keyboard.line(MAX_PASSPHRASE, TYPING)?)
+    Ok(keyboard.line(|| console.warn(question), MAX_PASSPHRASE, TYPING)?)
 }
 
 async fn send(key: &StickKey, machine: MachineId, found: &Found, passphrase: &Passphrase) -> anyhow::Result<Unlocking> {
@@ -192,16 +204,30 @@ mod tests {
         ))))
     }
 
-    #[test]
-    fn what_was_typed_is_for_one_laptop_and_for_a_moment() {
-        let waiting = Waiting {
+    fn waiting() -> Waiting {
+        Waiting {
             laptop: found(1).address,
             passphrase: Passphrase::new(Zeroizing::new(b"x".to_vec())).unwrap(),
             at: Instant::now(),
-        };
-        assert!(waiting.is_for(&found(1), waiting.at));
-        assert!(!waiting.is_for(&found(2), waiting.at));
-        assert!(!waiting.is_for(&found(1), waiting.at + KEPT));
+        }
+    }
+
+    #[test]
+    fn what_was_typed_is_kept_for_a_moment() {
+        let waiting = waiting();
+        assert!(waiting.is_young(waiting.at) && !waiting.is_young(waiting.at + KEPT));
+    }
+
+    #[tokio::test]
+    async fn what_was_typed_for_one_laptop_goes_to_no_other_and_waits_for_its_next_offer() {
+        let mut unlocker = unlocker();
+        unlocker.waiting = Some(waiting());
+        let (key, machine) = (StickKey::generate("a").unwrap(), "00".repeat(16).parse().unwrap());
+        // Nobody listens there: a question would fail.
+        assert_eq!(unlocker.step(&key, machine, &found(2)).await.unwrap(), Step::Again);
+        assert!(unlocker.waiting.is_some());
+        assert!(unlocker.step(&key, machine, &found(1)).await.is_err());
+        assert!(unlocker.waiting.is_none());
     }
 
     #[test]

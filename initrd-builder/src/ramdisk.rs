@@ -30,8 +30,10 @@ const WINDOW_LOG: u32 = 23;
 const JOB_SIZE: u32 = 16 << 20;
 /// The module of devices over other devices: the laptop's disk is read through one that refuses writes.
 pub const LOOP: &str = "loop";
-/// The modules of volumes on it that are encrypted, or LVM's.
-const MAPPER: [&str; 2] = ["dm_mod", "dm_crypt"];
+/// The module of volumes on it that are encrypted, or LVM's.
+pub const DM: &str = "dm_mod";
+/// The module of those that are encrypted.
+pub const CRYPT: &str = "dm_crypt";
 /// The largest program or extra file taken, in bytes.
 const FILE_MAX: u64 = 256 << 20;
 /// Character devices that PID 1 needs before it mounts devtmpfs: name, mode, major, minor.
@@ -326,7 +328,7 @@ fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, Ramdisk
 /// The modules by which the ramdisk reads the laptop's disk by itself, those of them that it has.
 fn reads(has: impl Fn(&str) -> bool) -> Vec<String> {
     let file_systems = VOLUMES.iter().map(|(fstype, _)| *fstype);
-    let wanted = [LOOP].into_iter().chain(file_systems).chain(MAPPER);
+    let wanted = [LOOP].into_iter().chain(file_systems).chain([DM, CRYPT]);
     wanted.filter(|module| has(module)).map(str::to_owned).collect()
 }
 

@@ -14,7 +14,7 @@ pub const REQUEST: usize = 2 + MAX_PASSPHRASE;
 pub const MAX_WANTS: usize = 200;
 
 /// What a person has typed; wiped when dropped, and never printed.
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Default, PartialEq, Eq)]
 pub struct Passphrase(Zeroizing<Vec<u8>>);
 
 impl std::fmt::Debug for Passphrase {

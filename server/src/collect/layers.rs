@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::Read;
 use std::time::SystemTime;
 
+use stiefel_initrd_builder::ramdisk::{CRYPT, DM};
 use stiefel_shared::discovery::{Ticket, TicketKind};
 use stiefel_shared::handover::{Layers, Logical, Luks};
 use stiefel_shared::key::StickKey;
@@ -17,10 +18,6 @@ use stiefel_shared::seal::SealError;
 
 use super::place::{PlaceError, device_of, number_of};
 use crate::tree::{Mount, Tree};
-
-/// Modules that the ramdisk needs for any of it, and for LUKS.
-const MAPPER: &str = "dm_mod";
-const CRYPT: &str = "dm_crypt";
 
 /// What has to be opened.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -97,7 +94,7 @@ impl Opened {
 
     /// What the ramdisk must have.
     pub(super) fn modules(&self) -> impl Iterator<Item = &'static str> {
-        let mapper = (!self.luks.is_empty() || !self.physical.is_empty()).then_some(MAPPER);
+        let mapper = (!self.luks.is_empty() || !self.physical.is_empty()).then_some(DM);
         let crypt = (!self.luks.is_empty()).then_some(CRYPT);
         mapper.into_iter().chain(crypt)
     }

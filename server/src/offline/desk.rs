@@ -85,8 +85,8 @@ async fn listen(console: &'static Console, asking: &Asking<'_>, locked: impl Loc
             never = &mut web => match never {},
             () = &mut answers => bail!("discovery ended"),
             () = desk.opened.notified() => return Ok(()),
-            // A person may take any time: nothing hangs.
-            () = tokio::time::sleep(TICK) => super::step(),
+            // A person may take any time, then nothing hangs; a try may not: it reads the disk.
+            () = tokio::time::sleep(TICK) => if desk.busy.try_lock().is_ok() { super::step() },
         }
     }
 }
@@ -155,7 +155,6 @@ impl<L: Locked> Desk<L> {
         let locked = Arc::clone(&self.locked);
         let tried = tokio::task::spawn_blocking(move || {
             let mut locked = lock(&locked);
-            super::step();
             let opened = locked.attempt(&passphrase);
             (opened, locked.wants())
         });

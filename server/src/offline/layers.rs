@@ -19,23 +19,6 @@ use super::tools;
 
 /// What the names of open LUKS devices begin with.
 const PREFIX: &str = "stiefel-unlocked-";
-/// What nothing names as its dependency, and what the kernel would ask modprobe for, which is not here.
-pub(super) const MODULES: [&str; 14] = [
-    "dm_mod",
-    "dm_crypt",
-    "aes_generic",
-    "aes_x86_64",
-    "aesni_intel",
-    "xts",
-    "cbc",
-    "essiv",
-    "sha256_generic",
-    "sha256_ssse3",
-    "sha512_generic",
-    "ecb",
-    "af_alg",
-    "algif_skcipher",
-];
 /// cryptsetup(8), "RETURN CODES": no permission, for the passphrase is wrong.
 const WRONG: i32 = 2;
 /// How often, and after which pause, what stays is looked at again: who has looked at a new device lets it go soon.
@@ -76,6 +59,8 @@ impl<F: FnMut(&Lock, &Passphrase) -> anyhow::Result<bool> + Send + 'static> Lock
         let mut left = Vec::new();
         let mut failed = None;
         for lock in std::mem::take(&mut self.left) {
+            // Each has a time of its own.
+            super::step();
             // One that is broken must not keep the others from being remembered.
             match (self.open)(&lock, passphrase) {
                 Ok(true) => opened += 1,
@@ -120,7 +105,8 @@ pub(super) fn open(root: &Path, lock: &Lock, passphrase: &Passphrase) -> anyhow:
     }
 }
 
-/// Opens a volume of LVM by the laptop's own lvm, which sees nothing but these devices; its device.
+/// Opens a volume of LVM by the laptop's own lvm, which sees nothing but these devices; its device. Not by `--readonly`, nor with
+/// `global/metadata_read_only`: opening takes the lock of a writer, which both refuse. That nothing is written the devices see to.
 pub(super) fn activate(root: &Path, dev: &Path, logical: &Logical, on: &[PathBuf]) -> anyhow::Result<PathBuf> {
     ensure!(logical.is_sound(), "a volume of LVM has a name that LVM does not take");
     let config = configuration(logical, on);
@@ -130,6 +116,9 @@ pub(super) fn activate(root: &Path, dev: &Path, logical: &Logical, on: &[PathBuf
         "--config",
         &config,
         "--noudevsync",
+        // Nothing that was begun on it goes on here.
+        "--poll",
+        "n",
         "--activate",
         "y",
         &name,

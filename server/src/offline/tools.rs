@@ -13,7 +13,7 @@ use anyhow::{Context, bail};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use stiefel_initrd_builder::ramdisk::interpreter;
 use stiefel_initrd_builder::tools::{LIBRARIES, LOADER, PROGRAMS};
-use stiefel_sys::process::poll;
+use stiefel_sys::process::{dies_with_us, poll};
 
 /// How long one may take: key derivation on a slow machine takes tens of seconds.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -71,6 +71,8 @@ fn command(root: &Path, name: &str) -> io::Result<Command> {
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
+    // One that outlived this role would open the disk for nobody, and behind the back of the next one.
+    dies_with_us(&mut command);
     Ok(command)
 }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
+use stiefel_initrd_builder::modules::MAPPER;
 use stiefel_shared::handover::{Layers, Logical, VOLUMES, Volume};
 use stiefel_shared::unlock::Passphrase;
 use stiefel_sys::block::{self, Disk};
@@ -13,7 +14,7 @@ use stiefel_sys::mount::{self, MountEntry, MountFlags};
 use stiefel_sys::shield;
 
 use super::desk::{self, Asking};
-use super::layers::{self, Lock, Locks, MODULES};
+use super::layers::{self, Lock, Locks};
 use super::tools;
 use crate::tree::Tree;
 
@@ -89,7 +90,7 @@ impl<'a> Volumes<'a> {
 
     /// Has LUKS opened by passphrases that a desktop sends, so that volumes on it, and on LVM, can be mounted.
     pub(super) fn open(&mut self, console: &'static Console, hostname: &str, layers: &Layers) -> anyhow::Result<()> {
-        load(&MODULES)?;
+        load(MAPPER)?;
         let mut locks = Vec::new();
         for luks in &layers.luks {
             locks.push(Lock {

@@ -29,8 +29,8 @@ const ENTER: [u8; 2] = [b'\r', b'\n'];
 const ERASE: [u8; 2] = [0x08, 0x7f];
 const KILL: u8 = 0x15;
 
-/// A line that was asked for.
-#[derive(Debug, PartialEq, Eq)]
+/// A line that was asked for; what it says is never printed.
+#[derive(PartialEq, Eq)]
 pub enum Typed {
     /// This one, without its end.
     Line(Zeroizing<Vec<u8>>),
@@ -38,6 +38,16 @@ pub enum Typed {
     TooLong,
     /// Nobody has pressed a key for too long.
     Nothing,
+}
+
+impl std::fmt::Debug for Typed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Line(_) => "Line(..)",
+            Self::TooLong => "TooLong",
+            Self::Nothing => "Nothing",
+        })
+    }
 }
 
 /// A line while it is typed, which may be secret: wiped when dropped.
@@ -110,21 +120,19 @@ impl Keyboard {
 }
 
 impl Keyboard {
-    /// Reads a line that is not shown, of at most `max` bytes, on all consoles together; nobody may pause for longer than `patience`. What
-    /// was pressed before is dropped: it was meant for something else.
+    /// Has `ask` ask for a line, and reads it without showing it, at most `max` bytes, on all consoles together; nobody may pause for
+    /// longer than `patience`. What was pressed before it was asked for is dropped: it was meant for something else.
     ///
     /// # Errors
     /// All consoles have gone, or what poll(2) says.
-    pub fn line(&mut self, max: usize, patience: Duration) -> io::Result<Typed> {
+    pub fn line(&mut self, ask: impl FnOnce(), max: usize, patience: Duration) -> io::Result<Typed> {
         self.pressed.clear();
         for console in &self.consoles {
             // What cannot be dropped is a key too many.
             let _ = tcflush(console, QueueSelector::IFlush);
         }
-        self.read_line(max, patience)
-    }
-
-    fn read_line(&mut self, max: usize, patience: Duration) -> io::Result<Typed> {
+        // Who answers at once is heard, too.
+        ask();
         let mut line = Line {
             // Large enough from the start: a growing vector would leave copies behind.
             bytes: Zeroizing::new(Vec::with_capacity(max)),
@@ -289,10 +297,14 @@ mod tests {
         let mut keyboard = Keyboard::open(dir.path(), dir.path()).unwrap();
         person.write_all(b"earlier\r").unwrap();
         assert_eq!(keyboard.next(None).unwrap(), Some('e'));
-        assert_eq!(keyboard.line(8, Duration::ZERO).unwrap(), Typed::Nothing);
-        person.write_all("pä\x7fss\r".as_bytes()).unwrap();
-        let typed = keyboard.read_line(8, Duration::MAX).unwrap();
-        assert_eq!(typed, Typed::Line(Zeroizing::new(b"pss".to_vec())));
+        assert_eq!(keyboard.line(|| {}, 8, Duration::ZERO).unwrap(), Typed::Nothing);
+        person.write_all(b"too early\r").unwrap();
+        // Only what has arrived can be dropped.
+        assert_eq!(poll(&[keyboard.consoles[0].as_fd()], None).unwrap(), [true]);
+        let at_once = || person.write_all("pä\x7fss\r".as_bytes()).unwrap();
+        let typed = keyboard.line(at_once, 8, Duration::MAX).unwrap();
+        assert!(typed == Typed::Line(Zeroizing::new(b"pss".to_vec())), "{typed:?}");
+        assert_eq!(format!("{typed:?}"), "Line(..)");
         let mut shown = [0; 64];
         rustix::io::ioctl_fionbio(&person, true).unwrap();
         assert!(person.read(&mut shown).is_err(), "nothing was shown");
@@ -319,7 +331,8 @@ mod tests {
     fn who_types_nothing_is_not_waited_for_without_end() {
         let (dir, _person) = machine("ttyS0");
         let mut keyboard = Keyboard::open(dir.path(), dir.path()).unwrap();
-        assert_eq!(keyboard.line(8, Duration::from_millis(1)).unwrap(), Typed::Nothing);
+        let typed = keyboard.line(|| {}, 8, Duration::from_millis(1)).unwrap();
+        assert_eq!(typed, Typed::Nothing);
     }
 
     #[test]
