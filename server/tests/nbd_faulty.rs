@@ -23,8 +23,10 @@ const MIB: u32 = 1 << 20;
 #[derive(Debug, Default)]
 struct Dying {
     bad: Span<u64>,
-    /// Where writes go, if anywhere; its file system has no splice.
+    /// Where writes go, if anywhere.
     file: Option<File>,
+    /// All of it is in memory, and nothing can be spliced from it.
+    unspliced: Option<File>,
     /// Reads until all fail; 0 for never.
     tires: AtomicUsize,
     /// Requests wait as long as this is set.
@@ -64,8 +66,12 @@ impl Store for Dying {
         }
     }
 
-    fn read_now(&self, _parts: &mut [IoSliceMut<'_>], _offset: u64) -> usize {
-        0
+    fn read_now(&self, parts: &mut [IoSliceMut<'_>], _offset: u64) -> usize {
+        if self.unspliced.is_none() {
+            return 0;
+        }
+        parts.iter_mut().for_each(|part| part.fill(7));
+        parts.iter().map(|part| part.len()).sum()
     }
 
     fn read(&self, data: &mut [u8], offset: u64) -> io::Result<()> {
@@ -91,7 +97,7 @@ impl Store for Dying {
     }
 
     fn file(&self) -> Option<&File> {
-        self.file.as_ref()
+        self.unspliced.as_ref()
     }
 
     fn trim(&self, range: Range) -> io::Result<()> {
@@ -170,7 +176,21 @@ fn an_error_in_the_middle_of_an_unbroken_read_is_told_where_it_can_be() {
 }
 
 #[test]
-fn long_writes_arrive_also_where_the_file_system_has_no_splice() {
+fn long_reads_are_answered_also_where_the_file_system_has_no_splice() {
+    let fixture = Fixture::of_store(Arc::new(Dying {
+        // The kernel refuses to splice from a directory as from a file that cannot be spliced: EINVAL.
+        unspliced: Some(File::open("/").unwrap()),
+        ..Dying::default()
+    }));
+    for mut client in [fixture.client(), fixture.simple_client(), fixture.extended_client()] {
+        for length in [MIB, 300_000, 3 * MIB] {
+            assert_eq!(client.read(777, length), vec![7; length as usize]);
+        }
+    }
+}
+
+#[test]
+fn long_writes_arrive_whole_wherever_they_begin() {
     let file = tempfile::tempfile().unwrap();
     let fixture = Fixture::of_store(Arc::new(Dying {
         file: Some(file.try_clone().unwrap()),

@@ -135,7 +135,7 @@ fn a_client_that_takes_nothing_is_dropped_in_time() {
 #[test]
 fn a_payload_that_never_comes_holds_nobody() {
     let fixture = Fixture::new(u64::from(8 * MIB));
-    // A small one, one that would be spliced, and one that is longer than anything that is held.
+    // A small one, one that goes straight to the file, and one that is longer than anything that is held.
     let mut halves: Vec<Client> = [4096, 256 << 10, 4 * MIB]
         .into_iter()
         .map(|length| {

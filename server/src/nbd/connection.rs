@@ -230,14 +230,22 @@ impl Connection {
         if let (Some(pipe), Some(file)) = (&scratch.pipe, self.export.file())
             && Pipe::holds(piece.offset, piece.length)
         {
-            if let Err(error) = pipe.take(file, piece.offset, length) {
-                // It holds a part that nobody wants.
-                scratch.pipe = Pipe::new().ok();
-                return Err(Broken::Medium(error));
+            match pipe.take(file, piece.offset, length) {
+                Ok(()) => {
+                    self.export.count_read(length);
+                    let mut turn = self.output.turn(&self.peer.stream);
+                    return turn.send_from(&scratch.head, pipe, length).map_err(Broken::Connection);
+                }
+                // A file system that has no splice: through memory, from now on.
+                Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+                    scratch.pipe = None;
+                }
+                Err(error) => {
+                    // It holds a part that nobody wants.
+                    scratch.pipe = Pipe::new().ok();
+                    return Err(Broken::Medium(error));
+                }
             }
-            self.export.count_read(length);
-            let mut turn = self.output.turn(&self.peer.stream);
-            return turn.send_from(&scratch.head, pipe, length).map_err(Broken::Connection);
         }
         self.export.read(piece.offset, scratch.part(length))?;
         let mut turn = self.output.turn(&self.peer.stream);

@@ -15,7 +15,6 @@ use stiefel_shared::nbd::{
 use thiserror::Error;
 
 use super::negotiate::{Offer, Offered};
-use super::pipe::Pipe;
 use super::request::Range;
 use super::storage::{Access, FileStore};
 use super::store::{Store, Traits};
@@ -345,14 +344,6 @@ impl Export {
     pub(super) fn write_now(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
         self.check()?;
         let written = self.store.write_now(parts, offset)?;
-        self.bytes_written.fetch_add(written as u64, Ordering::Relaxed);
-        Ok(written)
-    }
-
-    /// As [`Store::write_from`].
-    pub(super) fn write_from(&self, pipe: &Pipe, offset: u64, length: usize, wait: bool) -> io::Result<usize> {
-        self.check()?;
-        let written = self.store.write_from(pipe.out(), offset, length, wait)?;
         self.bytes_written.fetch_add(written as u64, Ordering::Relaxed);
         Ok(written)
     }

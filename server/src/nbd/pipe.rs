@@ -1,9 +1,9 @@
-//! Moves bytes between a file's page cache and a socket without passing through this program's memory.
+//! Moves bytes from a file's page cache to a socket without passing through this program's memory.
 
 use std::fs::File;
 use std::io;
 use std::net::TcpStream;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use rustix::io::Errno as Os;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
@@ -56,36 +56,5 @@ impl Pipe {
             }
         }
         Ok(())
-    }
-
-    /// Takes what has been received, at most `length` bytes, and waits if nothing has (the flag is about the pipe); `None`
-    /// when it is full. 0 is the end.
-    pub(super) fn receive(&self, stream: &TcpStream, length: usize) -> io::Result<Option<usize>> {
-        loop {
-            match splice(stream, None, &self.into, None, length, SpliceFlags::NONBLOCK) {
-                Ok(moved) => return Ok(Some(moved)),
-                Err(Os::AGAIN) => return Ok(None),
-                Err(Os::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-    }
-
-    /// Takes what it holds, exactly as many bytes as `into` has, into memory.
-    pub(super) fn read(&self, mut into: &mut [u8]) -> io::Result<()> {
-        while !into.is_empty() {
-            match rustix::io::read(&self.out, &mut *into) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(got) => into = &mut into[got..],
-                Err(Os::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
-    }
-
-    /// The end to take from.
-    pub(super) fn out(&self) -> BorrowedFd<'_> {
-        self.out.as_fd()
     }
 }

@@ -370,6 +370,11 @@ fn prepare(stream: &TcpStream, peer_timeout: Duration) -> io::Result<()> {
         .with_interval(PROBE)
         .with_retries(u32::try_from(probes).unwrap_or(127));
     socket.set_tcp_keepalive(&keepalive)?;
+    // Congestion control is for a network. Where there is none, one that sends by a timer's pace (BBR) only costs: half the
+    // speed. The kernel always has this one; where it is forbidden, the other stays.
+    if stream.peer_addr()?.ip().to_canonical().is_loopback() {
+        let _ = socket.set_tcp_congestion(b"reno");
+    }
     socket.set_tcp_user_timeout(Some(peer_timeout))
 }
 

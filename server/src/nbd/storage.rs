@@ -3,7 +3,6 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, IoSliceMut, Seek};
 use std::num::NonZeroU64;
-use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, OFlags, SeekFrom, fadvise, fallocate, flock, seek};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev, pwritev2};
-use rustix::pipe::{SpliceFlags, splice};
 use stiefel_shared::nbd::{Extent, STATE_HOLE, STATE_ZERO};
 
 use super::export::ExportError;
@@ -154,9 +152,9 @@ impl FileStore {
     }
 
     /// Writes into the page cache, which waits only when that is too full of unwritten pages: seen by the time it takes.
-    fn timed(&self, wait: bool, write: impl FnOnce() -> Result<usize, Errno>) -> io::Result<usize> {
+    fn timed(&self, write: impl FnOnce() -> Result<usize, Errno>) -> io::Result<usize> {
         let begun = self.now();
-        if !wait && self.is_slow() {
+        if self.is_slow() {
             return Ok(0);
         }
         let written = match write() {
@@ -237,14 +235,7 @@ impl Store for FileStore {
         if let Some(asked) = self.ask_to_write(parts, offset) {
             return asked;
         }
-        self.timed(false, || pwritev(&self.file, parts, offset))
-    }
-
-    fn write_from(&self, pipe: BorrowedFd<'_>, mut offset: u64, length: usize, wait: bool) -> io::Result<usize> {
-        let flags = SpliceFlags::empty();
-        self.timed(wait, || {
-            splice(pipe, None, &self.file, Some(&mut offset), length, flags)
-        })
+        self.timed(|| pwritev(&self.file, parts, offset))
     }
 
     fn write(&self, data: &[u8], offset: u64) -> io::Result<()> {

@@ -6,7 +6,6 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::BorrowedFd;
 
 use stiefel_shared::nbd::Extent;
 
@@ -35,15 +34,6 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// # Errors
     /// The medium's; some bytes may be written nevertheless.
     fn write_now(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<usize>;
-
-    /// Writes what a pipe holds, at most `length` bytes; returns how many, 0 when that needs waiting and `wait` is not set.
-    ///
-    /// # Errors
-    /// `Unsupported` where only [`Store::write`] works (nothing was taken from the pipe then); the medium's.
-    fn write_from(&self, pipe: BorrowedFd<'_>, offset: u64, length: usize, wait: bool) -> io::Result<usize> {
-        let _ = (pipe, offset, length, wait);
-        Err(io::ErrorKind::Unsupported.into())
-    }
 
     /// Whether writes have lately had to wait, so that they had better be left to threads that may.
     fn is_slow(&self) -> bool {

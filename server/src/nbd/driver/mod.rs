@@ -22,7 +22,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use stiefel_shared::nbd::{Asked, Errno};
 
 use self::input::Input;
-use self::patience::Patience;
 use super::connection::{BIG, Connection, Scratch, Task};
 use super::export::Export;
 use super::negotiate::{Agreed, Style};
@@ -45,8 +44,6 @@ pub(super) struct Driver {
     out: Vec<u8>,
     filled: usize,
     scratch: Scratch,
-    /// For payloads; the input has its own, for requests.
-    patience: Patience,
     /// The last request was a long write, and so the next one may be.
     bulk: bool,
 }
@@ -88,7 +85,6 @@ pub(super) fn transmit(
         out: vec![0; OUTPUT],
         filled: 0,
         scratch,
-        patience: Patience::new(),
         bulk: false,
     };
     Box::new(driver).drive();

@@ -1,6 +1,7 @@
 //! Storage target mode: a Debian lends its disks to another one, which has nvme-cli and nbd-client as anybody has.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
@@ -122,6 +123,8 @@ pub(crate) fn plug(vm: &Vm, dir: &Path, id: &str, serial: &str, broken: Option<u
 
 /// A key that opens nothing; another test may have made it.
 pub(crate) fn other_key(bench: &Bench) -> Result<(), Failure> {
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     match bench.kit.key("other").exists() {
         true => Ok(()),
         false => Ok(bench.kit.new_key("other")?),
