@@ -20,7 +20,8 @@ use stiefel_shared::discovery::Random;
 use stiefel_shared::handover::Part;
 use stiefel_shared::key::StickKey;
 use stiefel_shared::lend::{Ask, LendError, Loan, MAX_LOAN};
-use stiefel_shared::session::{Initiator, Item, MachineId, Receiver, SessionError, StreamError};
+use stiefel_shared::session::{Initiator, Item, MachineId, Receiver, SessionError, SessionName, StreamError};
+use stiefel_shared::unlock::{Passphrase, Unlocking};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
@@ -197,23 +198,7 @@ pub async fn fetch_from(
 /// [`FetchError`]; also for an answer that is none.
 pub async fn ask(source: Source<'_>, question: &Ask) -> Result<Loan, FetchError> {
     let question = question.to_json().map_err(FetchError::Loan)?;
-    let (initiator, opening) =
-        Initiator::start(source.key, source.challenge, source.machine).map_err(FetchError::Handshake)?;
-    let mut call = Call::post(&source, "/session", opening).await?;
-    let answer = call.whole(&source).await?;
-    let opened = initiator.finish(&answer).map_err(FetchError::Handshake)?;
-    drop(call);
-    let (path, session) = (format!("/session/{}/lend", opened.session), opened.session);
-    let (body, stream) = opened.ask(&question).map_err(FetchError::Handshake)?;
-    let mut call = Call::post(&source, &path, body).await?;
-    call.check(&source).await?;
-    let mut answer = Vec::new();
-    while let Some(bytes) = call.next(&source).await? {
-        answer.extend_from_slice(&bytes);
-        if answer.len() > MAX_LOAN_ANSWER {
-            return Err(StreamError::Altered.into());
-        }
-    }
+    let (answer, session, stream) = put(source, "lend", &question, MAX_LOAN_ANSWER).await?;
     let json = stream.loan(&answer)?;
     let loan = Loan::parse(&json).map_err(FetchError::Loan)?;
     match &loan {
@@ -223,6 +208,42 @@ pub async fn ask(source: Source<'_>, question: &Ask) -> Result<Loan, FetchError>
         .into()),
         _ => Ok(loan),
     }
+}
+
+/// Gives a laptop that waits for it a passphrase; an empty one only asks what is wanted.
+///
+/// # Errors
+/// [`FetchError`]; also for an answer that is none.
+pub async fn unlock(source: Source<'_>, passphrase: &Passphrase) -> Result<Unlocking, FetchError> {
+    let (answer, _, stream) = put(source, "unlock", &passphrase.to_request(), MAX_ANSWER).await?;
+    Ok(stream.unlocking(&answer)?)
+}
+
+/// A handshake, then one request in it: the whole answer, whose it is, and what opens it.
+async fn put(
+    source: Source<'_>,
+    what: &str,
+    question: &[u8],
+    limit: usize,
+) -> Result<(Vec<u8>, SessionName, Receiver), FetchError> {
+    let (initiator, opening) =
+        Initiator::start(source.key, source.challenge, source.machine).map_err(FetchError::Handshake)?;
+    let mut call = Call::post(&source, "/session", opening).await?;
+    let answer = call.whole(&source).await?;
+    let opened = initiator.finish(&answer).map_err(FetchError::Handshake)?;
+    drop(call);
+    let (path, session) = (format!("/session/{}/{what}", opened.session), opened.session);
+    let (body, stream) = opened.ask(question).map_err(FetchError::Handshake)?;
+    let mut call = Call::post(&source, &path, body).await?;
+    call.check(&source).await?;
+    let mut answer = Vec::new();
+    while let Some(bytes) = call.next(&source).await? {
+        answer.extend_from_slice(&bytes);
+        if answer.len() > limit {
+            return Err(StreamError::Altered.into());
+        }
+    }
+    Ok((answer, session, stream))
 }
 
 /// Hands on what comes out of the stream.
@@ -242,7 +263,8 @@ impl<S: FnMut(Part, &[u8]) -> io::Result<()>, P: FnMut(Progress)> Take<S, P> {
                 Item::Manifest(manifest) => self.manifest = Some(*manifest),
                 Item::Data { part, bytes } => self.write(part, bytes)?,
                 Item::End => {}
-                // It was not asked for.
+                // They were not asked for.
+                Item::Unlocking(_) => return Err(StreamError::Order { what: "a passphrase" }.into()),
                 Item::Loan(_) => return Err(StreamError::Order { what: "a loan" }.into()),
             }
         }

@@ -25,3 +25,4 @@ pub mod nbd;
 mod pulse;
 pub mod role;
 pub mod status;
+mod unlock;

@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use crate::attach::GUEST;
 use crate::discovery::{self, Event, Found};
 use crate::fetch::{self, Progress};
+use crate::unlock::{Step, Unlocker};
 use crate::{clash, control};
 
 /// After this long without any answer the screen says what to look at.
@@ -59,9 +60,12 @@ pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow
         last: None,
         out_of_date: false,
     };
+    let mut unlocker = Unlocker::new(console);
     let mut pause = Duration::from_secs(1);
     loop {
-        let event = match tokio::time::timeout(HINT, events.recv()).await {
+        let heard = tokio::time::timeout(HINT, events.recv()).await;
+        unlocker.forget_old();
+        let event = match heard {
             Err(_) => {
                 screen.hint();
                 continue;
@@ -69,7 +73,15 @@ pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow
             Ok(None) => break,
             Ok(Some(event)) => event,
         };
-        if let Some(found) = screen.show(event) {
+        let Some(found) = screen.show(event) else { continue };
+        if found.state == State::Locked {
+            let failed = !screen.unlock(&mut unlocker, handover, &found).await;
+            // What was heard meanwhile is old; offers come again.
+            while events.try_recv().is_ok() {}
+            if failed {
+                tokio::time::sleep(pause).await;
+            }
+        } else {
             match boot(console, handover, &found).await {
                 Ok(()) => return Ok(()),
                 Err(error) => console.error(&format!("{error:#}\nsearching again")),
@@ -97,7 +109,7 @@ struct Screen {
 }
 
 impl Screen {
-    /// Shows what happened; a laptop that is ready is returned.
+    /// Shows what happened; a laptop that is ready, or wants its passphrase, is returned.
     fn show(&mut self, event: Event) -> Option<Found> {
         match event {
             Event::Asking { interface } => {
@@ -119,13 +131,14 @@ impl Screen {
                         }
                         State::Asleep => "its own system runs; waking it",
                         State::Waking => "it is on its way",
+                        State::Locked => "its disk is locked",
                         State::Ready | State::Lending => "it is ready",
                     };
                     self.console
                         .info(&format!("found {} on {}: {doing}", found.hostname, found.interface));
                     self.last = news;
                 }
-                (found.state == State::Ready).then_some(found)
+                [State::Ready, State::Locked].contains(&found.state).then_some(found)
             }
             Event::OutOfDate { interface, issued } => {
                 if !std::mem::replace(&mut self.out_of_date, true) {
@@ -144,11 +157,32 @@ impl Screen {
         }
     }
 
+    /// Goes on with a laptop that wants its passphrase; whether that worked, so far.
+    async fn unlock(&mut self, unlocker: &mut Unlocker, handover: &ClientHandover, found: &Found) -> bool {
+        let step = match machine_id(Path::new("/sys")) {
+            Ok(machine) => unlocker.step(&handover.key, machine, found).await,
+            Err(error) => Err(error),
+        };
+        match step {
+            Ok(Step::Again) => true,
+            Ok(Step::Open) => {
+                // Until it is ready it does not answer.
+                self.last = Some((found.hostname.clone(), State::Waking));
+                true
+            }
+            Err(error) => {
+                self.console.error(&format!("{error:#}\nsearching again"));
+                self.last = None;
+                false
+            }
+        }
+    }
+
     /// Nobody has answered for a while.
     fn hint(&self) {
         if let Some((hostname, State::Waking)) = &self.last {
             self.console.info(&format!(
-                "{hostname} ends its programs and starts to serve; still waiting for it"
+                "{hostname} is on its way, and starts to serve; still waiting for it"
             ));
         } else if self.interfaces.is_empty() {
             self.console

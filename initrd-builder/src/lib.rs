@@ -8,4 +8,5 @@ pub mod ramdisk;
 pub mod stick;
 #[cfg(test)]
 mod testing;
+pub mod tools;
 pub mod uki;

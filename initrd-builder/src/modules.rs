@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use stiefel_shared::kmod::{KmodError, ModuleIndex, Texts, normalise};
 
 use crate::archive::Archive;
-pub use classes::{CLASSES, Class, DEBUG, DEFAULT};
+pub use classes::{CLASSES, Class, DEBUG, DEFAULT, MAPPER};
 use foreign::Foreign;
 
 /// Why modules cannot be chosen or read.

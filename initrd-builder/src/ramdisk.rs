@@ -20,7 +20,7 @@ use tempfile::NamedTempFile;
 use crate::archive::Archive;
 use crate::modules::{DEBUG, ModuleSet, ModuleTree, ModulesError};
 pub use manifest::{KERNEL, MANIFEST, Manifest, ManifestError, Part, RAMDISK};
-pub use program::ProgramError;
+pub use program::{ProgramError, interpreter};
 
 /// Level 19 saves a tenth against 15, for three times the work.
 const LEVEL: i32 = 15;
@@ -30,6 +30,10 @@ const WINDOW_LOG: u32 = 23;
 const JOB_SIZE: u32 = 16 << 20;
 /// The module of devices over other devices: the laptop's disk is read through one that refuses writes.
 pub const LOOP: &str = "loop";
+/// The module of volumes on it that are encrypted, or LVM's.
+pub const DM: &str = "dm_mod";
+/// The module of those that are encrypted.
+pub const CRYPT: &str = "dm_crypt";
 /// The largest program or extra file taken, in bytes.
 const FILE_MAX: u64 = 256 << 20;
 /// Character devices that PID 1 needs before it mounts devtmpfs: name, mode, major, minor.
@@ -324,7 +328,7 @@ fn gather(options: &RamdiskOptions, progress: Progress) -> Result<Parts, Ramdisk
 /// The modules by which the ramdisk reads the laptop's disk by itself, those of them that it has.
 fn reads(has: impl Fn(&str) -> bool) -> Vec<String> {
     let file_systems = VOLUMES.iter().map(|(fstype, _)| *fstype);
-    let wanted = [LOOP].into_iter().chain(file_systems);
+    let wanted = [LOOP].into_iter().chain(file_systems).chain([DM, CRYPT]);
     wanted.filter(|module| has(module)).map(str::to_owned).collect()
 }
 

@@ -8,6 +8,7 @@ mod baked;
 mod boot;
 mod image;
 pub(crate) mod keys;
+mod layers;
 mod once;
 mod place;
 mod root;

@@ -21,6 +21,7 @@ use stiefel_shared::bundle::{ControlKey, Goodbye, Manifest};
 use stiefel_shared::discovery::Responder;
 use stiefel_shared::lend::{Ask, Loan};
 use stiefel_shared::session::{MachineId, SessionName};
+use stiefel_shared::unlock::{Passphrase, Unlocking};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -73,6 +74,19 @@ pub trait SessionHost: Send + Sync + 'static {
         let reason = "this machine does not lend single disks: a desktop boots from it".to_owned();
         std::future::ready(Err(Refusal { reason }))
     }
+
+    /// Takes a passphrase of a desktop, or tells what is wanted if it is empty. Runs to its end also if the desktop goes away.
+    fn unlock(
+        &self,
+        _request: Begin,
+        _passphrase: Passphrase,
+    ) -> impl Future<Output = Result<Unlocking, Refusal>> + Send {
+        let reason = "this machine waits for no passphrase".to_owned();
+        std::future::ready(Err(Refusal { reason }))
+    }
+
+    /// The answer that all is open has left: now the laptop may go on.
+    fn unlocked(&self) {}
 
     /// So many bytes of the bundle were sent.
     fn progress(&self, _session: SessionName, _done: u64, _total: u64) {}

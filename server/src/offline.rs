@@ -5,10 +5,15 @@
 //! role that is started again, know no difference. Specification: docs/architecture.md, "Leaving by a reboot".
 //!
 //! The disk is read through a loop device that refuses writes (`stiefel_sys::shield`): not even a journal is brought up to date.
-//! The one write is the end of the one-time image (`once`). Refused: another file system than the ones that the ramdisk has.
+//! The one write is the end of the one-time image (`once`). With a stick of the laptop's own, LUKS and LVM are opened over such devices
+//! (`layers`), by a passphrase that a desktop sends (`desk`). Refused: another file system than the ones that the ramdisk has.
 
+mod desk;
+mod layers;
+mod limit;
 mod once;
 mod search;
+mod tools;
 mod volumes;
 
 use std::fs::{File, Permissions};

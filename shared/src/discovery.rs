@@ -22,7 +22,7 @@ mod ticket;
 
 pub use responder::{About, Answer, Responder, Woken};
 pub use seeker::{Heard, Offer, Seeker, Told};
-pub use ticket::{LIFETIME as TICKET_LIFETIME, Ticket};
+pub use ticket::{Kind as TicketKind, LIFETIME as TICKET_LIFETIME, Ticket};
 
 /// UDP port of the laptop; its HTTP server has the same number by default.
 pub const PORT: u16 = 61570;
@@ -54,10 +54,13 @@ pub enum State {
     /// It boots nobody: it lends single disks ([`crate::lend`]). Sticks older than this do not understand the Offer, and
     /// pass it over.
     Lending,
+    /// It was started from a stick of its own, and waits for its disk's passphrase ([`crate::unlock`]). Offered only under the key of
+    /// a [`TicketKind::Unlocking`] ticket, and believed under no other. Sticks older than this know neither.
+    Locked,
 }
 
 impl State {
-    const ALL: [Self; 4] = [Self::Asleep, Self::Waking, Self::Ready, Self::Lending];
+    const ALL: [Self; 5] = [Self::Asleep, Self::Waking, Self::Ready, Self::Lending, Self::Locked];
 }
 
 /// An interface that came or went; the caller says which ones take part.

@@ -14,6 +14,8 @@ use crate::discovery::Ticket;
 use crate::key::StickKey;
 use crate::loader::cmdline::split;
 
+mod layers;
+pub use layers::{Layers, Logical, Luks};
 /// Where the ramdisk's handover lies: one JSON document, [`Handover`].
 pub const HANDOVER_PATH: &str = "stiefel/handover.json";
 /// Where the desktop's session lies inside the payload's initrd: one JSON document, [`crate::bundle::AttachSession`].
@@ -84,12 +86,12 @@ pub struct Place {
     pub volume: Volume,
     /// From that file system's root, with a slash in front.
     pub path: String,
-    /// Where in the file, and how much, in bytes; all of it, if not given.
+    /// Where in the file, and how much, in bytes; all of it if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub range: Option<(u64, u64)>,
 }
 
-/// A file system in the clear on a partition of the served disk.
+/// A file system on a partition of the served disk: in the clear, or as [`Layers`] say of that partition.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Volume {
@@ -99,6 +101,9 @@ pub struct Volume {
     pub fstype: String,
     /// Which folder of it is meant as its root: a subvolume of btrfs; else `/`.
     pub folder: String,
+    /// It is on this volume of LVM, of which the partition has at least a part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logical: Option<Logical>,
 }
 
 /// The file systems that the ramdisk reads, and how each is mounted without bringing its journal up to date: then its content may be
@@ -110,8 +115,8 @@ pub const VOLUMES: [(&str, Option<&str>); 4] = [
     ("vfat", None),
 ];
 
-/// What the laptop's ramdisk is told by a stick of the laptop's own (`stiefel stick --laptop`). Nothing of it is secret: keys and
-/// configuration are read from the disk at each start, so that who has the stick alone has nothing, and a revoked key counts.
+/// What the laptop's ramdisk is told by a stick of the laptop's own (`stiefel stick --laptop`). Keys and configuration are read from the
+/// disk at each start, so that who has the stick alone boots nothing, and a revoked key counts. Secret is only what [`Layers`] hold.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SearchHandover {
@@ -125,6 +130,9 @@ pub struct SearchHandover {
     pub wireguard: bool,
     /// Whether this ramdisk can serve a disk by NVMe over TCP.
     pub nvme_target: bool,
+    /// What has to be opened first, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Layers>,
 }
 
 /// What the ramdisk of a machine is told that lends its disks.

@@ -17,6 +17,7 @@ pub mod nbd;
 pub mod seal;
 pub mod session;
 pub mod superblock;
+pub mod unlock;
 
 #[cfg(test)]
 mod vectors;

@@ -12,6 +12,7 @@ use std::str::FromStr;
 
 use data_encoding::HEXLOWER;
 use snow::{Builder, HandshakeState, TransportState};
+use zeroize::Zeroizing;
 
 use crate::discovery::{Random, VERSION};
 use crate::key::{Purpose, StickKey};
@@ -198,7 +199,8 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// The body of a request to a machine that lends disks: `begin`, and `question` sealed; and what opens the answer.
+    /// The body of a request to a machine that lends disks, or waits for its passphrase: `begin`, and `question` sealed; and what opens
+    /// the answer.
     ///
     /// # Errors
     /// [`SessionError::Prepare`] for a question that is too long.
@@ -303,11 +305,11 @@ impl Accepted {
 }
 
 impl Accepted {
-    /// As [`Accepted::begin`], for a request to a machine that lends disks: also the question in it.
+    /// As [`Accepted::begin`], for a request to a machine that lends disks, or waits for its passphrase: also what is asked in it.
     ///
     /// # Errors
     /// As there.
-    pub fn begin_asking(self, body: &[u8]) -> Result<(Sender, Vec<u8>), SessionError> {
+    pub fn begin_asking(self, body: &[u8]) -> Result<(Sender, Zeroizing<Vec<u8>>), SessionError> {
         let (begin, question) = body.split_at_checked(BEGIN).ok_or(SessionError::Unverified)?;
         let mut sender = self.begin(begin)?;
         let question = sender.open(question).ok_or(SessionError::Unverified)?;

@@ -216,7 +216,8 @@ pub(crate) struct StickArgs {
     #[arg(long)]
     pub(crate) encrypted_only: bool,
     /// A stick for this laptop itself: started from it, the laptop serves its disk to all sticks whose keys it has, without its own
-    /// system. Holds no key: keys and configuration are read from the disk at each start.
+    /// system. Holds no stick's key: keys and configuration are read from the disk at each start. Where that is encrypted (LUKS), the
+    /// desktop asks for the passphrase; then this stick holds keys by which it may be sent, and this laptop's cryptsetup and lvm.
     #[arg(long, conflicts_with_all = ["target_mode", "encrypted_only", "key"])]
     pub(crate) laptop: bool,
     /// Words for the kernel's command line on the desktop, besides `initrd.cmdline`.

@@ -217,7 +217,10 @@ pub fn desktop_boots_after_asking(desktop: &Vm, milestones: &mut Milestones) -> 
 }
 
 /// Waits until the desktop, which is asking, has the laptop's disk.
-fn desktop_attaches(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
+///
+/// # Errors
+/// When a step does not come.
+pub fn desktop_attaches(desktop: &Vm, milestones: &mut Milestones) -> Result<(), Failure> {
     for (what, marker, patience) in [
         (
             "desktop: bundle received",

@@ -24,6 +24,29 @@ pub const DEFAULT: &str = "default";
 /// Class that also brings a shell into the ramdisk.
 pub const DEBUG: &str = "debug";
 
+/// What a laptop's own stick opens LUKS and LVM with (`stiefel_server::offline`): device mapper, and what nothing names as its
+/// dependency, for the kernel would ask modprobe for it, which is not in the ramdisk. The last ones are for a cryptsetup that computes
+/// in the kernel.
+pub const MAPPER: &[&str] = &[
+    "dm_mod",
+    "dm_crypt",
+    "dm_snapshot",
+    "dm_thin_pool",
+    "aesni_intel",
+    "aes_generic",
+    "aes_x86_64",
+    "ecb",
+    "xts",
+    "cbc",
+    "essiv",
+    "sha256_generic",
+    "sha256_ssse3",
+    "sha512_generic",
+    "af_alg",
+    "algif_hash",
+    "algif_skcipher",
+];
+
 /// All classes.
 pub const CLASSES: &[Class] = &[
     Class {
@@ -299,21 +322,7 @@ pub const CLASSES: &[Class] = &[
         name: "dm",
         about: "device-mapper: encrypted disks, LVM, snapshots",
         folders: &[],
-        names: &[
-            "dm_mod",
-            "dm_crypt",
-            "dm_snapshot",
-            "dm_thin_pool",
-            "aesni_intel",
-            "aes_generic",
-            "aes_x86_64",
-            "xts",
-            "cbc",
-            "essiv",
-            "sha256_generic",
-            "sha256_ssse3",
-            "sha512_generic",
-        ],
+        names: MAPPER,
         without: &[],
     },
     Class {

@@ -52,7 +52,7 @@ pub struct Manifest {
     /// Whether it can serve a disk by NVMe over TCP.
     #[serde(default)]
     pub nvme_target: bool,
-    /// What it has for reading the laptop's disk by itself: `loop`, and file systems.
+    /// What it has for reading the laptop's disk by itself: `loop`, file systems, device mapper.
     #[serde(default)]
     pub reads: Vec<String>,
     /// Number of firmware files in it.

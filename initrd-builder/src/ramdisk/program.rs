@@ -54,6 +54,24 @@ pub(super) fn kernel_machine(kernel: &[u8]) -> Result<Machine, ProgramError> {
     }
 }
 
+/// The loader that a program asks for, if it asks for one and is one.
+#[must_use]
+pub fn interpreter(program: &[u8]) -> Option<String> {
+    let header = FileHeader64::<object::Endianness>::parse(program).ok()?;
+    loader(header, program).ok()?
+}
+
+fn loader(header: &FileHeader64<object::Endianness>, program: &[u8]) -> Result<Option<String>, ProgramError> {
+    let broken = |_| ProgramError::NotAProgram;
+    let endian = header.endian().map_err(broken)?;
+    let segments = header.program_headers(endian, program).map_err(broken)?;
+    let asks = segments.iter().find(|segment| segment.p_type(endian) == PT_INTERP);
+    Ok(asks.map(|segment| {
+        let path = segment.data(endian, program).unwrap_or_default();
+        String::from_utf8_lossy(path).trim_end_matches('\0').to_owned()
+    }))
+}
+
 /// Checks that a program runs on `machine` without anything else.
 pub(super) fn check_static(program: &[u8], machine: Machine) -> Result<(), ProgramError> {
     let broken = |_| ProgramError::NotAProgram;
@@ -69,14 +87,9 @@ pub(super) fn check_static(program: &[u8], machine: Machine) -> Result<(), Progr
     if header.e_machine(endian) != wanted {
         return Err(ProgramError::OtherMachine);
     }
-    let segments = header.program_headers(endian, program).map_err(broken)?;
-    match segments.iter().find(|segment| segment.p_type(endian) == PT_INTERP) {
+    match loader(header, program)? {
         None => Ok(()),
-        Some(segment) => {
-            let path = segment.data(endian, program).unwrap_or_default();
-            let loader = String::from_utf8_lossy(path).trim_end_matches('\0').to_owned();
-            Err(ProgramError::Dynamic { loader })
-        }
+        Some(loader) => Err(ProgramError::Dynamic { loader }),
     }
 }
 

@@ -6,8 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use stiefel_initrd_builder::ramdisk::{LOOP, Manifest};
-use stiefel_shared::handover::{Place, VOLUMES, Volume};
+use stiefel_shared::handover::{Logical, Place, VOLUMES, Volume};
 
+use super::layers::Opened;
 use crate::payload::Piece;
 use crate::tree::{Mount, Tree};
 
@@ -35,6 +36,22 @@ pub enum PlaceError {
         /// The served disk.
         disk: String,
     },
+    /// Something below it that the ramdisk does not open.
+    #[error(
+        "{point} ({source_name}) is on {below}, which the ramdisk does not open: it does LUKS that takes a passphrase, and ordinary volumes \
+         of LVM in it or by themselves, all on partitions of {disk}\n  \
+         next: have it on such; or start the laptop's own system, and serve from there"
+    )]
+    Layer {
+        /// Where it is mounted.
+        point: String,
+        /// The device or name.
+        source_name: String,
+        /// What is in the way.
+        below: String,
+        /// The served disk.
+        disk: String,
+    },
     /// A file system that the ramdisk does not have.
     #[error(
         "{point} is a {kind}, which the ramdisk does not read\n  next: have /boot on ext4, xfs, btrfs or vfat; or set trigger.method to kexec"
@@ -48,7 +65,7 @@ pub enum PlaceError {
     /// A module that the ramdisk was built without.
     #[error(
         "the ramdisk has no {module}, without which it cannot read the laptop's disk\n  \
-         next: have `default`, or `fs` besides the others, among `modules` in config.yaml, then: stiefel install"
+         next: have `default`, or `fs` (of encrypted disks and LVM: `dm`, too) besides the others, among `modules` in config.yaml, then: stiefel install"
     )]
     NotInRamdisk {
         /// Which.
@@ -62,7 +79,12 @@ pub(crate) fn readable<'a>(
     volumes: impl IntoIterator<Item = &'a Volume>,
 ) -> Result<(), PlaceError> {
     let file_systems = volumes.into_iter().map(|volume| volume.fstype.as_str());
-    let mut needed = [LOOP].into_iter().chain(file_systems);
+    has_all(ramdisk, [LOOP].into_iter().chain(file_systems))
+}
+
+/// Whether this ramdisk has all these modules.
+pub(super) fn has_all<'a>(ramdisk: &Manifest, needed: impl IntoIterator<Item = &'a str>) -> Result<(), PlaceError> {
+    let mut needed = needed.into_iter();
     let missing = needed.find(|module| !ramdisk.reads.iter().any(|has| has == module));
     missing.map_or(Ok(()), |module| {
         Err(PlaceError::NotInRamdisk {
@@ -100,8 +122,8 @@ pub(crate) fn mount_of(tree: &Tree, path: &Path) -> Option<Mount> {
 }
 
 /// The file systems that make up the system in the tree, for reading the payload of a later day: `/` first, then those where kernels
-/// and modules may be.
-pub(crate) fn mounts(tree: &Tree, disk: &str) -> Result<Vec<(String, Volume)>, PlaceError> {
+/// and modules may be. What has to be opened for them is added to `opened`.
+pub(crate) fn mounts(tree: &Tree, disk: &str, opened: &mut Opened) -> Result<Vec<(String, Volume)>, PlaceError> {
     for point in POINTS {
         // A look mounts what an automount has there.
         tree.names(point);
@@ -115,7 +137,7 @@ pub(crate) fn mounts(tree: &Tree, disk: &str) -> Result<Vec<(String, Volume)>, P
     let mut found = Vec::new();
     for point in POINTS {
         match at(point) {
-            Some(mount) => found.push((point.to_owned(), volume(tree, disk, mount)?)),
+            Some(mount) => found.push((point.to_owned(), volume_below(tree, disk, mount, opened)?)),
             None if point == "/" => return Err(PlaceError::Nowhere { path: point.into() }),
             None => {}
         }
@@ -133,6 +155,19 @@ fn volume(tree: &Tree, disk: &str, mount: &Mount) -> Result<Volume, PlaceError> 
         source_name: mount.source.clone(),
         disk: disk.to_owned(),
     })?;
+    volume_on(mount, partition, None)
+}
+
+/// As [`volume`], also through LUKS and LVM.
+fn volume_below(tree: &Tree, disk: &str, mount: &Mount, opened: &mut Opened) -> Result<Volume, PlaceError> {
+    if partition_of(tree, disk, mount).is_some() {
+        return volume(tree, disk, mount);
+    }
+    let (partition, logical) = opened.below(tree, disk, mount)?;
+    volume_on(mount, partition, logical)
+}
+
+fn volume_on(mount: &Mount, partition: u32, logical: Option<Logical>) -> Result<Volume, PlaceError> {
     // One driver for the three.
     let kind = match mount.kind.as_str() {
         "ext2" | "ext3" => "ext4",
@@ -148,14 +183,23 @@ fn volume(tree: &Tree, disk: &str, mount: &Mount) -> Result<Volume, PlaceError> 
         partition,
         fstype: kind.to_owned(),
         folder: mount.root.clone(),
+        logical,
     })
 }
 
 /// On which partition of the disk a mounted file system is.
 pub(crate) fn partition_of(tree: &Tree, disk: &str, mount: &Mount) -> Option<u32> {
-    let name = tree
-        .block_name(&mount.source)
-        .or_else(|| tree.block_name(&mount.device))?;
+    number_of(tree, disk, &device_of(tree, mount)?)
+}
+
+/// The device of a mounted file system, by the kernel's name.
+pub(super) fn device_of(tree: &Tree, mount: &Mount) -> Option<String> {
+    tree.block_name(&mount.source)
+        .or_else(|| tree.block_name(&mount.device))
+}
+
+/// The number of the disk's partition that the kernel calls so.
+pub(super) fn number_of(tree: &Tree, disk: &str, name: &str) -> Option<u32> {
     let device = format!("/sys/class/block/{name}");
     let number = tree.line(format!("{device}/partition"))?.parse().ok()?;
     (tree.parent_of(&device)? == disk).then_some(number)
@@ -202,6 +246,7 @@ pub(crate) mod tests {
                 partition,
                 fstype: fstype.into(),
                 folder: "/".into(),
+                logical: None,
             },
             path: path.into(),
             range: None,
@@ -250,8 +295,6 @@ pub(crate) mod tests {
             error.contains("/dev/dm-0") && error.contains("trigger.method"),
             "{error}"
         );
-        let (_dir, tree) = laptop(&boot);
-        assert!(matches!(mounts(&tree, "sda"), Err(PlaceError::NotInClear { point, .. }) if point == "/"));
     }
 
     #[test]
@@ -285,7 +328,9 @@ pub(crate) mod tests {
             "22 1 0:25 /@ / rw - btrfs /dev/sda3 rw\n23 22 8:2 / /boot rw - ext4 /dev/sda2 rw\n\
              24 23 0:40 / /boot/efi rw - autofs systemd-1 rw\n25 24 8:1 / /boot/efi rw - vfat /dev/sda1 rw\n",
         );
-        let listed = mounts(&tree, "sda").unwrap();
+        let mut opened = Opened::default();
+        let listed = mounts(&tree, "sda", &mut opened).unwrap();
+        assert_eq!(opened, Opened::default(), "nothing has to be opened");
         let told: Vec<_> = listed
             .iter()
             .map(|(point, volume)| (point.as_str(), volume.partition, volume.folder.as_str()))

@@ -14,12 +14,13 @@ use stiefel_shared::bundle::ControlKey;
 use stiefel_shared::discovery::Responder;
 use stiefel_shared::lend::{Ask, Loan};
 use stiefel_shared::session::{Accepted, GoodbyeError, Opening, ReceivedGoodbye, SessionError, SessionName};
+use stiefel_shared::unlock::{Outcome, Passphrase};
 use tokio::sync::oneshot;
 
 use super::feed::{Frames, feed};
 use super::{Begin, Limits, Refusal, SessionHost, Wire, lock};
 
-/// The largest body of any request, in bytes; all are smaller than 100.
+/// The largest body of any request, in bytes; the longest is a question to a machine that lends disks.
 const MAX_BODY: usize = 512;
 /// How many sessions' keys are kept for their goodbyes.
 const MAX_SESSIONS: usize = 256;
@@ -121,7 +122,7 @@ impl<H: SessionHost> Server<H> {
         let steps: Vec<&str> = path.split('/').skip(1).take(4).collect();
         let allowed = match steps.as_slice() {
             [""] => "GET, HEAD",
-            ["session"] | ["session", _, "bundle" | "goodbye" | "lend"] => "POST",
+            ["session"] | ["session", _, "bundle" | "goodbye" | "lend" | "unlock"] => "POST",
             _ => return text(StatusCode::NOT_FOUND, "There is nothing here; see /."),
         };
         let posted = request.method() == Method::POST;
@@ -142,6 +143,7 @@ impl<H: SessionHost> Server<H> {
             ["session"] => self.open(&body, &wire),
             ["session", name, what] => match name.parse() {
                 Ok(name) if *what == "bundle" => self.bundle(name, &body, wire),
+                Ok(name) if *what == "unlock" => self.unlock(name, &body, wire).await,
                 Ok(name) if *what == "lend" => self.lend(name, &body, &wire).await,
                 Ok(name) => self.goodbye(name, body, wire).await,
                 Err(_) => text(StatusCode::NOT_FOUND, "There is no such session."),
@@ -275,6 +277,43 @@ impl<H: SessionHost> Server<H> {
             Err(_) => "the other machine failed; see its screen".to_owned(),
         };
         match sender.refusal(&reason) {
+            Ok(frame) => bytes(Either::Left(Full::new(Bytes::from(frame)))),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        }
+    }
+
+    /// Takes a passphrase, once who sends it proved to be alive.
+    async fn unlock(&self, name: SessionName, body: &[u8], mut wire: Wire) -> Reply {
+        let Some(pending) = self.pending(name, &wire) else {
+            return text(StatusCode::NOT_FOUND, "There is no such session.");
+        };
+        let (accepted, begin) = pending.begin(wire.peer);
+        let Ok((mut sender, request)) = accepted.begin_asking(body) else {
+            return text(StatusCode::FORBIDDEN, "The request does not verify; search again.");
+        };
+        let passphrase = match Passphrase::parse(&request) {
+            Ok(passphrase) => passphrase,
+            Err(error) => return text(StatusCode::BAD_REQUEST, &error.to_string()),
+        };
+        // In a task of its own: what was opened counts also if the other side goes away meanwhile.
+        let host = Arc::clone(&self.host);
+        let answer = tokio::spawn(async move {
+            let answer = host.unlock(begin, passphrase).await;
+            if answer.as_ref().is_ok_and(|answer| answer.outcome == Outcome::Open) {
+                tokio::spawn(async move {
+                    // Until the connection is closed, when the answer has left; the laptop goes on even if it never is.
+                    let _ = tokio::time::timeout(PARTING, wire.closed.changed()).await;
+                    host.unlocked();
+                });
+            }
+            answer
+        });
+        let frame = match answer.await {
+            Ok(Ok(answer)) => sender.unlocking(&answer),
+            Ok(Err(refusal)) => sender.refusal(&refusal.reason),
+            Err(_) => sender.refusal("the laptop failed; see its screen"),
+        };
+        match frame {
             Ok(frame) => bytes(Either::Left(Full::new(Bytes::from(frame)))),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         }

@@ -2,13 +2,15 @@
 //!
 //! The file systems are those that made up the system when the stick was written. What is looked for, and how, is the same as in the
 //! running system ([`crate::payload`]); there is only no firmware to ask what has booted, and no udev to ask for UUIDs. Keys and
-//! configuration are those on the disk now: what was revoked or changed since the stick was written counts.
+//! configuration are those on the disk now: what was revoked or changed since the stick was written counts. Where the disk is locked, a
+//! desktop is asked for its passphrase first, under keys that are good for nothing else; after that they do not count any more.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use stiefel_initrd_builder::overlay;
+use stiefel_initrd_builder::tools::UNLOCK;
 use stiefel_shared::config::{CONFIG_PATH, Config, MAX_CONFIG};
 use stiefel_shared::handover::{After, Part, SearchHandover, ServerHandover};
 use stiefel_shared::key::StickKey;
@@ -31,18 +33,27 @@ const RESERVE: u64 = 64 << 20;
 ///
 /// # Errors
 /// Why nobody can be served.
-pub fn search(console: &Console, handover: SearchHandover) -> anyhow::Result<ServerHandover> {
+pub fn search(console: &'static Console, mut handover: SearchHandover) -> anyhow::Result<ServerHandover> {
     volumes::release()?;
     let disk = wait_for_disk(console, &handover.disk)?;
     let root = Path::new("/");
     let server = {
+        let layers = handover.layers.take();
+        if layers.is_some() {
+            volumes::take_down(&disk)?;
+        }
         let mut volumes = Volumes::new(console, &disk)?;
+        if let Some(layers) = &layers {
+            volumes.open(console, &handover.hostname, layers)?;
+        }
         assemble(&mut volumes, &handover, &disk)?;
         let server = found(console, handover, Path::new(FOLDER), root)?;
         volumes.end()?;
         server
     };
     settle(root, &server)?;
+    // A role that is started again needs the programs no more, and memory is dear; without them it goes on all the same.
+    let _ = std::fs::remove_dir_all(root.join(UNLOCK));
     Ok(server)
 }
 
@@ -52,7 +63,8 @@ fn assemble(volumes: &mut Volumes<'_>, handover: &SearchHandover, disk: &Disk) -
         let place = below(Path::new(FOLDER), point)?;
         volumes.mount(volume, &place).with_context(|| {
             format!(
-                "{point} of the laptop's system (partition {} of {}) cannot be read; if the disk was partitioned anew, write this stick anew",
+                "{point} of the laptop's system (partition {} of {}) cannot be read; if the disk was partitioned or encrypted anew, write \
+                 this stick anew",
                 volume.partition,
                 disk.path.display()
             )
@@ -210,6 +222,7 @@ mod tests {
             mounts: Vec::new(),
             wireguard: true,
             nvme_target: true,
+            layers: None,
         };
         (dir, handover)
     }

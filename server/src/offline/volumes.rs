@@ -4,13 +4,18 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
-use stiefel_shared::handover::{VOLUMES, Volume};
+use stiefel_initrd_builder::modules::MAPPER;
+use stiefel_shared::handover::{Layers, Logical, VOLUMES, Volume};
+use stiefel_shared::unlock::Passphrase;
 use stiefel_sys::block::{self, Disk};
 use stiefel_sys::console::Console;
 use stiefel_sys::module::Loader;
 use stiefel_sys::mount::{self, MountEntry, MountFlags};
 use stiefel_sys::shield;
 
+use super::desk::{self, Asking};
+use super::layers::{self, Lock, Locks};
+use super::tools;
 use crate::tree::Tree;
 
 /// Where file systems of the disk are mounted for a moment; nothing else is.
@@ -21,6 +26,14 @@ pub(super) const FOLDER: &str = "/run/stiefel/disk";
 pub(super) fn release() -> anyhow::Result<()> {
     let entries = mount::read_mountinfo(Path::new("/proc"))?;
     unmount(&mut left(entries))
+}
+
+/// Takes down what a role that was killed while it read, or this one, has opened on the disk.
+///
+/// # Errors
+/// Something stays: the disk must not be served then.
+pub(super) fn take_down(disk: &Disk) -> anyhow::Result<()> {
+    layers::down(&mut layers::Kernel { disk })
 }
 
 /// The mount points of ours, in the order in which they were mounted.
@@ -46,8 +59,20 @@ pub(super) struct Volumes<'a> {
     console: &'a Console,
     disk: &'a Disk,
     mounted: Vec<PathBuf>,
+    /// What stands between partitions and file systems.
+    layers: Option<Open>,
     /// One for each partition: btrfs takes a second one with the same content for a duplicate. They go away after the mounts.
     devices: Vec<(u32, File, PathBuf)>,
+}
+
+/// LUKS and LVM of the disk.
+struct Open {
+    /// The partitions with LUKS.
+    luks: Vec<u32>,
+    /// Those with parts of LVM.
+    physical: Vec<u32>,
+    /// The volumes of LVM that are open, with their devices.
+    logical: Vec<(Logical, PathBuf)>,
 }
 
 impl<'a> Volumes<'a> {
@@ -58,8 +83,42 @@ impl<'a> Volumes<'a> {
             console,
             disk,
             mounted: Vec::new(),
+            layers: None,
             devices: Vec::new(),
         })
+    }
+
+    /// Has LUKS opened by passphrases that a desktop sends, so that volumes on it, and on LVM, can be mounted.
+    pub(super) fn open(&mut self, console: &'static Console, hostname: &str, layers: &Layers) -> anyhow::Result<()> {
+        load(MAPPER)?;
+        let mut locks = Vec::new();
+        for luks in &layers.luks {
+            locks.push(Lock {
+                label: format!(
+                    "{} ({}, partition {})",
+                    luks.label,
+                    self.disk.path.display(),
+                    luks.partition
+                ),
+                name: layers::unlocked(luks.partition),
+                device: self.device(luks.partition)?,
+            });
+        }
+        self.layers = Some(Open {
+            luks: layers.luks.iter().map(|luks| luks.partition).collect(),
+            physical: layers.physical.clone(),
+            logical: Vec::new(),
+        });
+        if locks.is_empty() {
+            return Ok(());
+        }
+        let asking = Asking {
+            hostname,
+            keys: &layers.keys,
+            tickets: &layers.tickets,
+        };
+        let open = |lock: &Lock, passphrase: &Passphrase| layers::open(Path::new("/"), lock, passphrase);
+        desk::wait(console, &asking, Locks::new(locks, open))
     }
 
     /// Mounts a volume at `point`, which may lie in another one; nothing on it can be run, and nothing is written.
@@ -73,7 +132,7 @@ impl<'a> Volumes<'a> {
         if !point.is_dir() {
             mount::make_dir_all(point, 0o700)?;
         }
-        let device = self.device(volume.partition)?;
+        let device = self.device_of(volume)?;
         let looped = device.display().to_string();
         let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         let folder = subvolume(volume)?;
@@ -102,7 +161,49 @@ impl<'a> Volumes<'a> {
 
     /// Unmounts them, the last one first: what is served must not be mounted.
     pub(super) fn end(mut self) -> anyhow::Result<()> {
-        unmount(&mut self.mounted)
+        self.close()
+    }
+
+    fn close(&mut self) -> anyhow::Result<()> {
+        unmount(&mut self.mounted)?;
+        if self.layers.is_some() {
+            // Each goes with its last user, which is what stands on it.
+            self.devices.clear();
+            take_down(self.disk)?;
+            self.layers = None;
+        }
+        Ok(())
+    }
+
+    /// The device of a volume, perhaps through LUKS and LVM.
+    fn device_of(&mut self, volume: &Volume) -> anyhow::Result<PathBuf> {
+        let Some(logical) = &volume.logical else {
+            return self.base(volume.partition);
+        };
+        let open = self
+            .layers
+            .as_ref()
+            .context("the stick does not say on what LVM lies")?;
+        if let Some((_, device)) = open.logical.iter().find(|(known, _)| known == logical) {
+            return Ok(device.clone());
+        }
+        let physical = open.physical.clone();
+        let on = physical.into_iter().map(|partition| self.base(partition));
+        let on = on.collect::<anyhow::Result<Vec<_>>>()?;
+        let device = layers::activate(Path::new("/"), Path::new("/dev"), logical, &on)?;
+        if let Some(open) = &mut self.layers {
+            open.logical.push((logical.clone(), device.clone()));
+        }
+        Ok(device)
+    }
+
+    /// What cannot be written, over a partition or the open LUKS in it.
+    fn base(&mut self, number: u32) -> anyhow::Result<PathBuf> {
+        let open = self.layers.as_ref();
+        if open.is_some_and(|open| open.luks.contains(&number)) {
+            return Ok(tools::mapped(Path::new("/dev"), &layers::unlocked(number)));
+        }
+        self.device(number)
     }
 
     /// What cannot be written, over a partition.
@@ -120,7 +221,7 @@ impl<'a> Volumes<'a> {
 
 impl Drop for Volumes<'_> {
     fn drop(&mut self) {
-        if let Err(error) = unmount(&mut self.mounted) {
+        if let Err(error) = self.close() {
             self.console.warn(&format!("{error:#}"));
         }
     }
@@ -185,6 +286,7 @@ mod tests {
             partition: 1,
             fstype: fstype.into(),
             folder: folder.into(),
+            logical: None,
         }
     }
 

@@ -103,6 +103,7 @@ fn at(tree: &Tree, disk: &str, point: &str) -> Option<Esp> {
             partition,
             fstype: mount.kind.clone(),
             folder: "/".to_owned(),
+            logical: None,
         },
         blocks: (blocks("start")?, blocks("size")?),
         // Of an MBR's partition it is no GUID.

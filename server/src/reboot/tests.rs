@@ -122,6 +122,7 @@ fn the_esp_is_found_with_what_the_firmware_knows_it_by() {
         partition: 1,
         fstype: "vfat".into(),
         folder: "/".into(),
+        logical: None,
     };
     assert_eq!(esp.volume, volume);
     let program = esp.program(IMAGE);

@@ -11,11 +11,12 @@ use stiefel_client::fetch::{FetchError, Patience, Progress, Source};
 use stiefel_server::http::{self, Begin, Bundle, FeedError, Limits, Refusal, SessionHost};
 use stiefel_server::{discovery, http::run};
 use stiefel_shared::bundle::{ControlKey, DiskOffer, Goodbye, LinkOffer, Manifest, Transport};
-use stiefel_shared::discovery::{About, LinkEvent, Random, Responder, State, Ticket, Woken};
+use stiefel_shared::discovery::{About, LinkEvent, Random, Responder, State, Ticket, TicketKind, Woken};
 use stiefel_shared::handover::LinkMode;
 use stiefel_shared::handover::{DiskIdentity, Part, PartSize, Payload};
 use stiefel_shared::key::StickKey;
 use stiefel_shared::session::{MachineId, SessionName};
+use stiefel_shared::unlock::{Outcome, Passphrase, Unlocking};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
@@ -34,6 +35,9 @@ pub enum Seen {
     Fetched(Result<(), String>),
     Goodbye(Goodbye),
     Parted(Goodbye),
+    /// Who has sent a passphrase.
+    Unlock(Begin),
+    Unlocked,
 }
 
 /// A host whose answers a test can choose.
@@ -62,6 +66,22 @@ impl SessionHost for FakeHost {
             return Err(Refusal { reason });
         }
         Ok(self.bundle(session))
+    }
+
+    async fn unlock(&self, request: Begin, passphrase: Passphrase) -> Result<Unlocking, Refusal> {
+        self.seen.send(Seen::Unlock(request)).unwrap();
+        match passphrase.bytes() {
+            b"" => Ok(Unlocking::new(Outcome::Wanted, 0, "sda2")),
+            b"right" => Ok(Unlocking::new(Outcome::Open, 0, "")),
+            b"broken" => Err(Refusal {
+                reason: "the disk is broken".into(),
+            }),
+            _ => Ok(Unlocking::new(Outcome::Wrong, 7, "sda2")),
+        }
+    }
+
+    fn unlocked(&self) {
+        let _ = self.seen.send(Seen::Unlocked);
     }
 
     fn fetched(&self, _session: SessionName, outcome: Result<(), FeedError>) {
@@ -157,6 +177,8 @@ pub struct Plan {
     pub hold: Option<Arc<Notify>>,
     /// It has keys of one activation, and tickets, and no stick's own key.
     pub activation: bool,
+    /// The same with keys of a laptop's own stick.
+    pub unlocking: bool,
 }
 
 impl Default for Plan {
@@ -174,6 +196,7 @@ impl Default for Plan {
             refuse_goodbyes: Vec::new(),
             hold: None,
             activation: false,
+            unlocking: false,
         }
     }
 }
@@ -207,9 +230,15 @@ impl Laptop {
             ready_in: 30,
         };
         let keys = [StickKey::generate("red").unwrap(), key.clone()];
-        let responder = if plan.activation {
+        let responder = if plan.activation || plan.unlocking {
+            let kind = match plan.unlocking {
+                true => TicketKind::Unlocking,
+                false => TicketKind::Activation,
+            };
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-            let issued = keys.iter().map(|key| Ticket::issue(key, now.as_secs()).unwrap());
+            let issued = keys
+                .iter()
+                .map(|key| Ticket::issue_for(kind, key, now.as_secs()).unwrap());
             let (tickets, keys): (Vec<_>, Vec<_>) = issued.unzip();
             Responder::new(&keys, about, plan.state, Instant::now()).with_tickets(&tickets)
         } else {

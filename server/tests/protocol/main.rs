@@ -9,3 +9,4 @@ mod fetch;
 mod goodbye;
 mod http;
 mod laptop;
+mod unlock;

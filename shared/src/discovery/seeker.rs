@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddrV6;
 use std::time::{Duration, Instant};
 
-use super::{DatagramKeys, Message, Random, State, ticket};
+use super::{DatagramKeys, Message, Random, State, TicketKind, ticket};
 use crate::key::StickKey;
 use crate::seal::{self, SealError, SealKey};
 
@@ -16,8 +16,9 @@ const LIFETIME: Duration = Duration::from_secs(5);
 const MAX_ASKED: usize = 160 * (1 + MAX_ACTIVATIONS);
 /// How many laptops can answer one Discover.
 const MAX_ANSWERS: usize = 16;
-/// How many activations' keys are asked with besides the stick's own; those that were issued last count.
-const MAX_ACTIVATIONS: usize = 4;
+/// How many activations' keys are asked with besides the stick's own; those that were issued last count, of each kind by itself.
+const MAX_ACTIVATIONS: usize = 2 * MAX_OF_A_KIND;
+const MAX_OF_A_KIND: usize = 4;
 
 /// A laptop that answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +78,7 @@ pub struct Seeker {
 #[derive(Debug)]
 struct Activation {
     name: Random,
+    kind: TicketKind,
     /// When its ticket was made, in seconds since 1970.
     issued: u64,
     keys: DatagramKeys,
@@ -121,24 +123,35 @@ impl Seeker {
     /// Takes a datagram in that may be a ticket; `unix` is the desktop's clock in seconds since 1970. `None`: it is none, or
     /// says nothing new.
     pub fn ticket(&mut self, unix: u64, datagram: &[u8]) -> Option<Told> {
-        let (name, issued) = ticket::open(&self.tickets, datagram)?;
-        if !ticket::is_fresh(issued, unix) {
+        let opened = ticket::open(&self.tickets, datagram)?;
+        let (kind, name, issued) = (opened.kind, opened.activation, opened.issued);
+        // A stick of the laptop's own is good for years, and for little.
+        if kind == TicketKind::Activation && !ticket::is_fresh(issued, unix) {
             return Some(Told::OutOfDate { issued });
         }
         if self.activations.iter().any(|known| known.name == name) {
             return None;
         }
-        if self.activations.len() >= MAX_ACTIVATIONS {
+        let all = self.activations.iter().enumerate();
+        let same: Vec<(usize, u64)> = all
+            .filter(|(_, known)| known.kind == kind)
+            .map(|(at, known)| (at, known.issued))
+            .collect();
+        if same.len() >= MAX_OF_A_KIND {
             // Old tickets can be sent by everybody who has heard them: they must not push out the one of a laptop that runs.
-            let times = self.activations.iter().map(|known| known.issued).enumerate();
-            let (oldest, time) = times.min_by_key(|(_, issued)| *issued)?;
+            let (oldest, time) = same.into_iter().min_by_key(|(_, issued)| *issued)?;
             if issued <= time {
                 return None;
             }
             self.activations.remove(oldest);
         }
         let keys = DatagramKeys::new(&self.stick.for_activation(&name));
-        self.activations.push(Activation { name, issued, keys });
+        self.activations.push(Activation {
+            name,
+            kind,
+            issued,
+            keys,
+        });
         Some(Told::Activation)
     }
 
@@ -225,7 +238,11 @@ impl Seeker {
         match (message, &mut self.asked.get_mut(index)?.what) {
             (Message::Offer(offer), What::Discover { scope, answers }) => {
                 let fresh = !answers.contains(&offer.challenge) && answers.len() < MAX_ANSWERS;
-                if !fresh || from.scope_id() != *scope {
+                // Who has found a laptop's own stick has such a key: it must not give a desktop anything to boot, and no other key asks
+                // for a passphrase.
+                let kind = self.activations.iter().find(|known| Some(known.name) == activation);
+                let unlocking = kind.is_some_and(|known| known.kind == TicketKind::Unlocking);
+                if !fresh || from.scope_id() != *scope || unlocking != (offer.state == State::Locked) {
                     return None;
                 }
                 answers.push(offer.challenge);

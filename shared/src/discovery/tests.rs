@@ -72,7 +72,7 @@ fn meet(state: State) -> Met {
     }
 }
 
-fn messages() -> [(&'static str, u8, Message); 5] {
+fn messages() -> [(&'static str, u8, Message); 6] {
     let random = |first: u8| std::array::from_fn(|i| first + u8::try_from(i).unwrap());
     [
         ("discover", 0x10, Message::Discover { random: random(0xa0) }),
@@ -95,6 +95,18 @@ fn messages() -> [(&'static str, u8, Message); 5] {
                 random: random(0xa0),
                 challenge: random(0xb0),
                 state: State::Lending,
+                http_port: 61570,
+                ready_in: 30,
+                hostname: "täst-laptop".into(),
+            }),
+        ),
+        (
+            "locked",
+            0x70,
+            Message::Offer(OfferBody {
+                random: random(0xa0),
+                challenge: random(0xb0),
+                state: State::Locked,
                 http_port: 61570,
                 ready_in: 30,
                 hostname: "täst-laptop".into(),
@@ -301,7 +313,7 @@ fn a_flood_neither_fills_memory_nor_pushes_an_honest_challenge_out() {
                 .receive(met.now + tenth * SECOND / 10, at(66, 3), &discover);
         }
     }
-    assert!(flood.held() <= 800);
+    assert!(flood.held() <= 1440);
     let wake = met.seeker.wake(met.now, &met.offer).unwrap();
     assert!(met.responder.receive(met.now + 9 * SECOND, desktop(), &wake).is_some());
 
@@ -559,7 +571,7 @@ fn padding_and_reserved_values_are_refused() {
         assert_eq!(Message::parse(message.type_byte(), &*body), None);
     }
     let mut body = messages()[1].2.body();
-    body[32] = 4;
+    body[32] = 5;
     assert_eq!(Message::parse(2, &*body), None, "an unknown state");
     let mut body = messages()[1].2.body();
     body[37] = 65;

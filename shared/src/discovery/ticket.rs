@@ -6,7 +6,10 @@
 //! under the stick's key. The ramdisk has the made key and the ticket; it hands the ticket to whoever asks under a key that it
 //! does not know, and the stick, which alone can open it, makes the same key. Layout: docs/protocol.md, "Tickets".
 //!
-//! Refused: a ticket that does not verify, or is more than [`LIFETIME`] away from the desktop's clock: it could be of an activation
+//! A laptop that is started from a stick of its own, and whose keys lie on a disk that has to be unlocked first, has tickets and made keys
+//! of another kind on that stick: they are good for as long as the stick is, but for nothing than asking for a passphrase.
+//!
+//! Refused: a ticket that does not verify, or (of one activation) is more than [`LIFETIME`] away from the desktop's clock: it could be of an activation
 //! whose key somebody has found on the disk since.
 
 use std::time::Duration;
@@ -21,9 +24,43 @@ use crate::seal::{self, SealError, SealKey};
 
 /// How old a ticket may be by the desktop's clock; as far it may lie in the future, for clocks that show local time.
 pub const LIFETIME: Duration = Duration::from_hours(7 * 24);
-/// The type byte of a ticket, and of what is answered by one.
-const TICKET: u8 = 9;
+/// The type byte of what is answered by a ticket.
 const DISCOVER: u8 = 1;
+
+/// What the key is good for to which a ticket leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// For all of one activation.
+    Activation,
+    /// For asking for a passphrase ([`super::State::Locked`]), and nothing else.
+    Unlocking,
+}
+
+impl Kind {
+    const ALL: [Self; 2] = [Self::Activation, Self::Unlocking];
+
+    /// The ticket's type byte.
+    const fn type_byte(self) -> u8 {
+        match self {
+            Self::Activation => 9,
+            Self::Unlocking => 10,
+        }
+    }
+
+    /// Of a ticket that begins with these bytes.
+    fn of(head: &[u8; HEADER]) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *head == header(kind.type_byte()))
+    }
+}
+
+/// What a ticket tells the stick that it is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Opened {
+    pub kind: Kind,
+    pub activation: Random,
+    /// When it was made, in seconds since 1970.
+    pub issued: u64,
+}
 
 /// A ticket, as it is sent; not secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,19 +72,33 @@ impl Ticket {
     /// # Errors
     /// [`SealError::Random`] without randomness.
     pub fn issue(key: &StickKey, unix: u64) -> Result<(Self, StickKey), SealError> {
+        Self::issue_for(Kind::Activation, key, unix)
+    }
+
+    /// As [`Self::issue`], for a key that is good for what `kind` says.
+    ///
+    /// # Errors
+    /// [`SealError::Random`] without randomness.
+    pub fn issue_for(kind: Kind, key: &StickKey, unix: u64) -> Result<(Self, StickKey), SealError> {
         let activation = seal::random()?;
         Ok((
-            Self::with(key, activation, unix, seal::random()?)?,
+            Self::with(kind, key, activation, unix, seal::random()?)?,
             key.for_activation(&activation),
         ))
     }
 
-    fn with(key: &StickKey, activation: Random, unix: u64, nonce: [u8; seal::NONCE]) -> Result<Self, SealError> {
+    fn with(
+        kind: Kind,
+        key: &StickKey,
+        activation: Random,
+        unix: u64,
+        nonce: [u8; seal::NONCE],
+    ) -> Result<Self, SealError> {
         let mut body = Zeroizing::new([0; BODY]);
         let mut rest = body.as_mut_slice();
         super::put(&mut rest, &activation);
         super::put(&mut rest, &unix.to_be_bytes());
-        let header = header(TICKET);
+        let header = header(kind.type_byte());
         let sealed = seal_key(key).seal_with_nonce(nonce, &header, &*body)?;
         let datagram = <[u8; DATAGRAM]>::try_from([header.as_slice(), &sealed].concat());
         datagram
@@ -79,7 +130,7 @@ impl<'de> Deserialize<'de> for Ticket {
         let bytes = HEXLOWER.decode(text.as_bytes()).map_err(D::Error::custom)?;
         let datagram =
             <[u8; DATAGRAM]>::try_from(bytes).map_err(|_| D::Error::custom("a ticket has another length"))?;
-        if datagram.first_chunk() != Some(&header(TICKET)) {
+        if datagram.first_chunk().and_then(Kind::of).is_none() {
             return Err(D::Error::custom("no ticket of this version"));
         }
         Ok(Self(Box::new(datagram)))
@@ -91,20 +142,23 @@ pub(super) fn seal_key(key: &StickKey) -> SealKey {
     SealKey::new(&key.subkey(Purpose::Ticket))
 }
 
-/// Opens a ticket: which activation, and when it began.
-pub(super) fn open(key: &SealKey, datagram: &[u8]) -> Option<(Random, u64)> {
+/// Opens a ticket.
+pub(super) fn open(key: &SealKey, datagram: &[u8]) -> Option<Opened> {
     if datagram.len() != DATAGRAM {
         return None;
     }
     let (head, sealed) = datagram.split_first_chunk::<HEADER>()?;
-    if *head != header(TICKET) {
-        return None;
-    }
+    let kind = Kind::of(head)?;
     let body = key.open(head, sealed).ok()?;
     let mut rest = body.as_slice();
     let activation = super::take(&mut rest)?;
-    let unix = u64::from_be_bytes(super::take(&mut rest)?);
-    rest.iter().all(|&byte| byte == 0).then_some((activation, unix))
+    let issued = u64::from_be_bytes(super::take(&mut rest)?);
+    let opened = Opened {
+        kind,
+        activation,
+        issued,
+    };
+    rest.iter().all(|&byte| byte == 0).then_some(opened)
 }
 
 /// Whether a datagram that opens under no key could be the Discover of a stick that lacks a ticket.
@@ -128,8 +182,9 @@ mod tests {
     fn the_stick_makes_the_same_key_from_the_ticket_and_no_other_stick_does() {
         let stick = fixed();
         let (ticket, key) = Ticket::issue(&stick, NOW).unwrap();
-        let (activation, unix) = open(&seal_key(&stick), ticket.datagram()).unwrap();
-        assert_eq!(unix, NOW);
+        let opened = open(&seal_key(&stick), ticket.datagram()).unwrap();
+        let activation = opened.activation;
+        assert_eq!((opened.kind, opened.issued), (Kind::Activation, NOW));
         assert_eq!(stick.for_activation(&activation).to_file(), key.to_file());
         assert_ne!(key.to_file(), stick.to_file());
         let other = StickKey::generate("other").unwrap();
@@ -152,12 +207,31 @@ mod tests {
     #[test]
     fn the_bytes_are_the_pinned_ones() {
         let counting = |first: u8| std::array::from_fn(|at| first + u8::try_from(at).unwrap());
-        let ticket = Ticket::with(&fixed(), counting(0xa0), NOW, counting(0x60)).unwrap();
-        let pinned = crate::vectors::value("datagrams.txt", "ticket");
-        assert_eq!(HEXLOWER.encode(ticket.datagram()), pinned);
+        for (kind, nonce, name) in [
+            (Kind::Activation, 0x60, "ticket"),
+            (Kind::Unlocking, 0x80, "unlocking_ticket"),
+        ] {
+            let ticket = Ticket::with(kind, &fixed(), counting(0xa0), NOW, counting(nonce)).unwrap();
+            let pinned = crate::vectors::value("datagrams.txt", name);
+            assert_eq!(HEXLOWER.encode(ticket.datagram()), pinned, "{name}");
+        }
         let key = fixed().for_activation(&counting(0xa0));
         let pinned = crate::vectors::value("keys.txt", "activation");
         assert_eq!(key.to_file().trim_end(), format!("stiefel-key-1 {pinned}"));
+    }
+
+    #[test]
+    fn a_ticket_cannot_be_made_one_of_the_other_kind() {
+        for (kind, other) in [(Kind::Activation, 10), (Kind::Unlocking, 9)] {
+            let (ticket, _) = Ticket::issue_for(kind, &fixed(), NOW).unwrap();
+            let opened = open(&seal_key(&fixed()), ticket.datagram()).unwrap();
+            assert_eq!(opened.kind, kind);
+            let mut bytes = ticket.datagram().to_vec();
+            bytes[HEADER - 1] = other;
+            assert_eq!(open(&seal_key(&fixed()), &bytes), None);
+            let json = serde_json::to_string(&ticket).unwrap();
+            assert_eq!(serde_json::from_str::<Ticket>(&json).unwrap(), ticket);
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use zeroize::Zeroizing;
 use super::SessionName;
 use crate::bundle::{Manifest, ManifestError};
 use crate::handover::{Part, PartSize};
+use crate::unlock::Unlocking;
 
 /// The most bytes of a part in one frame.
 pub const CHUNK: usize = 60 * 1024;
@@ -28,6 +29,7 @@ mod kind {
     pub const DATA: u8 = 5;
     pub const END: u8 = 6;
     pub const LOAN: u8 = 7;
+    pub const UNLOCKING: u8 = 8;
 }
 
 /// Why a stream ended before its time.
@@ -205,8 +207,8 @@ impl Sender {
     }
 
     /// Opens the desktop's next message; `None` if it does not verify.
-    pub(super) fn open(&mut self, sealed: &[u8]) -> Option<Vec<u8>> {
-        let mut plain = vec![0; sealed.len()];
+    pub(super) fn open(&mut self, sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+        let mut plain = Zeroizing::new(vec![0; sealed.len()]);
         let length = self.noise.read_message(sealed, &mut plain).ok()?;
         plain.truncate(length);
         Some(plain)
@@ -226,6 +228,22 @@ impl Sender {
                 self.frame(kind::LOAN, json)
             }
             _ => Err(StreamError::Order { what: "a loan" }),
+        }
+    }
+
+    /// The answer of a laptop that waits for its passphrase, instead of a manifest; ends the stream.
+    ///
+    /// # Errors
+    /// [`StreamError::Order`] once anything else was sent.
+    pub fn unlocking(&mut self, answer: &Unlocking) -> Result<Vec<u8>, StreamError> {
+        match self.place {
+            Place::Manifest => {
+                self.place = Place::Ended;
+                self.frame(kind::UNLOCKING, &answer.to_bytes())
+            }
+            _ => Err(StreamError::Order {
+                what: "an answer about a passphrase",
+            }),
         }
     }
 
@@ -257,6 +275,8 @@ pub enum Item<'a> {
     End,
     /// The answer of a machine that lends disks; nothing comes after it.
     Loan(Zeroizing<Vec<u8>>),
+    /// The answer of a laptop that waits for its passphrase; nothing comes after it.
+    Unlocking(Unlocking),
 }
 
 /// The desktop's side of the stream.
@@ -297,6 +317,21 @@ impl Receiver {
             Ok(Some(Item::Loan(json))) if body.is_empty() => Ok(json),
             Ok(Some(_)) => Err(StreamError::Order {
                 what: "something else than a loan",
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Opens the whole answer of a laptop that waits for its passphrase.
+    ///
+    /// # Errors
+    /// As [`Self::loan`].
+    pub fn unlocking(mut self, mut body: &[u8]) -> Result<Unlocking, StreamError> {
+        match self.next(&mut body) {
+            Ok(None) => Err(StreamError::Truncated),
+            Ok(Some(Item::Unlocking(answer))) if body.is_empty() => Ok(answer),
+            Ok(Some(_)) => Err(StreamError::Order {
+                what: "something else than an answer about a passphrase",
             }),
             Err(error) => Err(error),
         }
@@ -374,6 +409,13 @@ impl Receiver {
                 let json = Zeroizing::new(content.to_vec());
                 self.place = Place::Ended;
                 Ok(Item::Loan(json))
+            }
+            kind::UNLOCKING if first => {
+                let answer = Unlocking::parse(content).map_err(|_| StreamError::Order {
+                    what: "an unknown answer about a passphrase",
+                })?;
+                self.place = Place::Ended;
+                Ok(Item::Unlocking(answer))
             }
             kind::DATA => Ok(Item::Data {
                 part: self.place.advance(content.len())?,

@@ -128,6 +128,7 @@ fn read(receiver: &mut Receiver, mut bytes: &[u8]) -> Result<Vec<String>, Stream
             Item::Data { part, bytes } => format!("{part:?} {}", String::from_utf8_lossy(bytes)),
             Item::End => "end".into(),
             Item::Loan(_) => "loan".into(),
+            Item::Unlocking(_) => "unlocking".into(),
         });
     }
     assert!(bytes.is_empty());

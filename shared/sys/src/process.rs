@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -94,6 +94,30 @@ pub fn never_wait_for_disks() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Has the kernel kill what `command` starts when the thread that starts it ends, however that ends (PR_SET_PDEATHSIG): a program that
+/// goes on by itself would be in the way of who comes after us. That thread must be the one that waits for it.
+pub fn dies_with_us(command: &mut Command) -> &mut Command {
+    let us = std::process::id();
+    let tie = move || {
+        let kill: libc::c_ulong = libc::SIGKILL.unsigned_abs().into();
+        let zero: libc::c_ulong = 0;
+        // SAFETY: sets a flag of this process and touches no memory of ours.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, kill, zero, zero, zero) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: asks for a number, and touches no memory of ours.
+        let parent = unsafe { libc::getppid() };
+        if parent.unsigned_abs() == us {
+            Ok(())
+        } else {
+            // We have ended before that could be told to the kernel.
+            Err(io::Error::from_raw_os_error(libc::ESRCH))
+        }
+    };
+    // SAFETY: between fork and exec only two system calls are made; nothing is allocated, and no lock is taken.
+    unsafe { command.pre_exec(tie) }
 }
 
 /// Reaps all children that have ended, but for those in `skip` (someone else waits for these, e.g. tokio), and
@@ -223,7 +247,6 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
-    use std::process::Command;
 
     /// Children are the whole process's: these tests must not meet each other's.
     static CHILDREN: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -259,6 +282,14 @@ mod tests {
     fn without_children_nothing_is_reaped() {
         let _guard = CHILDREN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         assert!(reap_children(&[], Path::new(crate::PROCFS)).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_tied_program_ends_with_the_thread_that_has_started_it() {
+        let _guard = CHILDREN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let start = || dies_with_us(Command::new("sleep").arg("600")).spawn().unwrap();
+        let mut child = std::thread::spawn(start).join().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
     }
 
     #[test]

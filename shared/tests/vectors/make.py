@@ -119,13 +119,16 @@ def datagrams():
     name = "täst-laptop".encode()
     offer = counting(0xA0) + counting(0xB0) + b"\x02" + (61570).to_bytes(2, "big") + (30).to_bytes(2, "big")
     lending = offer.replace(b"\x02" + (61570).to_bytes(2, "big"), b"\x03" + (61570).to_bytes(2, "big"), 1)
+    locked = offer.replace(b"\x02" + (61570).to_bytes(2, "big"), b"\x04" + (61570).to_bytes(2, "big"), 1)
     write("datagrams.txt", {
         "discover": datagram(desktop, 1, 0x10, counting(0xA0)),
         "offer": datagram(laptop, 2, 0x20, offer + bytes([len(name)]) + name),
         "lending": datagram(laptop, 2, 0x50, lending + bytes([len(name)]) + name),
+        "locked": datagram(laptop, 2, 0x70, locked + bytes([len(name)]) + name),
         "wake": datagram(desktop, 3, 0x30, counting(0xB0) + counting(0xC0)),
         "waking": datagram(laptop, 4, 0x40, counting(0xC0) + (30).to_bytes(2, "big")),
         "ticket": datagram(ticket, 9, 0x60, counting(0xA0) + (1_800_000_000).to_bytes(8, "big")),
+        "unlocking_ticket": datagram(ticket, 10, 0x80, counting(0xA0) + (1_800_000_000).to_bytes(8, "big")),
     })
 
 
@@ -174,6 +177,9 @@ def session():
         "begin": seal(to_laptop, 0, b"", b"\x01"),
         "ask_list": seal(to_laptop, 0, b"", b"\x01") + seal(to_laptop, 1, b"", b'{"ask":"list"}'),
         "loan_none": frame(0, b'\x07{"loan":"disks","disks":[]}'),
+        "unlock": seal(to_laptop, 0, b"", b"\x01")
+        + seal(to_laptop, 1, b"", (6).to_bytes(2, "big") + "pässt".encode() + bytes(250)),
+        "unlock_wrong": frame(0, b"\x08\x01\x00\x00" + "sda2".encode()),
         "manifest_json": manifest.decode(),
         **{name: frame(number, plain) for number, (name, plain) in enumerate(zip(names, frames))},
         "refusal": frame(0, b"\x03" + "zu spät".encode()),

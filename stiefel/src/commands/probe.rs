@@ -164,6 +164,7 @@ fn verdict(key: &str, places: &[Place], answers: &Answers) -> Finding {
         Some(State::Asleep) => "asleep",
         Some(State::Waking) => "on its way",
         Some(State::Ready) => "ready",
+        Some(State::Locked) => "waiting for the passphrase of its disk",
         Some(State::Lending) => "lending its disks by `stiefel target`",
         None => "silent",
     };

@@ -9,9 +9,11 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, RAMDISK};
 use stiefel_initrd_builder::stick::{self, StickOptions};
+use stiefel_initrd_builder::tools::{self, CRYPTSETUP, LVM, Tool};
 use stiefel_server::collect;
 use stiefel_shared::config::CONFIG_PATH;
-use stiefel_shared::handover::{ClientHandover, Handover, TargetHandover, ramdisk_cmdline};
+use stiefel_shared::cpio;
+use stiefel_shared::handover::{ClientHandover, Handover, SecretBytes, TargetHandover, ramdisk_cmdline};
 use stiefel_shared::key::{self, StickKey};
 use zeroize::Zeroizing;
 
@@ -41,11 +43,13 @@ pub(crate) fn stick(path: Option<&Path>, args: &StickArgs) -> anyhow::Result<()>
     } else {
         handover(args)?
     };
-    let handover = handover.to_cpio()?;
+    let tools = needed(&handover);
+    let unlocks = tools.contains(&CRYPTSETUP);
+    let handover = with_tools(&handover.to_cpio()?, &tools)?;
     let options = StickOptions {
         kernel: args.ramdisk.join(KERNEL),
         ramdisk: args.ramdisk.join(RAMDISK),
-        handover: Zeroizing::new(handover.0.clone()),
+        handover,
         cmdline: ramdisk_cmdline(&format!("{} {}", config.initrd.cmdline, args.cmdline)),
         stub: args.stub.clone(),
     };
@@ -73,6 +77,8 @@ pub(crate) fn stick(path: Option<&Path>, args: &StickArgs) -> anyhow::Result<()>
     bar.finish_and_clear();
     let note = if args.open {
         "lends all disks to everybody: keep it from others"
+    } else if unlocks {
+        "holds keys that are good for asking for this laptop's passphrase, and for nothing else: keep it as you keep the laptop, and from others"
     } else if args.laptop {
         "holds no key: the laptop's keys are read from its disk"
     } else {
@@ -87,6 +93,33 @@ pub(crate) fn stick(path: Option<&Path>, args: &StickArgs) -> anyhow::Result<()>
         );
     }
     Ok(())
+}
+
+/// The programs without which this laptop's disk could not be read.
+fn needed(handover: &Handover) -> Vec<Tool> {
+    let Handover::Search(search) = handover else {
+        return Vec::new();
+    };
+    let Some(layers) = &search.layers else {
+        return Vec::new();
+    };
+    let luks = (!layers.luks.is_empty()).then_some(CRYPTSETUP);
+    let lvm = (!layers.physical.is_empty()).then_some(LVM);
+    luks.into_iter().chain(lvm).collect()
+}
+
+/// The handover, and these programs of the running system behind it.
+fn with_tools(handover: &SecretBytes, tools: &[Tool]) -> anyhow::Result<Zeroizing<Vec<u8>>> {
+    if tools.is_empty() {
+        return Ok(Zeroizing::new(handover.0.clone()));
+    }
+    let programs = tools::archive(tools)?;
+    // Large enough from the start: a growing vector would leave copies of the keys behind.
+    let mut all = Zeroizing::new(Vec::with_capacity(handover.0.len() + programs.len() + 4));
+    all.extend_from_slice(&handover.0);
+    cpio::pad_to(&mut *all, handover.0.len() as u64, 4)?;
+    all.extend_from_slice(&programs);
+    Ok(all)
 }
 
 /// What the ramdisk is to be.
@@ -130,4 +163,56 @@ pub(super) fn read_key(name: &str) -> anyhow::Result<StickKey> {
         .read_to_end(&mut content)
         .with_context(|| format!("cannot read the key {}", path.display()))?;
     Ok(StickKey::parse(stem, &content)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stiefel_shared::handover::{DiskIdentity, Layers, Luks, SearchHandover};
+
+    fn search(layers: Option<Layers>) -> Handover {
+        Handover::Search(Box::new(SearchHandover {
+            hostname: "laptop".into(),
+            disk: DiskIdentity::default(),
+            mounts: Vec::new(),
+            wireguard: true,
+            nvme_target: false,
+            layers,
+        }))
+    }
+
+    fn layers(luks: &[u32], physical: &[u32]) -> Layers {
+        let luks = luks.iter().map(|partition| Luks {
+            partition: *partition,
+            label: "x".into(),
+        });
+        Layers {
+            luks: luks.collect(),
+            physical: physical.to_vec(),
+            keys: Vec::new(),
+            tickets: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_laptop_without_luks_and_lvm_has_the_same_stick_as_before_there_were_any() {
+        let plain = search(None);
+        assert_eq!(needed(&plain), []);
+        let handover = plain.to_cpio().unwrap();
+        assert_eq!(*with_tools(&handover, &[]).unwrap(), handover.0);
+        let json = plain.to_json().unwrap();
+        let expected = r#"{"role":"search","hostname":"laptop","disk":{"gpt_guid":null,"wwid":null,"serial":null,"model":null,"size":0},"mounts":[],"wireguard":true,"nvme_target":false}"#;
+        assert_eq!(String::from_utf8_lossy(&json.0), expected);
+    }
+
+    #[test]
+    fn what_opens_the_disk_comes_along_and_nothing_else() {
+        for (luks, physical, expected) in [
+            (&[3][..], &[][..], &[CRYPTSETUP][..]),
+            (&[3], &[3], &[CRYPTSETUP, LVM]),
+            (&[], &[3], &[LVM]),
+        ] {
+            assert_eq!(needed(&search(Some(layers(luks, physical)))), expected);
+        }
+    }
 }

@@ -127,12 +127,71 @@ fn recorded_tickets_do_not_push_out_the_one_of_the_laptop_that_runs() {
     assert_eq!(seeker.activations().len(), 4);
 }
 
+/// A laptop that waits for its passphrase, and a desktop that knows its ticket; what the desktop hears, if the laptop says `state`.
+fn locked(state: State) -> Option<Heard> {
+    let now = Instant::now();
+    let stick = key::tests::fixed();
+    // As old as such a stick may be.
+    let (ticket, key) = Ticket::issue_for(TicketKind::Unlocking, &stick, UNIX).unwrap();
+    let responder = Responder::new(std::slice::from_ref(&key), about(), state, now);
+    let mut responder = responder.with_tickets(&[ticket]);
+    let mut seeker = Seeker::new(&stick);
+    let discover = seeker.discover(now, 3).unwrap();
+    let answer = responder.receive(now, desktop(), &discover).unwrap();
+    let years = 10 * 365 * 24 * 3600;
+    assert_eq!(seeker.ticket(UNIX + years, &answer.datagram), Some(Told::Activation));
+    let activation = seeker.activations()[0];
+    let discover = seeker.discover_as(now, 3, Some(activation)).unwrap();
+    let answer = responder.receive(now, desktop(), &discover).unwrap();
+    seeker.receive(now, laptop(), &answer.datagram)
+}
+
+#[test]
+fn a_found_stick_of_a_laptop_asks_for_a_passphrase_and_offers_nothing_to_boot() {
+    assert!(matches!(locked(State::Locked), Some(Heard::Offer(offer)) if offer.state == State::Locked));
+    for state in [State::Asleep, State::Waking, State::Ready, State::Lending] {
+        assert_eq!(locked(state), None, "{state:?}");
+    }
+}
+
+#[test]
+fn no_other_key_asks_for_a_passphrase() {
+    let now = Instant::now();
+    let stick = key::tests::fixed();
+    let (ticket, once) = Ticket::issue(&stick, UNIX).unwrap();
+    let mut seeker = Seeker::new(&stick);
+    seeker.ticket(UNIX, ticket.datagram()).unwrap();
+    for (key, activation) in [(stick, None), (once, Some(seeker.activations()[0]))] {
+        let mut responder = Responder::new(std::slice::from_ref(&key), about(), State::Locked, now);
+        let discover = seeker.discover_as(now, 3, activation).unwrap();
+        let answer = responder.receive(now, desktop(), &discover).unwrap();
+        assert_eq!(seeker.receive(now, laptop(), &answer.datagram), None);
+    }
+}
+
+#[test]
+fn tickets_of_laptops_own_sticks_do_not_push_out_an_activations() {
+    let stick = key::tests::fixed();
+    let mut seeker = Seeker::new(&stick);
+    let (ticket, _) = Ticket::issue(&stick, UNIX).unwrap();
+    seeker.ticket(UNIX, ticket.datagram()).unwrap();
+    let running = seeker.activations()[0];
+    for younger in 1..10 {
+        let (ticket, _) = Ticket::issue_for(TicketKind::Unlocking, &stick, UNIX + younger).unwrap();
+        seeker.ticket(UNIX, ticket.datagram());
+    }
+    assert!(seeker.activations().contains(&running));
+    assert_eq!(seeker.activations().len(), 5);
+}
+
 #[test]
 fn questions_on_sixteen_interfaces_are_remembered_under_all_keys() {
     let (stick, unix, now) = (key::tests::fixed(), 1_800_000_000, Instant::now());
     let mut seeker = Seeker::new(&stick);
     for number in 0..4 {
         let (ticket, _) = Ticket::issue(&stick, unix + number).unwrap();
+        seeker.ticket(unix, ticket.datagram()).unwrap();
+        let (ticket, _) = Ticket::issue_for(TicketKind::Unlocking, &stick, unix + number).unwrap();
         seeker.ticket(unix, ticket.datagram()).unwrap();
     }
     let mut asked = 0;

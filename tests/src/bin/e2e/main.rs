@@ -243,6 +243,10 @@ fn tests() -> Vec<Test> {
         once::search,
     );
     tests.long(
+        "laptop_started_from_its_own_stick_asks_the_desktop_for_its_passphrase",
+        once::search_luks,
+    );
+    tests.long(
         "laptop_that_leaves_by_a_reboot_serves_once_and_comes_home",
         once::firmware,
     );

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use serde_json::json;
 use stiefel_initrd_builder::ramdisk::{KERNEL, Manifest, RAMDISK};
 use stiefel_initrd_builder::stick::DEFAULT_STUB;
 use stiefel_initrd_builder::uki::Uki;
@@ -13,7 +14,7 @@ use stiefel_shared::handover::{
     Payload, Place, SearchHandover, ServerHandover, SessionMode, Volume,
 };
 use stiefel_shared::key::StickKey;
-use stiefel_tests::disk::{ExtraFile, LaptopDisk, PASSWORD, add_partition, esp_of, ext4_of};
+use stiefel_tests::disk::{ExtraFile, Initrd, LaptopDisk, Layout, PASSWORD, System, add_partition, esp_of, ext4_of};
 use stiefel_tests::kit::CONSOLE;
 use stiefel_tests::scenario::{self, Failure, Machines, Milestones, patience};
 use stiefel_tests::{Boot, Drive, NicModel, VmBuilder, Wire, re};
@@ -24,6 +25,9 @@ use crate::tiny::{LAPTOP_MAC, client, key, machine};
 const SERIAL: &str = "once-disk";
 /// Stands for the modules, which come with the handover.
 const OVERLAY: &[u8] = b"overlay";
+/// The size of a stick of the laptop's own, in bytes, and how long it may take to be written.
+const OWN_STICK: u64 = 256 << 20;
+const WRITING: Duration = Duration::from_secs(180);
 /// Room for a kernel and an initrd, in MiB.
 const BOOT_MIB: u32 = 192;
 
@@ -151,6 +155,7 @@ pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
         partition: 1,
         fstype: "ext4".to_owned(),
         folder: "/".to_owned(),
+        logical: None,
     };
     let handover = Handover::Search(Box::new(SearchHandover {
         hostname: "search".to_owned(),
@@ -162,6 +167,7 @@ pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
         mounts: vec![("/".to_owned(), root)],
         wireguard: manifest.wireguard,
         nvme_target: manifest.nvme_target,
+        layers: None,
     }));
     let laptop = machine(bench, "laptop", &handover.to_cpio()?.0)
         .memory_mib(1024)
@@ -182,6 +188,94 @@ pub(crate) fn search(bench: &Bench) -> Result<(), Failure> {
         return Err("what was written on the desktop is not on the laptop's disk".into());
     }
     Ok(())
+}
+
+/// A laptop with LVM in LUKS writes a stick of its own, and is started from it: the passphrase is typed on the desktop, a wrong one first.
+/// Until the desktop has the disk nothing was written to it. The system's own initrd then asks for the passphrase once more.
+pub(crate) fn search_luks(bench: &Bench) -> Result<(), Failure> {
+    let dir = tempfile::tempdir_in(bench.kit.dir())?;
+    let system = System::new(Layout::LuksLvm, Initrd::InitramfsTools);
+    let stub = ExtraFile::new(Path::new(DEFAULT_STUB), DEFAULT_STUB, 0o644);
+    let machines = Machines::of(bench.kit, &system, Wire::direct()?, "", vec![stub])?;
+    let own = dir.path().join("own.img");
+    write_on_the_laptop(&machines, &own)?;
+    let before = digest(&machines.disk.path)?;
+
+    let laptop = VmBuilder::new("laptop")
+        .memory_mib(1536)
+        .boot(Boot::Uefi)
+        .disk(machines.disk.drive())
+        .stick(&own)
+        .nic("cable", NicModel::VirtioPlain, &machines.wire.a(), LAPTOP_MAC)
+        .start()?;
+    let wanted = "its passphrase is wanted at the desktop";
+    laptop.serial().expect(wanted, patience::SERVING + patience::STICK)?;
+    let desktop = scenario::desktop(&machines.stick, &machines.wire.b(), false)?;
+    let asks = || {
+        desktop
+            .serial()
+            .expect(re("wants the passphrase of .*_crypt .*Type it here"), patience::STICK)
+    };
+    asks()?;
+    desktop.serial().send_line("not the passphrase")?;
+    desktop
+        .serial()
+        .expect("that passphrase does not open", patience::SERVING)?;
+    laptop.serial().expect("the passphrase is wrong", patience::SERVING)?;
+    asks()?;
+    desktop.serial().send_line(PASSWORD)?;
+    laptop.serial().expect("the passphrase is right", patience::SERVING)?;
+    // What the laptop does is looked at before the desktop has a part in it.
+    desktop.execute("stop", json!({}))?;
+    scenario::wait_until_serving(&laptop)?;
+    if digest(&machines.disk.path)? != before {
+        return Err("the laptop's ramdisk has written to the disk that it has read".into());
+    }
+    desktop.execute("cont", json!({}))?;
+    scenario::desktop_attaches(&desktop, &mut Milestones::new(false))?;
+    scenario::login(&desktop, &machines.disk)?;
+    if desktop.run_ok("findmnt --noheadings --output SOURCE /")?.trim() != "/dev/mapper/laptop--vg-root" {
+        return Err("the desktop's root is not the laptop's".into());
+    }
+    desktop.power_off(patience::SHUTDOWN)?;
+    laptop.wait_shutdown(patience::SHUTDOWN)?;
+    for machine in [&laptop, &desktop] {
+        let log = std::fs::read_to_string(machine.serial().log())?;
+        if log.contains("not the passphrase") {
+            return Err(format!("what was typed is on the console of {}", machine.name()).into());
+        }
+    }
+    Ok(machines.disk.fsck_clean()?)
+}
+
+/// The laptop's own system writes a stick for the laptop.
+fn write_on_the_laptop(machines: &Machines, image: &Path) -> Result<(), Failure> {
+    std::fs::File::create(image)?.set_len(OWN_STICK)?;
+    let machine = VmBuilder::new("laptop").boot(machines.disk.boot(&CONSOLE)).stick(image);
+    let home = scenario::laptop_with_its_files(&machines.disk, machine)?;
+    // As an installer sets it up, though smaller: threads, which end by a library that no program names.
+    home.run_ok(&format!(
+        "printf %s '{PASSWORD}' | cryptsetup luksConvertKey --batch-mode --pbkdf argon2id --pbkdf-memory 32768 --pbkdf-parallel 4 \
+         --pbkdf-force-iterations 4 --key-file - \"$(cryptsetup status vda2_crypt | sed -n 's/^ *device: *//p')\""
+    ))?;
+    let command = "stiefel stick --laptop --yes /dev/disk/by-id/usb-*stick0* 2>&1 && sync";
+    let said = home.run_ok_within(command, WRITING)?;
+    if !said.contains("good for asking for this laptop's passphrase") {
+        return Err(format!("`stiefel stick --laptop` says:\n{said}").into());
+    }
+    Ok(home.power_off(patience::SHUTDOWN)?)
+}
+
+/// The digest of a disk's image.
+fn digest(path: &Path) -> Result<String, Failure> {
+    let said = std::process::Command::new("sha256sum").arg(path).output()?;
+    let digits = String::from_utf8(said.stdout)?;
+    Ok(digits
+        .split(' ')
+        .next()
+        .filter(|digits| digits.len() == 64)
+        .ok_or("no digest")?
+        .to_owned())
 }
 
 /// The disk's own kernel and initrd as one program for the firmware.
@@ -210,6 +304,7 @@ fn handover(bench: &Bench, stick: &StickKey, size: u64) -> Result<Vec<u8>, Failu
             partition,
             fstype: fstype.to_owned(),
             folder: "/".to_owned(),
+            logical: None,
         },
         path,
         range: None,
