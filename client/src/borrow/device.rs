@@ -351,10 +351,23 @@ fn backend(session: &str) -> String {
     format!("{BACKEND}.{session}")
 }
 
-/// Whether an NBD device is the one that this loan made.
+/// Whether an NBD device is the one that this loan made. Before Linux 5.14 the kernel does not say whose one is: it is then, if it is
+/// connected at all.
 fn is_ours(sysfs: &Path, index: u32, record: &Record) -> bool {
-    let found = std::fs::read_to_string(sysfs.join(format!("block/nbd{index}/backend")));
-    found.is_ok_and(|found| found.trim() == backend(&record.session))
+    let folder = sysfs.join(format!("block/nbd{index}"));
+    match std::fs::read_to_string(folder.join("backend")) {
+        Ok(found) => found.trim() == backend(&record.session),
+        Err(_) if says_whose(&rustix::system::uname().release().to_string_lossy()) => false,
+        Err(_) => folder.join("pid").exists(),
+    }
+}
+
+/// Whether a kernel of this release says whose an NBD device is.
+fn says_whose(release: &str) -> bool {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse::<u32>().unwrap_or(u32::MAX));
+    (numbers.next(), numbers.next()) >= (Some(5), Some(14))
 }
 
 /// Takes the tunnel away, if it is still there.
@@ -398,6 +411,12 @@ mod tests {
         std::fs::write(device.join("backend"), "stiefel-borrowed.00ff\n").unwrap();
         assert!(is_there(sysfs.path(), &record("00ff")).unwrap());
         assert!(!is_there(sysfs.path(), &record("00ee")).unwrap());
+        assert!(
+            says_whose("5.14.0-1-amd64")
+                && says_whose("6.1")
+                && !says_whose("5.10.0-30-amd64")
+                && !says_whose("4.19.0")
+        );
     }
 
     #[test]
