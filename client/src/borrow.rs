@@ -138,7 +138,7 @@ pub async fn attach(
 /// # Errors
 /// The device is in use, or the other machine did not confirm; the record stays then.
 pub fn detach(record: &Record, lost: bool) -> anyhow::Result<()> {
-    device::take_away(record)?;
+    device::take_away(record, lost)?;
     let peer = std::net::SocketAddr::V6(record.peer());
     let said = control::goodbye_within(
         Duration::from_secs(30),

@@ -5,8 +5,10 @@
 //! that is on the medium, and what could not be read. A copy that is begun again goes on behind them, if source and target are
 //! still the same.
 //!
-//! Refused: a target that is smaller, in use, or the source itself; a file of state that belongs to another source.
+//! Refused: a target that is smaller, in use, or the source itself, its disk or a part of it; a file of state that belongs to another
+//! source, or is used by another copy.
 
+mod source;
 mod state;
 
 use std::fs::{File, OpenOptions};
@@ -19,6 +21,7 @@ use anyhow::{Context, bail};
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use sha2::{Digest, Sha256};
 
+use source::Source;
 use state::State;
 
 /// Bytes copied at a time.
@@ -76,15 +79,17 @@ pub struct Report {
 /// # Errors
 /// In words, with what to do next; what is copied stays, and the same call goes on behind it.
 pub fn copy(job: &Copy<'_>, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Report> {
-    let (source, size) = open_source(job.source)?;
-    let first = hash(&first_piece(&source, size, job.skip_errors)?);
+    let source = Source::open(job.source, job.skip_errors)?;
+    let size = source.size;
+    let first = hash(&source.piece(0)?.0);
     // Before the target is touched: a state of another copy refuses.
     let mut state = State::open(job.state, size, first)?;
-    let target = Target::open(job.target, &source, size)?;
+    source.is_still(&state)?;
+    let target = Target::open(job.target, &source.file, size)?;
     let resumed = state.hashes.len() as u64;
     check_last(&state, &target, size)?;
     progress(Progress::Copied((resumed * PIECE as u64).min(size), size));
-    let zeroes = transfer(job, source, size, &target, &mut state, progress)?;
+    let zeroes = transfer(source, &target, &mut state, progress)?;
     target.sync().context("cannot bring the copy onto its medium")?;
     let sha256 = compare(&target, size, &state.hashes, progress)?;
     let unreadable = std::mem::take(&mut state.unreadable);
@@ -96,22 +101,6 @@ pub fn copy(job: &Copy<'_>, progress: &mut dyn FnMut(Progress)) -> anyhow::Resul
         unreadable,
         sha256,
     })
-}
-
-fn open_source(path: &Path) -> anyhow::Result<(File, u64)> {
-    let mut file = File::open(path).with_context(|| format!("cannot open {} for reading", path.display()))?;
-    let kind = file.metadata()?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        bail!(
-            "{} is neither a file nor a block device; name one of these",
-            path.display()
-        );
-    }
-    let size = file.seek(SeekFrom::End(0))?;
-    if size == 0 {
-        bail!("{} is empty; is its medium in?", path.display());
-    }
-    Ok((file, size))
 }
 
 /// Where the copy goes.
@@ -127,7 +116,8 @@ impl Target {
         let device = known.as_ref().is_some_and(|known| known.file_type().is_block_device());
         if let Some(known) = &known {
             let from = source.metadata()?;
-            let same_device = device && from.file_type().is_block_device() && known.rdev() == from.rdev();
+            let devices = device && from.file_type().is_block_device();
+            let same_device = devices && source::overlap(Path::new("/sys"), known.rdev(), from.rdev());
             if same_device || (!device && (known.dev(), known.ino()) == (from.dev(), from.ino())) {
                 bail!("{} would be copied onto itself; name another target", path.display());
             }
@@ -211,44 +201,6 @@ fn length_at(offset: u64, size: u64) -> usize {
         .min(PIECE)
 }
 
-fn first_piece(source: &File, size: u64, skip: bool) -> anyhow::Result<Vec<u8>> {
-    let mut piece = vec![0; length_at(0, size)];
-    read_piece(source, 0, &mut piece, skip, &mut Vec::new())?;
-    Ok(piece)
-}
-
-/// Reads a piece, in sectors where it cannot be read as a whole: with `skip` what cannot be read becomes zeroes, and is noted; else
-/// the first such place is told.
-fn read_piece(
-    source: &File,
-    offset: u64,
-    piece: &mut [u8],
-    skip: bool,
-    unreadable: &mut Vec<Range>,
-) -> anyhow::Result<()> {
-    if source.read_exact_at(piece, offset).is_ok() {
-        return Ok(());
-    }
-    let mut at = offset;
-    for sector in piece.chunks_mut(SECTOR) {
-        let length = sector.len() as u64;
-        match source.read_exact_at(sector, at) {
-            Err(error) if !skip => return Err(error).with_context(|| {
-                format!(
-                    "cannot read the source at byte {at}; the same call tries again there, --skip-errors goes on with zeroes"
-                )
-            }),
-            Err(_) => {
-                sector.fill(0);
-                push(unreadable, (at, length));
-            }
-            Ok(()) => {}
-        }
-        at += length;
-    }
-    Ok(())
-}
-
 /// A copy that goes on must still have what was written last: else the target is another one.
 fn check_last(state: &State, target: &Target, size: u64) -> anyhow::Result<()> {
     let Some(last) = state.hashes.last() else {
@@ -280,26 +232,19 @@ struct Piece {
 
 /// Copies what is missing; how many bytes were zeroes.
 fn transfer(
-    job: &Copy<'_>,
-    source: File,
-    size: u64,
+    source: Source,
     target: &Target,
     state: &mut State,
     progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<u64> {
-    let begin = state.hashes.len() as u64 * PIECE as u64;
-    let skip = job.skip_errors;
+    let (begin, size) = (state.hashes.len() as u64 * PIECE as u64, source.size);
     let (send, receive) = sync_channel::<anyhow::Result<Piece>>(AHEAD);
     let reader = std::thread::Builder::new()
         .name("copy-read".to_owned())
         .spawn(move || {
             let mut offset = begin;
             while offset < size {
-                let mut bytes = vec![0; length_at(offset, size)];
-                let mut unreadable = Vec::new();
-                let read = read_piece(&source, offset, &mut bytes, skip, &mut unreadable);
-                let length = bytes.len() as u64;
-                let piece = read.map(|()| Piece {
+                let piece = source.piece(offset).map(|(bytes, unreadable)| Piece {
                     hash: hash(&bytes),
                     zero: bytes.iter().all(|&byte| byte == 0),
                     offset,
@@ -310,7 +255,7 @@ fn transfer(
                 if send.send(piece).is_err() {
                     return;
                 }
-                offset += length;
+                offset += length_at(offset, size) as u64;
             }
         })?;
     let written = write_pieces(&receive, size, target, state, progress);
@@ -510,24 +455,6 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_becomes_zeroes_and_the_rest_is_kept() {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&vec![7; 3 * SECTOR]).unwrap();
-        // Behind its end nothing can be read, as on a bad sector.
-        let mut piece = vec![1; 5 * SECTOR];
-        let mut unreadable = Vec::new();
-        let refused = read_piece(&file, 0, &mut piece, false, &mut Vec::new()).unwrap_err();
-        assert!(
-            refused.to_string().contains(&format!("byte {};", 3 * SECTOR)),
-            "{refused}"
-        );
-        read_piece(&file, 0, &mut piece, true, &mut unreadable).unwrap();
-        assert_eq!(unreadable, [(3 * SECTOR as u64, 2 * SECTOR as u64)]);
-        assert!(piece[..3 * SECTOR].iter().all(|&byte| byte == 7));
-        assert!(piece[3 * SECTOR..].iter().all(|&byte| byte == 0));
-    }
-
-    #[test]
     fn another_source_or_target_is_not_gone_on_with() {
         let place = Place::new();
         let mut bytes = place.source();
@@ -538,6 +465,51 @@ mod tests {
         bytes[0] ^= 1;
         fs::write(place.path("source"), &bytes).unwrap();
         assert!(place.copy().unwrap_err().to_string().contains("another source"));
+    }
+
+    #[test]
+    fn a_source_that_has_changed_behind_its_first_piece_is_not_gone_on_with() {
+        let place = Place::new();
+        let mut bytes = place.source();
+        interrupted(&place, &bytes);
+        // The third piece, without losses.
+        let mut state = State::open(&place.path("state"), bytes.len() as u64, hash(&bytes[..PIECE])).unwrap();
+        state.add(&[(hash(&bytes[2 * PIECE..3 * PIECE]), Vec::new())]).unwrap();
+        drop(state);
+        let target = fs::File::options().write(true).open(place.path("target")).unwrap();
+        target
+            .write_all_at(&bytes[2 * PIECE..3 * PIECE], 2 * PIECE as u64)
+            .unwrap();
+        // A disk that was cloned from the same image.
+        bytes[2 * PIECE + 9] ^= 1;
+        fs::write(place.path("source"), &bytes).unwrap();
+        let error = place.copy().unwrap_err().to_string();
+        assert!(error.contains("not what it was"), "{error}");
+    }
+
+    #[test]
+    fn a_source_that_has_gone_is_no_disk_of_bad_sectors() {
+        let place = Place::new();
+        let source = place.path("source");
+        place.source();
+        let job = Copy {
+            source: &source,
+            target: &place.path("target"),
+            state: &place.path("state"),
+            skip_errors: true,
+        };
+        // As when it is pulled out: nothing of it can be read any more.
+        let mut pull = |_| {
+            fs::File::options()
+                .write(true)
+                .open(&source)
+                .unwrap()
+                .set_len(0)
+                .unwrap()
+        };
+        let error = copy(&job, &mut pull).unwrap_err().to_string();
+        assert!(error.contains("does not answer any more"), "{error}");
+        assert!(place.path("state").exists());
     }
 
     #[test]

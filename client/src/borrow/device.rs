@@ -1,14 +1,15 @@
 //! A borrowed disk as this kernel's block device: the tunnel, then NVMe or NBD; and all of it taken away again.
 
-use std::fs::OpenOptions;
-use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use stiefel_shared::bundle::Transport;
+use stiefel_shared::bundle::{Goodbye, Transport};
 use stiefel_shared::lend::Lent;
 use stiefel_shared::seal;
 use stiefel_sys::module::Loader;
@@ -16,7 +17,7 @@ use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, Privat
 use stiefel_sys::{link, nvme};
 
 use super::record::{RECORDS, Record};
-use crate::nbd;
+use crate::{control, nbd};
 
 /// How long requests wait for NBD's connection when it is lost; then they fail.
 pub(super) const NBD_PATIENCE: Duration = Duration::from_secs(30);
@@ -24,6 +25,8 @@ pub(super) const NBD_PATIENCE: Duration = Duration::from_secs(30);
 const NBD_REQUEST: Duration = Duration::from_secs(30);
 /// How long the kernel tries to reach a lost NVMe target again: as long as the other side keeps the loan.
 const NVME_LOSS: Duration = Duration::from_secs(300);
+/// How long it is tried to give a disk back that could not be made a device.
+const GIVING_BACK: Duration = Duration::from_secs(10);
 /// How long the tunnel and the device may take to come up.
 const COMING_UP: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(50);
@@ -32,6 +35,7 @@ const KEEPALIVE: u16 = 5;
 /// The network holds the two ends (RFC 6164).
 const BITS: u8 = 127;
 const FABRICS: &str = "/dev/nvme-fabrics";
+/// Before the loan's name, by which the kernel tells whose an NBD device is.
 const BACKEND: &str = "stiefel-borrowed";
 
 /// Loads the modules; whether this kernel can have disks by NVMe over TCP.
@@ -45,8 +49,19 @@ pub(super) fn prepare(allow_nvme: bool) -> anyhow::Result<bool> {
     Ok(allow_nvme && Path::new(FABRICS).exists() && Path::new("/sys/module/nvme_tcp").exists())
 }
 
-/// Makes the device, and writes it down. What fails half-way is undone; the other side ends the loan by itself then.
+/// Makes the device, and writes it down. What fails half-way is undone, and the disk given back: the other side would keep it for us
+/// as long as for one who is silent.
 pub(super) fn make(disk: &str, lent: &Lent, address: SocketAddrV6) -> anyhow::Result<Record> {
+    let made = try_to_make(disk, lent, address);
+    if made.is_err() {
+        let peer = SocketAddr::V6(SocketAddrV6::new(*address.ip(), address.port(), 0, address.scope_id()));
+        // It ends the loan by itself if it does not hear.
+        let _ = control::goodbye_within(GIVING_BACK, peer, &lent.session, &lent.control, Goodbye::Poweroff);
+    }
+    made
+}
+
+fn try_to_make(disk: &str, lent: &Lent, address: SocketAddrV6) -> anyhow::Result<Record> {
     let tunnel = Tunnel::open(lent, address)?;
     let device = attach(lent)?;
     let record = Record {
@@ -74,6 +89,8 @@ pub(super) fn make(disk: &str, lent: &Lent, address: SocketAddrV6) -> anyhow::Re
 struct Tunnel {
     name: String,
     index: u32,
+    /// The other end, which only root reaches.
+    lender: Ipv6Addr,
     kept: bool,
 }
 
@@ -90,6 +107,7 @@ impl Tunnel {
         let tunnel = Self {
             name,
             index,
+            lender: lent.link.laptop,
             kept: false,
         };
         wireguard::configure(&Device {
@@ -141,7 +159,8 @@ impl Tunnel {
 impl Drop for Tunnel {
     fn drop(&mut self) {
         if !self.kept {
-            // Fails only if it is gone already.
+            // Both fail only if it is gone already.
+            let _ = link::everybody_reaches(self.lender);
             let _ = link::delete(self.index);
         }
     }
@@ -161,7 +180,7 @@ fn attach(lent: &Lent) -> anyhow::Result<String> {
                 timeout: NBD_REQUEST,
                 server_flags: granted.flags,
                 dead_conn_timeout: NBD_PATIENCE,
-                backend_identifier: BACKEND,
+                backend_identifier: &backend(&lent.session),
                 sockets: &[granted.socket.as_fd()],
             })
             .context("the kernel did not take the disk; load the module nbd")?;
@@ -208,23 +227,27 @@ fn attach_nvme(lent: &Lent) -> anyhow::Result<String> {
             anyhow::Error::new(error)
         );
     }
+    let sysfs = Path::new("/sys");
+    let device = appeared(sysfs, controller.instance, lent);
+    if device.is_err() {
+        let _ = nvme::delete(sysfs, controller.instance);
+    }
+    device
+}
+
+/// Waits for the block device of a new controller, and looks at its size.
+fn appeared(sysfs: &Path, instance: u32, lent: &Lent) -> anyhow::Result<String> {
     let deadline = Instant::now() + COMING_UP;
     loop {
-        let sysfs = Path::new("/sys");
-        if let Some(name) = nvme::namespaces(sysfs, controller.instance)?.into_iter().next() {
+        if let Some(name) = nvme::namespaces(sysfs, instance)?.into_iter().next() {
             let path = PathBuf::from("/dev").join(&name);
             if path.exists() {
                 let sectors = std::fs::read_to_string(sysfs.join("block").join(&name).join("size"))?;
                 let sectors: u64 = sectors.trim().parse().context("the disk's size is no number")?;
-                let sized = same_size(lent, sectors.saturating_mul(512));
-                if sized.is_err() {
-                    let _ = nvme::delete(sysfs, controller.instance);
-                }
-                return sized.map(|()| path.display().to_string());
+                return same_size(lent, sectors.saturating_mul(512)).map(|()| path.display().to_string());
             }
         }
         if Instant::now() >= deadline {
-            let _ = nvme::delete(sysfs, controller.instance);
             bail!("the disk does not appear; the kernel's log (dmesg) may say why");
         }
         std::thread::sleep(LOOK);
@@ -240,38 +263,52 @@ fn same_size(lent: &Lent, size: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Takes the device away, unless something uses it.
-pub(super) fn take_away(record: &Record) -> anyhow::Result<()> {
+/// Takes the device away, unless something uses it. With `lost`, also if what was written cannot be brought to the other machine.
+pub(super) fn take_away(record: &Record, lost: bool) -> anyhow::Result<()> {
+    // Until it is taken away: nothing can be mounted in between.
+    let held = hold(record, lost)?;
+    let_go(record)?;
+    drop(held);
+    Ok(())
+}
+
+/// Has the device alone, with all that was written on the other side; nothing if it has gone.
+fn hold(record: &Record, lost: bool) -> anyhow::Result<Option<File>> {
     let device = Path::new(&record.device);
-    if device.exists() {
-        // Exclusively: what is mounted or held is refused here, before anything is lost.
-        let open = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device);
-        match open {
-            Ok(file) => {
-                if record.writable {
-                    file.sync_all()
-                        .with_context(|| format!("cannot bring all onto {}", record.device))?;
-                }
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                bail!("{} is in use; unmount it first", record.device)
-            }
-            // Its other end is gone.
-            Err(_) => {}
-        }
+    if !device.exists() || !is_there(Path::new("/sys"), record)? {
+        return Ok(None);
     }
-    let_go(record)
+    // Exclusively: what is mounted or held is refused here, before anything is lost.
+    match OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device) {
+        Ok(file) => {
+            if record.writable {
+                brought(file.sync_all(), &record.device, lost)?;
+            }
+            Ok(Some(file))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            bail!("{} is in use; unmount it first", record.device)
+        }
+        // Its other end is gone.
+        Err(_) => Ok(None),
+    }
+}
+
+/// What becomes of the last flush.
+fn brought(flushed: io::Result<()>, device: &str, lost: bool) -> anyhow::Result<()> {
+    match flushed {
+        Err(error) if !lost => Err(error).with_context(|| {
+            format!("cannot bring all that was written onto {device}; `detach --lost` gives it back all the same")
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn let_go(record: &Record) -> anyhow::Result<()> {
     match &record.transport {
         Transport::Nbd { .. } => {
-            let index = record
-                .device
-                .strip_prefix("/dev/nbd")
-                .and_then(|number| number.parse().ok());
-            let index = index.context("the record of this disk is damaged")?;
-            if is_ours(index) {
+            let index = nbd_index(record)?;
+            if is_ours(Path::new("/sys"), index, record) {
                 stiefel_sys::nbd::disconnect(index)?;
             }
         }
@@ -285,10 +322,52 @@ fn let_go(record: &Record) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether an NBD device is still the one that we made: another may have got its number.
-fn is_ours(index: u32) -> bool {
-    let backend = std::fs::read_to_string(format!("/sys/block/nbd{index}/backend"));
-    backend.is_ok_and(|backend| backend.trim() == BACKEND)
+fn nbd_index(record: &Record) -> anyhow::Result<u32> {
+    let index = record
+        .device
+        .strip_prefix("/dev/nbd")
+        .and_then(|number| number.parse().ok());
+    index.context("the record of this disk is damaged")
+}
+
+/// Whether the device of a record is still this loan's: another disk may have got its name, borrowed or not.
+fn is_there(sysfs: &Path, record: &Record) -> anyhow::Result<bool> {
+    match &record.transport {
+        Transport::Nbd { .. } => Ok(is_ours(sysfs, nbd_index(record)?, record)),
+        Transport::NvmeTcp { nqn, .. } => {
+            let Some(instance) = nvme::find(sysfs, nqn)? else {
+                return Ok(false);
+            };
+            // One that goes away meanwhile has none.
+            let names = nvme::namespaces(sysfs, instance).unwrap_or_default();
+            Ok(names
+                .iter()
+                .any(|name| Path::new("/dev").join(name) == Path::new(&record.device)))
+        }
+    }
+}
+
+fn backend(session: &str) -> String {
+    format!("{BACKEND}.{session}")
+}
+
+/// Whether an NBD device is the one that this loan made. Before Linux 5.14 the kernel does not say whose one is: it is then, if it is
+/// connected at all.
+fn is_ours(sysfs: &Path, index: u32, record: &Record) -> bool {
+    let folder = sysfs.join(format!("block/nbd{index}"));
+    match std::fs::read_to_string(folder.join("backend")) {
+        Ok(found) => found.trim() == backend(&record.session),
+        Err(_) if says_whose(&rustix::system::uname().release().to_string_lossy()) => false,
+        Err(_) => folder.join("pid").exists(),
+    }
+}
+
+/// Whether a kernel of this release says whose an NBD device is.
+fn says_whose(release: &str) -> bool {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse::<u32>().unwrap_or(u32::MAX));
+    (numbers.next(), numbers.next()) >= (Some(5), Some(14))
 }
 
 /// Takes the tunnel away, if it is still there.
@@ -301,5 +380,50 @@ pub(super) fn close_tunnel(record: &Record) {
             }
         }
         let _ = link::delete(index);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use stiefel_shared::bundle::ControlKey;
+
+    #[test]
+    fn another_loan_that_got_the_name_is_not_this_one() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let device = sysfs.path().join("block/nbd0");
+        std::fs::create_dir_all(&device).unwrap();
+        let record = |session: &str| Record {
+            disk: "ssd-1".into(),
+            hostname: "laptop".into(),
+            device: "/dev/nbd0".into(),
+            writable: true,
+            address: ("fe80::1".parse().unwrap(), 3, 61570),
+            tunnel: "stiefel-b0000".into(),
+            transport: Transport::Nbd {
+                port: 61571,
+                export: "x".into(),
+            },
+            control: ControlKey([1; 32]),
+            session: session.into(),
+        };
+        assert!(!is_there(sysfs.path(), &record("00ff")).unwrap());
+        std::fs::write(device.join("backend"), "stiefel-borrowed.00ff\n").unwrap();
+        assert!(is_there(sysfs.path(), &record("00ff")).unwrap());
+        assert!(!is_there(sysfs.path(), &record("00ee")).unwrap());
+        assert!(
+            says_whose("5.14.0-1-amd64")
+                && says_whose("6.1")
+                && !says_whose("5.10.0-30-amd64")
+                && !says_whose("4.19.0")
+        );
+    }
+
+    #[test]
+    fn a_disk_whose_machine_has_gone_can_be_given_up() {
+        let failed = || Err(io::Error::from_raw_os_error(libc::EIO));
+        let error = brought(failed(), "/dev/nbd0", false).unwrap_err().to_string();
+        assert!(error.contains("detach --lost"), "{error}");
+        assert!(brought(failed(), "/dev/nbd0", true).is_ok() && brought(Ok(()), "/dev/nbd0", false).is_ok());
     }
 }

@@ -9,6 +9,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::{Hash, PIECE, Range, SECTOR, push};
 
@@ -49,6 +51,9 @@ impl State {
             .mode(0o600)
             .open(path)
             .with_context(failed)?;
+        if let Err(Errno::WOULDBLOCK) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            bail!("{} is used by another copy, which has not ended yet", path.display());
+        }
         let whole = [&MAGIC[..], &size.to_be_bytes(), &first].concat();
         let mut reader = BufReader::new(&file);
         let mut known = Vec::new();
@@ -184,6 +189,15 @@ mod tests {
     }
 
     #[test]
+    fn two_copies_have_not_one_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = open(&dir).unwrap();
+        assert!(open(&dir).unwrap_err().to_string().contains("another copy"));
+        drop(first);
+        open(&dir).unwrap();
+    }
+
+    #[test]
     fn a_cut_anywhere_leaves_whole_pieces_with_their_ranges() {
         let dir = tempfile::tempdir().unwrap();
         let mut state = open(&dir).unwrap();
@@ -192,14 +206,17 @@ mod tests {
             .add(&[([1; 32], vec![(0, 4096)]), ([2; 32], vec![(piece, 4096)])])
             .unwrap();
         let bytes = std::fs::read(&state.path).unwrap();
+        drop(state);
         for length in usize::try_from(HEADER).unwrap()..=bytes.len() {
-            std::fs::write(&state.path, &bytes[..length]).unwrap();
+            std::fs::write(dir.path().join("state"), &bytes[..length]).unwrap();
             let mut state = open(&dir).unwrap();
             assert!(state.unreadable.len() <= state.hashes.len());
             // Goes on where it is whole.
             state.add(&[([3; 32], Vec::new())]).unwrap();
+            let (hashes, unreadable) = (state.hashes.clone(), state.unreadable.clone());
+            drop(state);
             let again = open(&dir).unwrap();
-            assert_eq!((&again.hashes, &again.unreadable), (&state.hashes, &state.unreadable));
+            assert_eq!((again.hashes, again.unreadable), (hashes, unreadable));
         }
     }
 

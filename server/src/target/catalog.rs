@@ -49,9 +49,16 @@ fn find<'a>(entries: &'a mut BTreeMap<String, Entry>, name: &str, peer: SocketAd
         ("", 1) => entries.values_mut().next(),
         _ => entries.get_mut(name),
     }?;
-    let others = entry.writer != Some(peer.ip().to_canonical());
-    let busy = entry.export.single() && Arc::strong_count(&entry.export) > IDLE;
-    (!(busy && others)).then_some(entry)
+    entry.is_for(peer).then_some(entry)
+}
+
+impl Entry {
+    /// Whether nobody else has it who must have it alone.
+    fn is_for(&self, peer: SocketAddr) -> bool {
+        let others = self.writer != Some(peer.ip().to_canonical());
+        let busy = self.export.single() && Arc::strong_count(&self.export) > IDLE;
+        !(busy && others)
+    }
 }
 
 impl Gate for Catalog {
@@ -70,9 +77,9 @@ impl Gate for Catalog {
         find(&mut self.lock(), name, peer).map(|entry| Arc::clone(&entry.export))
     }
 
-    fn list(&self, _peer: SocketAddr) -> Vec<Listed> {
+    fn list(&self, peer: SocketAddr) -> Vec<Listed> {
         let entries = self.lock();
-        let listed = entries.values().map(|entry| Listed {
+        let listed = entries.values().filter(|entry| entry.is_for(peer)).map(|entry| Listed {
             name: entry.export.name().to_owned(),
             description: entry.export.description().to_owned(),
         });
@@ -124,6 +131,8 @@ mod tests {
         let held = catalog.export("a", at("[::ffff:10.0.0.1]:9"));
         assert!(held.is_some());
         assert!(catalog.export("a", at("10.0.0.2:9")).is_none());
+        assert!(catalog.list(at("10.0.0.2:9")).is_empty());
+        assert_eq!(catalog.list(at("10.0.0.1:9")).len(), 1);
         assert!(catalog.export("a", at("10.0.0.1:77")).is_some());
         drop(held);
         assert!(catalog.export("a", at("10.0.0.2:9")).is_some());

@@ -1,5 +1,6 @@
 //! `stiefel target` without `--open`: found and borrowed by the holders of a key only.
 
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -14,16 +15,20 @@ use stiefel_sys::nvmet::{CONFIGFS, Shelf};
 use stiefel_sys::shield;
 use tokio::sync::mpsc;
 
-use super::desk::{Desk, Hosted, OnOffer};
+use super::alone::{self, Alone};
+use super::desk::{Desk, OnOffer};
 use super::follow::Chosen;
 use super::grant::Grants;
+use super::hosted::Hosted;
 use super::listing::LeftOut;
 use super::names::machine;
 use super::qr::{self, Room};
 use super::role::{Press, Sure};
 use super::run::{self, Event, LOOK, SETTLE, Signals};
+use super::say::say;
+use super::share::Mode;
 use super::wanted::{Called, look_up, mode, wanted};
-use super::{Options, tunnel};
+use super::{Options, doors, tunnel};
 use crate::nbd::{self, Limits, Server};
 use crate::tree::Tree;
 use crate::{discovery, http};
@@ -71,12 +76,14 @@ impl Seat {
 
 pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat) -> anyhow::Result<()> {
     let mut ended = Signals::new()?;
+    // Until all has been taken back.
+    let _alone = Alone::take(Path::new(alone::FOLDER))?;
     let (tell, mut events) = mpsc::unbounded_channel();
     run::watch(&tell)?;
     let own = || rustix::system::uname().nodename().to_string_lossy().into_owned();
     let hostname = options.hostname.clone().unwrap_or_else(own);
-    run::load(&["wireguard"]);
-    let nvme = !options.no_nvme && run::load_target().is_ok();
+    doors::load(&["wireguard"]);
+    let nvme = !options.no_nvme && doors::load_target().is_ok();
     let desk = Arc::new(Desk::new(hostname.clone(), nvme));
     // As long as this function.
     let _server = serve_disks(&desk)?;
@@ -101,15 +108,16 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
                 key = seat.key() => match seat.sure.press(key, Instant::now(), &mut Arc::clone(&desk)) {
                     Press::End => return Ok(()),
                     Press::Done(words) | Press::Warned(words) => {
-                        eprintln!("stiefel: {words}");
+                        say(words);
                         show.update(options, &desk)?;
                     }
                     Press::Nothing => {}
                 },
                 _ = look.tick() => {
                     desk.look(Instant::now());
-                    desk.traffic(LOOK.as_secs()).iter().for_each(|words| eprintln!("stiefel: {words}"));
-                    if desk.borrowers() != show.borrowers || show.grants.waits() {
+                    desk.traffic(LOOK.as_secs()).iter().for_each(say);
+                    // Nothing is heard of a disk that is unmounted.
+                    if show.used || desk.borrowers() != show.borrowers || show.grants.waits() {
                         show.update(options, &desk)?;
                     }
                 }
@@ -122,7 +130,7 @@ pub(super) async fn follow(options: &Options, keys: &[StickKey], mut seat: Seat)
         }
     }
     .await;
-    eprintln!("stiefel: taking all disks back");
+    say(format_args!("taking all disks back"));
     // In order also after an error: the kernel would go on serving by itself.
     let closed = tokio::task::spawn_blocking(move || desk.close()).await?;
     served.and(closed)
@@ -148,11 +156,11 @@ fn answerer(keys: &[StickKey], hostname: &str) -> Arc<Mutex<Responder>> {
     Arc::new(Mutex::new(Responder::new(keys, about, State::Lending, Instant::now())))
 }
 
-/// Takes away what a process of ours has left that was killed; our ports are bound, so none is alive.
+/// Takes away what a process of ours has left that was killed; we are alone, so none is alive.
 fn sweep(nvme: bool) {
     if nvme {
         if let Err(error) = Shelf::open(Path::new(CONFIGFS), &[]) {
-            eprintln!("stiefel: {:#}", anyhow::Error::new(error));
+            say(format_args!("{:#}", anyhow::Error::new(error)));
         }
         shield::sweep(Path::new("/sys"), Path::new("/dev"));
     }
@@ -202,6 +210,8 @@ struct Shown {
     text: String,
     /// Who had what.
     borrowers: Vec<(String, String)>,
+    /// A disk that could be written is in use here.
+    used: bool,
 }
 
 impl Shown {
@@ -215,6 +225,7 @@ impl Shown {
             hostname,
             text: String::new(),
             borrowers: Vec::new(),
+            used: false,
         })
     }
 
@@ -233,6 +244,9 @@ impl Shown {
         let mut on_offer: Vec<OnOffer> = on_offer.collect();
         // In the order of the desk's names: the screen's numbers are the keys.
         on_offer.sort_by(|a, b| a.names.key.cmp(&b.names.key));
+        self.used = on_offer
+            .iter()
+            .any(|disk| disk.mode != Mode::ReadOnly && !disk.users.is_empty());
         desk.offer(on_offer.clone());
         self.borrowers = desk.borrowers();
         let text = match options.json {
@@ -240,15 +254,18 @@ impl Shown {
             false => words(&self.hostname, &on_offer, &left_out, desk, &self.borrowers),
         };
         if text != self.text {
-            println!("{text}");
+            // Nobody hears it any more: the end, in order.
+            let mut out = std::io::stdout().lock();
+            writeln!(out, "{text}")?;
             let room = Room::of_stdout().filter(|_| !options.json);
             let lent = on_offer.iter().filter(|disk| !desk.is_withheld(&disk.names.key));
             let commands: Vec<String> = lent.map(|disk| command(&self.hostname, disk)).collect();
             if let Some(room) = room
                 && let Some(code) = qr::code(&texts(&commands), room.below(text.lines().count()))
             {
-                print!("{code}");
+                out.write_all(code.as_bytes())?;
             }
+            out.flush()?;
             self.text = text;
         }
         Ok(())
@@ -318,7 +335,7 @@ fn json(hostname: &str, disks: &[OnOffer], left_out: &[LeftOut], borrowers: &[(S
 #[cfg(test)]
 mod tests {
     use super::super::names::Names;
-    use super::super::share::{Mode, Source};
+    use super::super::share::Source;
     use super::*;
 
     fn on_offer(name: &str) -> OnOffer {

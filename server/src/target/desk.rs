@@ -9,11 +9,11 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use stiefel_shared::bundle::{ControlKey, DISK_PORT, DiskOffer, Goodbye, LinkOffer, NVME_PORT, Transport};
+use stiefel_shared::bundle::{ControlKey, DISK_PORT, DiskOffer, LinkOffer, NVME_PORT, Transport};
 use stiefel_shared::handover::DiskIdentity;
-use stiefel_shared::lend::{Ask, Lent, Loan};
+use stiefel_shared::lend::{Lent, Loan};
 use stiefel_shared::seal;
 use stiefel_shared::session::{MachineId, SessionName};
 use stiefel_sys::block;
@@ -21,19 +21,23 @@ use stiefel_sys::netns::Namespace;
 use stiefel_sys::nvmet::{CONFIGFS, NQN_PREFIX, Port, Shelf};
 
 use super::clients;
-use super::described::{cut, describe};
+use super::described::{cut, describe, fitting};
 use super::heard::{GRACE, Heard, News};
 use super::names::Names;
 use super::parts::Parts;
 use super::role::Lending;
+use super::say::say;
 use super::share::{Mode, Share, Source};
 use super::tunnel::Tunnel;
-use crate::http::{Begin, Bundle, Refusal, SessionHost};
+use super::work::{Begun, Work};
+use crate::http::Begin;
 use crate::nbd::{Export, Gate, Listed, Server, Stats};
 use crate::role::disk::uuid;
 
 /// Loans at the same time.
 const MAX_LOANS: usize = 32;
+/// How long the end waits for loans that were being opened or ended.
+const PARTING: Duration = Duration::from_secs(25);
 
 /// A disk that may be borrowed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,7 +52,7 @@ impl OnOffer {
     /// Whether this can stay lent: it is the same disk, and if it is really written, that is still granted.
     fn allows(&self, share: &Share) -> bool {
         let writes = |mode: &Mode| matches!(mode, Mode::ReadWrite { .. });
-        self.source == share.source && (writes(&self.mode) || !writes(&share.mode))
+        self.source.still_serves(&share.source) && (writes(&self.mode) || !writes(&share.mode))
     }
 }
 
@@ -76,9 +80,15 @@ struct State {
     /// taken back when it is plugged in again.
     withheld: BTreeSet<String>,
     loans: BTreeMap<String, LoanState>,
+    /// Nothing is lent any more.
+    ended: bool,
 }
 
 impl State {
+    fn has_room(&self) -> bool {
+        self.loans.len() < MAX_LOANS
+    }
+
     /// Whether who has the disk leaves room for one more: a writer is alone.
     fn admits(&self, disk: &str, read_write: bool) -> bool {
         let mut others = self.loans.values().filter(|loan| loan.disk == disk);
@@ -89,6 +99,8 @@ impl State {
 /// Who decides about loans.
 pub(super) struct Desk {
     state: Mutex<State>,
+    /// Loans that are being opened, and those that are being ended.
+    work: Arc<Work>,
     hostname: String,
     nvme: bool,
     parts: Parts,
@@ -101,6 +113,7 @@ impl Desk {
     pub(super) fn new(hostname: String, nvme: bool) -> Self {
         Self {
             state: Mutex::default(),
+            work: Arc::default(),
             hostname,
             nvme,
             // What cannot be read is only not shown.
@@ -149,8 +162,8 @@ impl Desk {
         for (name, loan) in &mut self.lock().loans {
             let (disk, borrower) = (&loan.disk, &loan.borrower);
             match loan.heard.look(loan.tunnel.received(), now) {
-                Some(News::Silent) => eprintln!("stiefel: {disk}: nothing comes from {borrower} any more"),
-                Some(News::Back) => eprintln!("stiefel: {disk}: {borrower} is back"),
+                Some(News::Silent) => say(format_args!("{disk}: nothing comes from {borrower} any more")),
+                Some(News::Back) => say(format_args!("{disk}: {borrower} is back")),
                 None => {}
             }
             if loan.heard.is_over(now) {
@@ -189,38 +202,63 @@ impl Desk {
             return;
         };
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-        let (disk, why) = (loan.disk.clone(), why.to_owned());
-        let end = move || match close(loan, server.as_deref()) {
-            Ok(()) => eprintln!("stiefel: the loan of {disk} is over: {why}"),
-            Err(error) => eprintln!("stiefel: the loan of {disk} is over ({why}), not in order: {error:#}"),
+        let (disk, why, begun) = (loan.disk.clone(), why.to_owned(), self.work.begin());
+        let end = move || {
+            match close(loan, server.as_deref()) {
+                Ok(()) => say(format_args!("the loan of {disk} is over: {why}")),
+                Err(error) => say(format_args!(
+                    "the loan of {disk} is over ({why}), not in order: {error:#}"
+                )),
+            }
+            drop(begun);
         };
         // Without a thread the loan is dropped with the closure, which closes all but in order.
         let _ = std::thread::Builder::new().name("let-go".to_owned()).spawn(end);
     }
 
     /// Ends a loan in order; `false` if there is none of that name.
-    fn end(&self, name: &str) -> anyhow::Result<bool> {
+    pub(super) fn end(&self, name: &str) -> anyhow::Result<bool> {
+        let _begun = self.work.begin();
         let loan = self.lock().loans.remove(name);
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         let Some(loan) = loan else { return Ok(false) };
         let (disk, borrower) = (loan.disk.clone(), loan.borrower.clone());
         close(loan, server.as_deref())?;
-        eprintln!("stiefel: the loan of {disk} to {borrower} is over");
+        say(format_args!("the loan of {disk} to {borrower} is over"));
         Ok(true)
     }
 
-    /// Ends all.
+    /// Ends all, at once, and waits for what had begun before: what is published when the program ends stays so.
     pub(super) fn close(&self) -> anyhow::Result<()> {
-        let names: Vec<String> = self.lock().loans.keys().cloned().collect();
+        let loans = {
+            let mut state = self.lock();
+            state.ended = true;
+            std::mem::take(&mut state.loans)
+        };
         let mut result = Ok(());
-        for name in names {
-            // Each, whatever became of the others.
-            result = result.and(self.end(&name).map(drop));
+        let mut threads = Vec::new();
+        for loan in loans.into_values() {
+            let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+            let end = move || close(loan, server.as_deref());
+            // Each, whatever becomes of the others.
+            match std::thread::Builder::new().name("let-go".to_owned()).spawn(end) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => result = result.and(Err(error.into())),
+            }
         }
+        for thread in threads {
+            let closed = thread.join();
+            result = result.and(closed.unwrap_or_else(|_| anyhow::bail!("a loan did not end in order")));
+        }
+        anyhow::ensure!(
+            self.work.wait(PARTING),
+            "a loan that was being opened or ended hangs; its disk may still be in use"
+        );
         result
     }
 
-    fn list(&self) -> Loan {
+    /// What may be borrowed, for who asks.
+    pub(super) fn list(&self) -> Loan {
         let state = self.lock();
         let (disks, loans): (Vec<OnOffer>, Vec<(String, String)>) = (
             state
@@ -251,10 +289,12 @@ impl Desk {
                 .extend(borrowers.map(|(_, borrower)| cut(&format!("lent to {borrower}"))));
             info
         });
-        Loan::Disks { disks: infos.collect() }
+        fitting(infos.collect())
     }
 
-    fn attach(&self, begin: &Begin, disk: &str, read_write: bool, nvme: bool) -> anyhow::Result<Loan> {
+    /// Lends a disk to who asks.
+    pub(super) fn attach(&self, begin: &Begin, disk: &str, read_write: bool, nvme: bool) -> anyhow::Result<Loan> {
+        let _begun = self.begin()?;
         let asked_by = (begin.key.clone(), begin.machine);
         self.end_earlier(disk, &asked_by)?;
         let on_offer = self.free(disk, read_write)?;
@@ -275,11 +315,9 @@ impl Desk {
             session: session.clone(),
         };
         let borrower = format!("{} (key {})", begin.peer.ip(), begin.key);
-        let mode = if read_write { "READ-WRITE" } else { "read-only" };
-        eprintln!("stiefel: {disk} is lent to {borrower}, {mode}");
         let loan = LoanState {
             disk: disk.to_owned(),
-            borrower,
+            borrower: borrower.clone(),
             asked_by,
             client: link.address,
             export: share.export.clone(),
@@ -290,7 +328,16 @@ impl Desk {
             told: Stats::default(),
         };
         self.enter(session, loan)?;
+        let mode = if read_write { "READ-WRITE" } else { "read-only" };
+        say(format_args!("{disk} is lent to {borrower}, {mode}"));
         Ok(Loan::Attached(Box::new(lent)))
+    }
+
+    /// Begins to open a loan, unless that is over.
+    fn begin(&self) -> anyhow::Result<Begun> {
+        let state = self.lock();
+        anyhow::ensure!(!state.ended, "this machine lends nothing any more");
+        Ok(self.work.begin())
     }
 
     /// Ends what a machine had of this disk before it was started anew: nothing comes from there any more, and it asks again.
@@ -310,10 +357,7 @@ impl Desk {
     /// A disk that can be lent so now.
     fn free(&self, disk: &str, read_write: bool) -> anyhow::Result<OnOffer> {
         let state = self.lock();
-        anyhow::ensure!(
-            state.loans.len() < MAX_LOANS,
-            "too many disks are lent already; detach one"
-        );
+        anyhow::ensure!(state.has_room(), "too many disks are lent already; detach one");
         let on_offer = state.disks.get(disk).filter(|_| !state.withheld.contains(disk));
         let on_offer = on_offer.ok_or_else(|| anyhow::anyhow!("there is no disk {disk}; list them again"))?;
         anyhow::ensure!(
@@ -323,6 +367,11 @@ impl Desk {
         anyhow::ensure!(
             !read_write || on_offer.mode != Mode::ReadOnly,
             "{disk} is lent for reading only; whoever sits there must start `stiefel target` with --read-write {disk}"
+        );
+        let (size, block) = (on_offer.source.size(), on_offer.source.block_size());
+        anyhow::ensure!(
+            [512, 4096].contains(&block) && size > 0 && size.is_multiple_of(u64::from(block)),
+            "{disk} has {size} bytes in blocks of {block}: only whole blocks of 512 or 4096 bytes are lent so"
         );
         Ok(on_offer.clone())
     }
@@ -340,7 +389,7 @@ impl Desk {
         let place = match nvme {
             // Without one it comes by NBD.
             true => Namespace::new()
-                .inspect_err(|error| eprintln!("stiefel: no NVMe for this loan: {error}"))
+                .inspect_err(|error| say(format_args!("no NVMe for this loan: {error}")))
                 .ok(),
             false => None,
         };
@@ -358,7 +407,8 @@ impl Desk {
         let mut state = self.lock();
         let disk = &loan.disk;
         let still = state.disks.get(disk).is_some_and(|now| now.allows(&loan.share));
-        if still && !state.withheld.contains(disk) && state.admits(disk, loan.writable) {
+        let room = !state.ended && state.has_room();
+        if room && still && !state.withheld.contains(disk) && state.admits(disk, loan.writable) {
             state.loans.insert(session, loan);
             return Ok(());
         }
@@ -500,72 +550,5 @@ impl Gate for Desk {
     }
 }
 
-impl SessionHost for Hosted {
-    async fn begin(&self, _request: Begin) -> Result<Bundle, Refusal> {
-        let reason = "this machine lends its disks, and nothing is booted from it; see `stiefel attach`".to_owned();
-        Err(Refusal { reason })
-    }
-
-    async fn lend(&self, request: Begin, ask: Ask) -> Result<Loan, Refusal> {
-        let desk = Arc::clone(&self.0);
-        let answer = tokio::task::spawn_blocking(move || match ask {
-            Ask::List => Ok(desk.list()),
-            Ask::Attach { disk, read_write, nvme } => desk.attach(&request, &disk, read_write, nvme),
-        });
-        let refused = |error: anyhow::Error| Refusal {
-            reason: format!("{error:#}"),
-        };
-        answer.await.map_err(|error| refused(error.into()))?.map_err(refused)
-    }
-
-    async fn goodbye(&self, session: SessionName, _goodbye: Goodbye) -> Result<(), Refusal> {
-        let desk = Arc::clone(&self.0);
-        let ended = tokio::task::spawn_blocking(move || desk.end(&session.to_string()));
-        let reason = match ended.await {
-            Ok(Ok(_)) => return Ok(()),
-            Ok(Err(error)) => format!("{error:#}"),
-            Err(error) => error.to_string(),
-        };
-        Err(Refusal { reason })
-    }
-
-    fn parted(&self, session: SessionName, _goodbye: Goodbye) {
-        eprintln!("stiefel: session {session} is over");
-    }
-}
-
-/// The desk as HTTP's host.
-pub(super) struct Hosted(pub(super) Arc<Desk>);
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_disk_that_may_not_be_written_any_more_allows_no_loan_that_writes_it() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(1 << 20).unwrap();
-        let mut disk = OnOffer {
-            source: Source::File {
-                path: file.path().to_owned(),
-                size: 1 << 20,
-            },
-            names: Names::of_file("m", "disk.img", &|_| false),
-            mode: Mode::ReadWrite { host: None },
-            users: Vec::new(),
-        };
-        let granted = Mode::ReadWrite { host: None };
-        for (mode, writes, then, stays) in [
-            (&granted, true, &granted, true),
-            (&granted, true, &Mode::ReadOnly, false),
-            (&granted, true, &Mode::Snapshot, false),
-            (&granted, false, &Mode::ReadOnly, true),
-            (&Mode::Snapshot, true, &Mode::ReadOnly, true),
-        ] {
-            disk.mode = mode.clone();
-            let (lent, _) = by_nbd(&disk, writes).unwrap();
-            disk.mode = then.clone();
-            assert_eq!(disk.allows(&lent), stays, "{mode:?} {writes} {then:?}");
-        }
-    }
-}
+mod tests;

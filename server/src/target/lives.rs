@@ -245,7 +245,7 @@ fn numbers(root: &Path, entry: &MountEntry) -> Vec<(u32, u32)> {
 }
 
 /// Major and minor number of a device below /dev, as sysfs has it.
-fn number_of(root: &Path, device: &str) -> Option<(u32, u32)> {
+pub(super) fn number_of(root: &Path, device: &str) -> Option<(u32, u32)> {
     let tree = Tree::new(root);
     let name = device.starts_with("/dev/").then(|| tree.block_name(device))??;
     pair(&tree.line(format!("/sys/class/block/{name}/dev"))?)

@@ -7,14 +7,21 @@
 //! Refused: partitions and what stands on disks; disks that the running system lives on, unless asked for twice; writing to
 //! what is mounted, swap or held. What `--open` lends is lent to everybody, in clear.
 
+// They panic when nobody can be told any more: see `say`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+mod alone;
 mod catalog;
 mod clients;
 mod closed;
 mod described;
 mod desk;
+mod doors;
 mod follow;
 mod grant;
 mod heard;
+mod hosted;
+mod late;
 mod listing;
 mod lives;
 mod names;
@@ -24,9 +31,11 @@ mod qr;
 mod reboot;
 mod role;
 mod run;
+mod say;
 mod share;
 mod tunnel;
 mod wanted;
+mod work;
 
 use std::path::PathBuf;
 

@@ -117,7 +117,8 @@ pub(super) fn own_key(disk: &Disk) -> Option<String> {
     Some(slug(&format!("{} {own}", disk.model.as_deref().unwrap_or_default())))
 }
 
-/// Lower-case letters, digits and single dashes, cut to [`MAX_KEY`].
+/// Lower-case letters, digits and single dashes. Of what is longer than [`MAX_KEY`] the end is a digest of all of it: serial numbers
+/// stand there, and without them two disks of one model would be one.
 fn slug(text: &str) -> String {
     let mut slug = String::new();
     for c in text.chars() {
@@ -127,8 +128,18 @@ fn slug(text: &str) -> String {
             slug.push('-');
         }
     }
-    slug.truncate(MAX_KEY);
-    slug.trim_end_matches('-').to_owned()
+    slug.truncate(slug.trim_end_matches('-').len());
+    if slug.len() > MAX_KEY {
+        let digits: String = digest(&[slug.as_str()])
+            .iter()
+            .take(8)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        slug.truncate(MAX_KEY - digits.len() - 1);
+        slug.truncate(slug.trim_end_matches('-').len());
+        slug = format!("{slug}-{digits}");
+    }
+    slug
 }
 
 fn digest(parts: &[&str]) -> [u8; 32] {
@@ -227,6 +238,29 @@ mod tests {
         assert_eq!(Names::of_disk("m", &same, &taken).key, "usb-0123-sdb");
         let taken = |key: &str| ["disk-img", "disk-img-2"].contains(&key);
         assert_eq!(Names::of_file("m", "disk.img", &taken).key, "disk-img-3");
+    }
+
+    #[test]
+    fn long_names_tell_two_disks_apart_by_their_ends() {
+        let model = "A RATHER LONG MODEL OF FORTY CHARACTERS X";
+        let t10 = |serial: &str| {
+            disk(
+                "sda",
+                Some(model),
+                None,
+                Some(&format!("t10.ATA     {model}{serial:>20}")),
+            )
+        };
+        let (one, other) = (own_key(&t10("S1")).unwrap(), own_key(&t10("S2")).unwrap());
+        assert!(
+            one != other && one.len() <= MAX_KEY && one.starts_with("a-rather-long-model"),
+            "{one} {other}"
+        );
+        assert_eq!(own_key(&t10("S1")).unwrap(), one);
+        // A twin of it gets another name, too.
+        let second = Names::of_disk("m", &t10("S1"), &|key: &str| key == one).key;
+        assert!(second != one && second.len() <= MAX_KEY, "{second}");
+        assert_eq!(slug(&"x".repeat(MAX_KEY)), "x".repeat(MAX_KEY));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use stiefel_sys::block::{self, BlockError, Disk};
 use stiefel_sys::mount;
 
-use super::lives::{disks_of, lives};
+use super::lives::{disks_of, lives, number_of};
 use crate::tree::Tree;
 
 /// A disk, and what keeps it from being written.
@@ -27,6 +27,8 @@ pub(super) struct Survey {
     pub(super) disks: Vec<Candidate>,
     /// Parts of the running system whose disks are not known (ZFS), in words: any could be its.
     pub(super) unknown: Option<String>,
+    /// Files that are used as disks, and how, in words.
+    pub(super) images: BTreeMap<PathBuf, String>,
 }
 
 /// Looks at the machine below `root`.
@@ -45,6 +47,26 @@ pub(super) fn survey(root: &Path) -> Result<Survey, BlockError> {
         .map(|(disk, name)| (disk.clone(), format!("swap space {name}")));
     for (disk, user) in used.chain(swaps) {
         users.entry(disk).or_default().insert(user);
+    }
+    let mut images: BTreeMap<PathBuf, String> = BTreeMap::new();
+    for (_, space) in &lives.swaps {
+        images.insert(space.into(), format!("swap space {space}"));
+    }
+    for Looped { name, over, read_only } in loops(root) {
+        // Nothing else says of a disk that one stands on it.
+        let mut through = users.get(&name).cloned().unwrap_or_default();
+        if !read_only {
+            through.insert(format!("held by {name}"));
+        }
+        match over {
+            Over::Disks(disks) => disks
+                .into_iter()
+                .for_each(|disk| users.entry(disk).or_default().extend(through.clone())),
+            Over::File(path) if !through.is_empty() => {
+                images.insert(path, through.into_iter().collect::<Vec<_>>().join(", "));
+            }
+            Over::File(_) => {}
+        }
     }
     let disks = block::disks(&sysfs)?
         .into_iter()
@@ -69,9 +91,48 @@ pub(super) fn survey(root: &Path) -> Result<Survey, BlockError> {
         })
         .collect();
     Ok(Survey {
+        images,
         disks,
         unknown: (!lives.unknown.is_empty()).then(|| lives.unknown.into_iter().collect::<Vec<_>>().join(", ")),
     })
+}
+
+/// A loop device.
+struct Looped {
+    name: String,
+    over: Over,
+    /// It refuses writes, as those of our shields do.
+    read_only: bool,
+}
+
+/// What a loop device stands on.
+enum Over {
+    Disks(Vec<String>),
+    File(PathBuf),
+}
+
+/// All loop devices that are in use.
+fn loops(root: &Path) -> Vec<Looped> {
+    let tree = Tree::new(root);
+    let names = tree
+        .names("/sys/block")
+        .into_iter()
+        .filter(|name| name.starts_with("loop"));
+    let looped = |name: String| {
+        let backing = tree.line(format!("/sys/block/{name}/loop/backing_file"))?;
+        let over = match number_of(root, &backing) {
+            Some(number) => {
+                let disks = block::whole_disks_of_device(&root.join("sys"), number).unwrap_or_default();
+                Over::Disks(disks.into_iter().map(|disk| disk.name).collect())
+            }
+            None => Over::File(backing.into()),
+        };
+        let read_only = tree
+            .line(format!("/sys/block/{name}/ro"))
+            .is_some_and(|text| text == "1");
+        Some(Looped { name, over, read_only })
+    };
+    names.filter_map(looped).collect()
 }
 
 /// The USB device that a disk is in.
@@ -194,7 +255,7 @@ pub(super) fn unused(disks: &[&Disk]) -> Survey {
     };
     Survey {
         disks: disks.iter().map(candidate).collect(),
-        unknown: None,
+        ..Survey::default()
     }
 }
 
@@ -254,6 +315,39 @@ mod tests {
         let machine = Machine::new(&[("sda", "8:0", &[("sda2", "8:2")])], "", "");
         fs::create_dir_all(machine.root().join("sys/block/sda/sda2/holders/dm-0")).unwrap();
         assert_eq!(machine.survey().disks[0].users, ["held by dm-0"]);
+    }
+
+    #[test]
+    fn what_a_loop_device_stands_on_is_in_use_unless_it_only_reads() {
+        let machine = Machine::new(
+            &[
+                ("sda", "8:0", &[("sda1", "8:1")]),
+                ("sdb", "8:16", &[]),
+                ("sdc", "8:32", &[]),
+                ("loop0", "7:0", &[]),
+                ("loop1", "7:1", &[]),
+                ("loop2", "7:2", &[]),
+                ("loop3", "7:3", &[]),
+            ],
+            &format!("{ROOT}23 22 7:1 / /mnt rw - ext4 /dev/loop1 rw\n"),
+            "",
+        );
+        let loops = [
+            ("loop0", "/dev/sda1", "0"),
+            ("loop1", "/dev/sdb", "1"),
+            ("loop2", "/dev/sdc", "1"),
+            ("loop3", "/a/b.img", "0"),
+        ];
+        for (name, backing, read_only) in loops {
+            let folder = machine.root().join("sys/block").join(name);
+            fs::create_dir_all(folder.join("loop")).unwrap();
+            fs::write(folder.join("loop/backing_file"), backing).unwrap();
+            fs::write(folder.join("ro"), read_only).unwrap();
+        }
+        let survey = machine.survey();
+        let users: Vec<String> = survey.disks.iter().map(|found| found.users.join(", ")).collect();
+        assert_eq!(users, ["held by loop0", "mounted at /mnt", ""]);
+        assert_eq!(survey.images[Path::new("/a/b.img")], "held by loop3");
     }
 
     #[test]

@@ -1,37 +1,35 @@
 //! The loop of `stiefel target`: disks and addresses come and go, what is lent follows, and people are told.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{IsTerminal, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use socket2::{Domain, Protocol, Socket, Type};
-use stiefel_shared::bundle::NVME_PORT;
 use stiefel_sys::link::LinkMonitor;
-use stiefel_sys::module::Loader;
-use stiefel_sys::mount::{self, MountFlags};
-use stiefel_sys::nvmet::{CONFIGFS, Port, Shelf};
-use stiefel_sys::shield;
+use stiefel_sys::nvmet::Shelf;
 use stiefel_sys::uevent::Monitor;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Options;
+use super::alone::Alone;
 use super::catalog::Catalog;
 use super::clients::{self, Who};
 use super::closed::Seat;
+use super::doors::{listen, opened_shelf};
 use super::follow::Chosen;
 use super::grant::Grants;
 use super::heard::GRACE;
+use super::late::soon_or_late;
 use super::listing::{LeftOut, Listing, places};
 use super::names::{Names, machine};
 use super::pick;
 use super::qr::{self, Room};
 use super::role::{Lending, Press};
-use super::share::{Mode, Share, Source};
+use super::say::{self, say};
+use super::share::{LET_GO, Mode, Share, in_time};
 use super::wanted::{Wanted, look_up, mode, wanted};
 use crate::nbd::{self, Limits, Server, Stats};
 use crate::tree::Tree;
@@ -40,6 +38,9 @@ use crate::tree::Tree;
 pub(super) const LOOK: Duration = Duration::from_secs(2);
 /// How long a disk that is being let go of is waited for at the end.
 const PARTING: Duration = Duration::from_secs(25);
+/// How long a disk that is being opened holds up all else.
+const PATIENCE: Duration = Duration::from_secs(3);
+const NO_ANSWER: &str = "it does not answer; it is lent as soon as it does";
 /// One plug makes a burst of events; looked at once after it.
 pub(super) const SETTLE: Duration = Duration::from_millis(200);
 /// Initiators open several connections for each disk.
@@ -53,6 +54,8 @@ pub(super) enum Event {
     Changed,
     /// A disk has been let go of, or why not.
     Closed(String, anyhow::Result<()>),
+    /// A disk that did not answer at once has been opened, or why not; what it is called.
+    Opened(String, Box<Wanted>, anyhow::Result<Box<Share>>),
 }
 
 /// Lends in clear to everybody, until SIGINT or SIGTERM; then everything is withdrawn in order.
@@ -73,13 +76,12 @@ pub(super) async fn follow(options: &Options, mut seat: Seat) -> anyhow::Result<
     watch(&tell)?;
     let mut lender = Lender::new(options, tell)?;
     lender.numbered = seat.keys.is_some();
-    lender.warn();
+    say::loudly(WARNING);
     let served = serve(&mut lender, &mut events, &mut ended, &mut seat).await;
-    eprintln!("stiefel: taking all disks back");
-    while !lender.closing.is_empty() {
+    say(format_args!("taking all disks back"));
+    while !(lender.closing.is_empty() && lender.opening.is_empty()) {
         match tokio::time::timeout(PARTING, events.recv()).await {
-            Ok(Some(Event::Closed(name, result))) => lender.closed(&name, result),
-            Ok(Some(Event::Changed)) => {}
+            Ok(Some(event)) => lender.hear(event),
             // One that hangs is left behind.
             Ok(None) | Err(_) => break,
         }
@@ -125,20 +127,16 @@ async fn serve(
             key = seat.key() => match seat.sure.press(key, Instant::now(), lender) {
                 Press::End => return Ok(()),
                 Press::Done(words) | Press::Warned(words) => {
-                    eprintln!("stiefel: {words}");
+                    say(words);
                     lender.reconcile()?;
                 }
                 Press::Nothing => {}
             },
             Some(event) = events.recv() => {
-                if let Event::Closed(name, result) = event {
-                    lender.closed(&name, result);
-                }
+                lender.hear(event);
                 tokio::time::sleep(SETTLE).await;
                 while let Ok(event) = events.try_recv() {
-                    if let Event::Closed(name, result) = event {
-                        lender.closed(&name, result);
-                    }
+                    lender.hear(event);
                 }
                 lender.reconcile()?;
             }
@@ -190,38 +188,36 @@ struct Lender<'a> {
     machine: String,
     catalog: Arc<Catalog>,
     server: Arc<Server>,
-    shelf: Option<Shelf>,
+    shelf: Option<Arc<Shelf>>,
     /// Who may write what.
     grants: Grants,
     /// By their names.
     shares: BTreeMap<String, Share>,
     /// Names of those that are being let go of.
     closing: BTreeSet<String>,
+    /// Names of those that do not answer, and are still being opened.
+    opening: BTreeSet<String>,
     /// Names of those that the person at the machine has taken back.
     withheld: BTreeSet<String>,
     /// Keys take disks back: the listing says which.
     numbered: bool,
     left_out: Vec<LeftOut>,
-    /// Sources that could not be lent, and why: not tried again until they change.
-    failed: Vec<(Source, String)>,
+    /// What could not be lent, and why: not tried again until it changes, or what uses it.
+    failed: Vec<(Wanted, String)>,
     tell: mpsc::UnboundedSender<Event>,
     shown: String,
     who: BTreeMap<Who, usize>,
     stats: BTreeMap<String, Stats>,
     /// What was not let go of in order.
     broken: Option<anyhow::Error>,
+    /// Where the kernel serves, too; until all that has been taken back.
+    _alone: Option<Alone>,
 }
 
 impl<'a> Lender<'a> {
     fn new(options: &'a Options, tell: mpsc::UnboundedSender<Event>) -> anyhow::Result<Self> {
         let root = Path::new("/");
         let (chosen, grants) = look_up(options)?;
-        let shelf = match options.no_nvme {
-            true => None,
-            false => shelf()
-                .inspect_err(|error| eprintln!("stiefel: no NVMe, only NBD: {error:#}"))
-                .ok(),
-        };
         let catalog = Arc::new(Catalog::default());
         let limits = Limits {
             connections: CONNECTIONS,
@@ -237,6 +233,11 @@ impl<'a> Lender<'a> {
             )
         })?;
         let server = Server::start(listener, gate, limits)?;
+        // Last: from here on what an earlier process has left is taken away.
+        let (alone, shelf) = match options.no_nvme {
+            true => (None, None),
+            false => opened_shelf()?,
+        };
         Ok(Self {
             options,
             grants,
@@ -244,9 +245,11 @@ impl<'a> Lender<'a> {
             machine: machine(&Tree::new(root)),
             catalog,
             server: Arc::new(server),
-            shelf,
+            shelf: shelf.map(Arc::new),
+            _alone: alone,
             shares: BTreeMap::new(),
             closing: BTreeSet::new(),
+            opening: BTreeSet::new(),
             withheld: BTreeSet::new(),
             numbered: false,
             left_out: Vec::new(),
@@ -259,35 +262,27 @@ impl<'a> Lender<'a> {
         })
     }
 
-    fn warn(&self) {
-        let (red, plain) = if std::io::stderr().is_terminal() {
-            ("\x1b[1;31m", "\x1b[0m")
-        } else {
-            ("", "")
-        };
-        eprintln!("{red}WARNING: {WARNING}{plain}");
-    }
-
     /// Takes back what has gone, lends what has come, and shows it.
     fn reconcile(&mut self) -> anyhow::Result<()> {
         let root = Path::new("/");
         let survey = look(root, &mut self.grants, &mut self.chosen)?;
         let (wanted, mut left_out) = wanted(self.options, &self.chosen, &survey);
-        let is_wanted = |source: &Source| wanted.iter().any(|want| want.source == *source);
         let gone = self.shares.iter().filter_map(|(name, share)| {
-            let now = mode(self.options, &self.grants, &share.source);
-            Some((name.clone(), why_not_so(share, is_wanted(&share.source), &now)?))
+            let mut sources = wanted.iter().map(|want| &want.source);
+            let now = sources.find(|source| source.still_serves(&share.source));
+            let mode = mode(self.options, &self.grants, now.unwrap_or(&share.source));
+            Some((name.clone(), why_not_so(share, now.is_some(), &mode)?))
         });
         for (name, why) in gone.collect::<Vec<_>>() {
-            eprintln!("stiefel: {name} {why}");
+            say(format_args!("{name} {why}"));
             self.take_back(&name);
         }
-        self.failed.retain(|(source, _)| is_wanted(source));
+        self.failed.retain(|(failed, _)| wanted.contains(failed));
         for want in wanted {
-            let lent = self.shares.values_mut().find(|share| share.source == want.source);
-            if let Some(share) = lent {
-                share.users = want.users;
-            } else if let Some((_, why)) = self.failed.iter().find(|(source, _)| *source == want.source) {
+            let mut shares = self.shares.values_mut();
+            if let Some(share) = shares.find(|share| want.source.still_serves(&share.source)) {
+                (share.users, share.source) = (want.users, want.source);
+            } else if let Some((_, why)) = self.failed.iter().find(|(failed, _)| *failed == want) {
                 left_out.push(LeftOut {
                     device: want.source.path().display().to_string(),
                     why: why.clone(),
@@ -302,26 +297,64 @@ impl<'a> Lender<'a> {
 
     /// Lends a disk; what is to be said if that fails.
     fn lend(&mut self, want: Wanted) -> Option<LeftOut> {
-        let Wanted { source, users } = want;
+        let Wanted { source, users } = want.clone();
         let names = Names::of(&self.machine, &source, &|key: &str| self.shares.contains_key(key));
-        if self.withheld.contains(&names.key) || self.closing.contains(&names.key) {
+        let name = names.key.clone();
+        if self.withheld.contains(&name) || self.closing.contains(&name) {
             // Taken back; or plugged in again at once: tried again when the earlier one has been let go of.
             return None;
         }
-        let mode = mode(self.options, &self.grants, &source);
-        let device = source.path().display().to_string();
-        match Share::open(source.clone(), names, mode, users, self.shelf.as_ref()) {
+        let left_out = |why: String| {
+            let device = want.source.path().display().to_string();
+            Some(LeftOut { device, why })
+        };
+        if self.opening.contains(&name) {
+            return left_out(NO_ANSWER.to_owned());
+        }
+        let (mode, shelf) = (mode(self.options, &self.grants, &source), self.shelf.clone());
+        let open = move || Share::open(source, names, mode, users, shelf.as_deref()).map(Box::new);
+        let (tell, late_name, late_want) = (self.tell.clone(), name.clone(), Box::new(want.clone()));
+        let late = move |opened| {
+            // At the end nobody may be listening any more.
+            let _ = tell.send(Event::Opened(late_name, late_want, opened));
+        };
+        match soon_or_late(PATIENCE, open, late) {
+            Ok(Some(opened)) => self.opened(want, opened),
+            Ok(None) => {
+                self.opening.insert(name);
+                left_out(NO_ANSWER.to_owned())
+            }
+            Err(error) => left_out(format!("no thread could be had to open it: {error}")),
+        }
+    }
+
+    /// Gives an open disk out; what is to be said if it could not be opened.
+    fn opened(&mut self, want: Wanted, opened: anyhow::Result<Box<Share>>) -> Option<LeftOut> {
+        match opened {
             Ok(share) => {
                 if let Some(export) = &share.export {
                     self.catalog.insert(Arc::clone(export));
                 }
-                self.shares.insert(share.names.key.clone(), share);
+                self.shares.insert(share.names.key.clone(), *share);
                 None
             }
             Err(error) => {
-                let why = format!("{error:#}");
-                self.failed.push((source, why.clone()));
+                let (device, why) = (want.source.path().display().to_string(), format!("{error:#}"));
+                self.failed.push((want, why.clone()));
                 Some(LeftOut { device, why })
+            }
+        }
+    }
+
+    /// Takes note of what has happened; [`Self::reconcile`] does what follows.
+    fn hear(&mut self, event: Event) {
+        match event {
+            Event::Changed => {}
+            Event::Closed(name, result) => self.closed(&name, result),
+            Event::Opened(name, want, opened) => {
+                self.opening.remove(&name);
+                // Said with all others.
+                let _ = self.opened(*want, opened);
             }
         }
     }
@@ -348,13 +381,18 @@ impl<'a> Lender<'a> {
     fn closed(&mut self, name: &str, result: anyhow::Result<()>) {
         self.closing.remove(name);
         if let Err(error) = result {
-            eprintln!("stiefel: {name} was not let go of in order: {error:#}");
+            say(format_args!("{name} was not let go of in order: {error:#}"));
         }
     }
 
     /// Shows what is lent and who has it, if that has changed.
     fn show(&mut self) -> anyhow::Result<()> {
-        let places = places()?;
+        let places = places().unwrap_or_else(|error| {
+            // As while very many change: asked again after a moment.
+            say(format_args!("{:#}", anyhow::Error::new(error)));
+            let _ = self.tell.send(Event::Changed);
+            Vec::new()
+        });
         let mut listing = Listing::new(self.shares.values(), &self.left_out, &places, self.options.nbd_port);
         listing.add_clients(self.who.keys());
         let text = match (self.options.json, self.numbered) {
@@ -385,17 +423,19 @@ impl<'a> Lender<'a> {
         let now = clients::connected(&self.server, &Tree::new(Path::new("/")));
         let changes = clients::changes(&self.who, &now);
         for words in &changes {
-            eprintln!("stiefel: {words}");
+            say(words);
         }
         self.who = now;
         for (name, share) in &self.shares {
             let now = share.stats();
             let before = self.stats.insert(name.clone(), now).unwrap_or_default();
             if let Some(words) = clients::traffic(name, before, now, LOOK.as_secs()) {
-                eprintln!("stiefel: {words}");
+                say(words);
             }
         }
-        match (self.grants.waits(), changes.is_empty()) {
+        // Nothing is heard of a disk that is unmounted.
+        let used = self.failed.iter().any(|(want, _)| !want.users.is_empty());
+        match (used || self.grants.waits(), changes.is_empty()) {
             (true, _) => self.reconcile(),
             (false, true) => Ok(()),
             (false, false) => self.show(),
@@ -414,20 +454,31 @@ impl<'a> Lender<'a> {
             if let Some(share) = self.shares.remove(&name) {
                 self.catalog.remove(&name);
                 let server = Arc::clone(&self.server);
-                threads.push(std::thread::spawn(move || (name, share.close(Some(&server)))));
+                let close = move || share.close(Some(&server));
+                match std::thread::Builder::new().name("let-go".to_owned()).spawn(close) {
+                    Ok(thread) => threads.push((name, thread)),
+                    Err(error) => result = result.and(Err(error.into())),
+                }
             }
         }
-        for thread in threads {
+        for (name, thread) in threads {
             // `close` is bounded in time.
-            match thread.join() {
-                Ok((name, closed)) => result = result.and(closed.with_context(|| name)),
-                Err(_) => result = result.and(Err(anyhow::anyhow!("a disk was not let go of in order"))),
+            let closed = thread
+                .join()
+                .unwrap_or_else(|_| Err(anyhow::anyhow!("it was not let go of in order")));
+            result = result.and(closed.with_context(|| name));
+        }
+        match self.shelf.take().map(Arc::into_inner) {
+            None => result,
+            Some(None) => result.and(Err(anyhow::anyhow!(
+                "a disk that does not answer is still being opened"
+            ))),
+            Some(Some(mut shelf)) => {
+                // A host of a disk that does not answer keeps its port.
+                let close = move || shelf.close().map_err(anyhow::Error::from);
+                result.and(in_time(LET_GO, "the NVMe target's port", close))
             }
         }
-        if let Some(mut shelf) = self.shelf.take() {
-            result = result.and(shelf.close().map_err(anyhow::Error::from));
-        }
-        result
     }
 }
 
@@ -466,86 +517,20 @@ impl Lending for Lender<'_> {
     }
 }
 
-/// Listens on all addresses of both families; where IPv6 is off, on IPv4's.
-fn listen(port: u16) -> std::io::Result<TcpListener> {
-    let open = |domain, address: IpAddr| -> std::io::Result<TcpListener> {
-        let socket = Socket::new(domain, Type::STREAM.cloexec(), Some(Protocol::TCP))?;
-        if address.is_ipv6() {
-            socket.set_only_v6(false)?;
-        }
-        socket.set_reuse_address(true)?;
-        socket.bind(&SocketAddr::from((address, port)).into())?;
-        socket.listen(64)?;
-        Ok(TcpListener::from(socket))
-    };
-    open(Domain::IPV6, Ipv6Addr::UNSPECIFIED.into()).or_else(|error: std::io::Error| {
-        // A port that is taken is taken; only without IPv6 the other one is tried.
-        match error.kind() {
-            std::io::ErrorKind::AddrInUse | std::io::ErrorKind::PermissionDenied => Err(error),
-            _ => open(Domain::IPV4, Ipv4Addr::UNSPECIFIED.into()),
-        }
-    })
-}
-
-/// Loads modules that no device asks for. Built in, or loaded already, where there is no folder: what is missing shows when it is
-/// used.
-pub(super) fn load(modules: &[&str]) {
-    let Ok(mut loader) = Loader::running() else { return };
-    for module in modules {
-        if let Err(error) = loader.load(module) {
-            eprintln!("stiefel: {:#}", anyhow::Error::new(error));
-        }
-    }
-}
-
-/// Loads the modules of the kernel's NVMe target, and mounts where it is set up.
-pub(super) fn load_target() -> anyhow::Result<()> {
-    load(&["nvmet", "nvmet_tcp", "loop", "dm_mod"]);
-    let target = Path::new(CONFIGFS);
-    if target.exists() && std::fs::read_dir(target).is_ok_and(|mut found| found.next().is_none()) {
-        let flags = MountFlags::NOEXEC | MountFlags::NOSUID;
-        mount::mount("configfs", target, "configfs", flags, None)?;
-    }
-    anyhow::ensure!(
-        target.join("nvmet").exists(),
-        "this kernel has no NVMe target (nvmet, nvmet-tcp)"
-    );
-    Ok(())
-}
-
 /// Looks at the disks that are there, and says what has become of those that were named.
 pub(super) fn look(root: &Path, grants: &mut Grants, chosen: &mut Chosen) -> anyhow::Result<pick::Survey> {
     let survey = pick::survey(root)?;
     let now = Instant::now();
     let news = grants.look(&survey, now).into_iter();
     for words in news.chain(chosen.look(&survey, now)) {
-        eprintln!("stiefel: {words}");
+        say(words);
     }
     Ok(survey)
 }
 
-/// The kernel's NVMe target with a port for everybody.
-fn shelf() -> anyhow::Result<Shelf> {
-    load_target()?;
-    let port = |address: IpAddr| Port {
-        id: NVME_PORT,
-        address,
-        tcp_port: NVME_PORT,
-    };
-    let ipv6 = Path::new("/proc/net/if_inet6").exists();
-    let address = if ipv6 {
-        Ipv6Addr::UNSPECIFIED.into()
-    } else {
-        Ipv4Addr::UNSPECIFIED.into()
-    };
-    let shelf = Shelf::open(Path::new(CONFIGFS), &[port(address)])?;
-    // After what an earlier process had published was taken back.
-    shield::sweep(Path::new("/sys"), Path::new("/dev"));
-    Ok(shelf)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::share::Source;
     use super::*;
 
     #[test]

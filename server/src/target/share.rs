@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -16,7 +16,7 @@ use crate::nbd::{Export, ExportOptions, Server, Stats, Upper, open_base, open_gu
 use crate::tree::Tree;
 
 /// How long a disk may take to be let go of, each by NBD and by NVMe.
-const LET_GO: Duration = Duration::from_secs(20);
+pub(super) const LET_GO: Duration = Duration::from_secs(20);
 
 /// What may be done with a disk.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -84,6 +84,12 @@ impl Source {
         }
     }
 
+    /// Whether who has `earlier` can go on with it: it is still that, and not of another size. Rules of the system change other things
+    /// about a disk at any time (whether it turns, how it is read ahead).
+    pub(super) fn still_serves(&self, earlier: &Self) -> bool {
+        self.is_still(earlier) && (self.size(), self.block_size()) == (earlier.size(), earlier.block_size())
+    }
+
     pub(super) fn size(&self) -> u64 {
         match self {
             Self::Disk(disk) => disk.size,
@@ -108,6 +114,8 @@ pub(super) struct Share {
     pub(super) users: Vec<String>,
     /// `None`: by NVMe only.
     pub(super) export: Option<Arc<Export>>,
+    /// What a snapshot's writes may take.
+    _memory: Option<Promise>,
     nvme: Option<Nvme>,
     /// Why there is no NVMe, in words.
     pub(super) no_nvme: Option<String>,
@@ -117,13 +125,31 @@ pub(super) struct Share {
     port: Option<Shelf>,
 }
 
-/// What the kernel serves. The fields go in this order: a shield stays while it is in use.
+/// What the kernel serves; taken back when dropped. The fields go in this order: a shield stays while it is in use.
 struct Nvme {
     published: Published,
     shield: Option<Shield>,
     /// The kernel's name of the device that is published, and what had been done on it before.
     device: String,
     before: Stats,
+}
+
+impl Nvme {
+    /// Takes it back; it may hang with its disk. May be called again after an error.
+    fn withdraw(&mut self) -> anyhow::Result<()> {
+        self.published.withdraw()?;
+        match &mut self.shield {
+            Some(shield) => Ok(shield.lower()?),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Nvme {
+    fn drop(&mut self) {
+        // The kernel would serve it as long as it runs. Nothing is left to do after `Share::close`.
+        let _ = self.withdraw();
+    }
 }
 
 impl Share {
@@ -155,7 +181,9 @@ impl Share {
             }
             _ => None,
         };
-        let open = || mode.by_nbd().then(|| export(&source, &names, &mode)).transpose();
+        let memory = (mode == Mode::Snapshot).then(Promise::make).transpose()?;
+        let limit = memory.as_ref().map(|promise| promise.0);
+        let open = || mode.by_nbd().then(|| export(&source, &names, &mode, limit)).transpose();
         let export = opened(&source, open)?;
         let mut share = Self {
             names,
@@ -163,6 +191,7 @@ impl Share {
             mode,
             users,
             export,
+            _memory: memory,
             nvme: None,
             no_nvme: None,
             _hold: hold,
@@ -281,22 +310,20 @@ impl Share {
         if let (Some(export), Some(server)) = (&self.export, server) {
             result = server.drop_export(export, LET_GO).map_err(anyhow::Error::from);
         }
-        let name = self.names.key.clone();
         let Self {
+            names,
             nvme,
             _hold: hold,
             port,
             ..
         } = self;
-        if let Some(Nvme {
-            mut published, shield, ..
-        }) = nvme
-        {
+        if let Some(mut nvme) = nvme {
             // A disk that does not answer keeps the kernel waiting for it.
             let withdraw = move || -> anyhow::Result<()> {
-                published.withdraw()?;
-                if let Some(mut shield) = shield {
-                    shield.lower()?;
+                if let Err(error) = nvme.withdraw() {
+                    // It may still be written from there: nobody else has it before this program ends.
+                    std::mem::forget(hold);
+                    return Err(error);
                 }
                 if let Some(mut port) = port {
                     port.close()?;
@@ -306,20 +333,28 @@ impl Share {
                     .context("the last flush failed")?;
                 Ok(())
             };
-            let (tell, told) = std::sync::mpsc::channel();
-            std::thread::Builder::new().name("let-go".to_owned()).spawn(move || {
-                // Nobody may be waiting any more.
-                let _ = tell.send(withdraw());
-            })?;
-            let withdrawn = told.recv_timeout(LET_GO).unwrap_or_else(|_| {
-                Err(anyhow::anyhow!(
-                    "the kernel does not let go of {name}; the disk may be hanging"
-                ))
-            });
-            result = result.and(withdrawn);
+            result = result.and(in_time(LET_GO, &names.key, withdraw));
         }
         result
     }
+}
+
+/// Does something that may hang with a disk, on a thread of its own: what hangs is left behind, and said.
+pub(super) fn in_time(
+    limit: Duration,
+    what: &str,
+    work: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::Builder::new().name("let-go".to_owned()).spawn(move || {
+        // Nobody may be waiting any more.
+        let _ = tell.send(work());
+    })?;
+    told.recv_timeout(limit).unwrap_or_else(|_| {
+        Err(anyhow::anyhow!(
+            "the kernel does not let go of {what}; the disk may be hanging"
+        ))
+    })
 }
 
 /// What was done on a block device since it is there; nothing if it has gone.
@@ -348,7 +383,40 @@ fn same_disk(source: &Source) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn export(source: &Source, names: &Names, mode: &Mode) -> anyhow::Result<Arc<Export>> {
+/// Memory that is promised to snapshots, in bytes.
+static PROMISED: Mutex<u64> = Mutex::new(0);
+/// The least that a snapshot gets.
+const LEAST: u64 = 16 << 20;
+
+/// What one snapshot's writes may take, in bytes; free again when dropped. Together they may take half of the machine's memory, for
+/// if that ran out, all that is lent would end.
+struct Promise(u64);
+
+impl Promise {
+    fn make() -> anyhow::Result<Self> {
+        let system = rustix::system::sysinfo();
+        let total = (system.totalram as u64).saturating_mul(system.mem_unit.into());
+        let mut promised = PROMISED.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = next_promise(total, *promised)
+            .context("this machine's memory does not suffice for one more snapshot; take another one back")?;
+        *promised += next;
+        Ok(Self(next))
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        *PROMISED.lock().unwrap_or_else(PoisonError::into_inner) -= self.0;
+    }
+}
+
+/// Half of what is left of the half of `total`.
+fn next_promise(total: u64, promised: u64) -> Option<u64> {
+    let next = (total / 2).saturating_sub(promised) / 2;
+    (next >= LEAST).then_some(next)
+}
+
+fn export(source: &Source, names: &Names, mode: &Mode, memory: Option<u64>) -> anyhow::Result<Arc<Export>> {
     let block_size = match source {
         Source::Disk(disk) => Some(disk.logical_block_size),
         Source::File { .. } => None,
@@ -362,7 +430,7 @@ fn export(source: &Source, names: &Names, mode: &Mode) -> anyhow::Result<Arc<Exp
     };
     let path = source.path();
     Ok(match mode {
-        Mode::Snapshot => open_guest(&open_base(path)?, path, &Upper::Memory(None), options)?,
+        Mode::Snapshot => open_guest(&open_base(path)?, path, &Upper::Memory(memory), options)?,
         Mode::ReadOnly | Mode::ReadWrite { .. } => Export::open(path, options)?,
     })
 }
@@ -372,6 +440,31 @@ mod tests {
     use super::*;
     use crate::testing;
     use std::cell::Cell;
+
+    #[test]
+    fn a_disk_of_which_little_has_changed_stays_lent() {
+        let disk = |change: &dyn Fn(&mut Disk)| {
+            let mut disk = Disk {
+                sequence: Some(7),
+                ..testing::disk("sda")
+            };
+            change(&mut disk);
+            Source::Disk(disk)
+        };
+        let lent = disk(&|_| {});
+        assert!(disk(&|disk| disk.rotational = true).still_serves(&lent));
+        assert!(!disk(&|disk| disk.size *= 2).still_serves(&lent));
+        assert!(!disk(&|disk| disk.sequence = Some(8)).still_serves(&lent));
+        // Before Linux 5.15 nothing else tells it from the next one in its place.
+        let old = disk(&|disk| disk.sequence = None);
+        let other = |disk: &mut Disk| (disk.sequence, disk.serial) = (None, Some("other".into()));
+        assert!(!disk(&other).still_serves(&old));
+        let file = |size| Source::File {
+            path: "/a.img".into(),
+            size,
+        };
+        assert!(file(512).still_serves(&file(512)) && !file(1024).still_serves(&file(512)));
+    }
 
     #[test]
     fn what_is_opened_by_the_name_of_a_disk_that_has_gone_is_let_go_of() {
@@ -391,6 +484,33 @@ mod tests {
             "{error}"
         );
         assert!(opened(&gone, || Err::<(), _>(anyhow::anyhow!("no"))).is_err());
+    }
+
+    #[test]
+    fn all_snapshots_together_take_half_of_the_memory_at_most() {
+        let (total, mut promised) = (8 << 30, 0);
+        let mut promises = Vec::new();
+        while let Some(next) = next_promise(total, promised) {
+            promises.push(next);
+            promised += next;
+        }
+        assert_eq!((promises[0], promises[1]), (2 << 30, 1 << 30));
+        assert!(promises.len() >= 7 && promised <= total / 2);
+        assert_eq!(next_promise(8 << 20, 0), None);
+        // What one has nobody else gets meanwhile.
+        let one = Promise::make().unwrap();
+        assert!(*PROMISED.lock().unwrap() >= one.0);
+    }
+
+    #[test]
+    fn what_hangs_is_left_behind_and_said() {
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let hangs = move || Ok(held.recv()?);
+        let error = in_time(Duration::from_millis(50), "sdb", hangs).unwrap_err();
+        assert!(error.to_string().contains("let go of sdb"), "{error}");
+        drop(hold);
+        assert!(in_time(Duration::from_secs(60), "sdb", || Ok(())).is_ok());
+        assert!(in_time(Duration::from_secs(60), "sdb", || anyhow::bail!("no")).is_err());
     }
 
     #[test]

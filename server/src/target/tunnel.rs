@@ -91,6 +91,15 @@ impl Tunnel {
         Ok((tunnel, offer))
     }
 
+    /// None at all, for tests.
+    #[cfg(test)]
+    pub(super) fn none() -> Self {
+        Self {
+            name: "no-tunnel".to_owned(),
+            place: None,
+        }
+    }
+
     /// Does something where its interface is.
     pub(super) fn inside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
         match &self.place {

@@ -11,6 +11,7 @@ use super::pick::{self, Candidate, Survey};
 use super::share::{Mode, Source};
 
 /// What is to be lent.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wanted {
     pub(super) source: Source,
     pub(super) users: Vec<String>,
@@ -48,12 +49,13 @@ pub(super) fn wanted(options: &Options, chosen: &Chosen, survey: &Survey) -> (Ve
     }
     for path in chosen.files() {
         if let Ok(metadata) = std::fs::metadata(path) {
+            let own = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
             wanted.push(Wanted {
                 source: Source::File {
                     path: path.to_owned(),
                     size: metadata.len(),
                 },
-                users: Vec::new(),
+                users: survey.images.get(&own).cloned().into_iter().collect(),
             });
         }
     }
@@ -142,7 +144,7 @@ mod tests {
     fn the_systems_disk_is_lent_only_when_asked_for_twice() {
         let survey = Survey {
             disks: vec![candidate("sda", true), candidate("sdb", false)],
-            unknown: None,
+            ..Survey::default()
         };
         let all = |all| Options {
             all,
@@ -162,6 +164,7 @@ mod tests {
         let survey = Survey {
             disks: vec![candidate("sda", false)],
             unknown: Some("zfs on rpool".into()),
+            ..Survey::default()
         };
         let options = Options {
             all: 1,
@@ -209,7 +212,7 @@ mod tests {
     fn disks_are_read_only_unless_named() {
         let survey = Survey {
             disks: vec![candidate("sda", false)],
-            unknown: None,
+            ..Survey::default()
         };
         let with = |disk: Option<&str>, snapshot| {
             let options = Options {

@@ -519,6 +519,8 @@ fn leftovers(tree: &impl Tree, nvmet: &Path, prefix: &str) -> Result<(Vec<String
     }
     let mut subsystems = children(tree, &nvmet.join("subsystems"))?;
     subsystems.retain(ours);
+    // A target's hosts have other names: those of the initiators, or of the loans.
+    let mut hosts: BTreeSet<String> = children(tree, &nvmet.join("hosts"))?.into_iter().filter(ours).collect();
     for name in &subsystems {
         let subsystem = nvmet.join("subsystems").join(name);
         for namespace in children(tree, &subsystem.join("namespaces"))? {
@@ -526,12 +528,14 @@ fn leftovers(tree: &impl Tree, nvmet: &Path, prefix: &str) -> Result<(Vec<String
             folders.extend([Undo::Disable(namespace.join("enable")), Undo::Folder(namespace)]);
         }
         for host in children(tree, &subsystem.join("allowed_hosts"))? {
-            folders.push(Undo::Link(subsystem.join("allowed_hosts").join(host)));
+            folders.push(Undo::Link(subsystem.join("allowed_hosts").join(&host)));
+            hosts.insert(host);
         }
         folders.push(Undo::Folder(subsystem));
     }
-    let hosts = children(tree, &nvmet.join("hosts"))?.into_iter().filter(ours);
-    let hosts = hosts.map(|host| Undo::Release(nvmet.join("hosts").join(host)));
+    let hosts = hosts
+        .into_iter()
+        .map(|host| Undo::Release(nvmet.join("hosts").join(host)));
     let order = links.into_iter().chain(folders).chain(ports).chain(hosts).collect();
     Ok((subsystems, order))
 }

@@ -475,10 +475,17 @@ fn what_an_earlier_target_left_is_taken_back_and_a_session_is_left_alone() {
     let shelf = shelf::open_in(&mut tree, &root, &[SHELF_PORT]).unwrap();
     let nqn = format!("{TARGET_PREFIX}x.a");
     let _ = shelf::put_in(&mut tree, &shelf, &item(&nqn)).unwrap();
+    let other = format!("{TARGET_PREFIX}x.b");
+    let loan = Item {
+        host_nqn: Some("nqn.2026-11.stiefel:borrower.1"),
+        ..item(&other)
+    };
+    let _ = shelf::put_in(&mut tree, &shelf, &loan).unwrap();
     fs::create_dir(tree.nvmet().join("subsystems").join(NQN)).unwrap();
     // The process died; a new one begins.
     let again = shelf::open_in(&mut tree, &root, &[SHELF_PORT]).unwrap();
     assert_eq!(tree.names("subsystems"), [NQN]);
+    assert!(tree.names("hosts").is_empty());
     let _ = shelf::put_in(&mut tree, &again, &item(&nqn)).unwrap();
 }
 

@@ -74,7 +74,8 @@ pub(crate) fn one_file(bench: &Bench) -> Result<(), Failure> {
     client.run_ok_within("stiefel attach --wait 10 | grep hot-disk", SOON)?;
     target.execute("device_del", json!({ "id": "hot" }))?;
     client.run_ok_within(
-        "for i in $(seq 10); do stiefel attach --wait 3 | grep hot-disk || exit 0; done; exit 1",
+        "for i in $(seq 10); do l=$(stiefel attach --wait 3); \
+         echo \"$l\" | grep -q /data-a && ! echo \"$l\" | grep -q hot-disk && exit 0; done; exit 1",
         SOON * 2,
     )?;
     client.run_ok_within("stiefel detach --all", SOON)?;

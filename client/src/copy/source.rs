@@ -1,0 +1,213 @@
+//! Where a copy comes from: read piece by piece, with what cannot be read, and told from what else there is.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::num::NonZeroU64;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use rustix::fs::{Advice, fadvise, major, minor};
+
+use super::state::State;
+use super::{PIECE, Range, SECTOR, hash, length_at, push};
+
+/// Pieces of an earlier try that are read again before it is gone on with.
+const SAMPLES: u64 = 16;
+/// Places that are tried before a source is said to have gone.
+const PROBES: u64 = 8;
+
+/// An open source.
+pub(super) struct Source {
+    pub(super) file: File,
+    /// In bytes.
+    pub(super) size: u64,
+    path: PathBuf,
+    /// What cannot be read becomes zeroes; else it is an error.
+    skip: bool,
+}
+
+impl Source {
+    pub(super) fn open(path: &Path, skip: bool) -> anyhow::Result<Self> {
+        let mut file = File::open(path).with_context(|| format!("cannot open {} for reading", path.display()))?;
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            bail!(
+                "{} is neither a file nor a block device; name one of these",
+                path.display()
+            );
+        }
+        let size = file.seek(SeekFrom::End(0))?;
+        if size == 0 {
+            bail!("{} is empty; is its medium in?", path.display());
+        }
+        Ok(Self {
+            file,
+            size,
+            path: path.to_owned(),
+            skip,
+        })
+    }
+
+    /// A piece, and what of it could not be read.
+    pub(super) fn piece(&self, offset: u64) -> anyhow::Result<(Vec<u8>, Vec<Range>)> {
+        let mut piece = vec![0; length_at(offset, self.size)];
+        let mut unreadable = Vec::new();
+        read_piece(&self.file, offset, &mut piece, self.skip, &mut unreadable)?;
+        // A disk that was pulled out, or a lost connection, is no disk of bad sectors.
+        if unreadable == [(offset, piece.len() as u64)] && self.has_gone() {
+            bail!(
+                "{} does not answer any more, anywhere; when it is there again, the same call goes on at byte {offset}",
+                self.path.display()
+            );
+        }
+        Ok((piece, unreadable))
+    }
+
+    /// Whether nothing can be read, in places all over it.
+    fn has_gone(&self) -> bool {
+        let mut places = (0..PROBES).map(|number| self.size / PROBES * number / SECTOR as u64 * SECTOR as u64);
+        !places.any(|at| {
+            let length = usize::try_from(self.size - at).unwrap_or(SECTOR).min(SECTOR);
+            // What is in memory says nothing.
+            let _ = fadvise(&self.file, at, NonZeroU64::new(length as u64), Advice::DontNeed);
+            self.file.read_exact_at(&mut vec![0; length], at).is_ok()
+        })
+    }
+
+    /// Whether pieces from all over what an earlier try has copied are still the same: disks that were cloned from one image begin
+    /// alike, and what was written since would be half in the copy.
+    pub(super) fn is_still(&self, state: &State) -> anyhow::Result<()> {
+        let known = state.hashes.len() as u64;
+        let samples = SAMPLES.min(known);
+        for number in 1..=samples {
+            let index = known * number / samples - 1;
+            let offset = index * PIECE as u64;
+            let lost = |(at, length): &Range| *at < offset + PIECE as u64 && at + length > offset;
+            if state.unreadable.iter().any(lost) {
+                // It may be read better this time.
+                continue;
+            }
+            let was = usize::try_from(index).ok().and_then(|index| state.hashes.get(index));
+            let (bytes, _) = self.piece(offset)?;
+            if was.is_some_and(|was| *was != hash(&bytes)) {
+                bail!(
+                    "{} is not what it was when its copy was begun (it differs behind byte {offset}): another one, or something has \
+                     written to it; delete {} to begin anew",
+                    self.path.display(),
+                    state.path.display()
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether two block devices are the same, or one is a part of the other. `sysfs` is where that is mounted.
+pub(super) fn overlap(sysfs: &Path, one: u64, other: u64) -> bool {
+    let folder = |number| {
+        let link = sysfs.join(format!("dev/block/{}:{}", major(number), minor(number)));
+        link.canonicalize().ok()
+    };
+    let parts = match (folder(one), folder(other)) {
+        // A partition's folder lies in its disk's.
+        (Some(one), Some(other)) => one.starts_with(&other) || other.starts_with(&one),
+        _ => false,
+    };
+    one == other || parts
+}
+
+/// Reads a piece, in sectors where it cannot be read as a whole: with `skip` what cannot be read becomes zeroes, and is noted; else
+/// the first such place is told.
+fn read_piece(
+    source: &File,
+    offset: u64,
+    piece: &mut [u8],
+    skip: bool,
+    unreadable: &mut Vec<Range>,
+) -> anyhow::Result<()> {
+    if source.read_exact_at(piece, offset).is_ok() {
+        return Ok(());
+    }
+    let mut at = offset;
+    for sector in piece.chunks_mut(SECTOR) {
+        let length = sector.len() as u64;
+        match source.read_exact_at(sector, at) {
+            Err(error) if !skip => return Err(error).with_context(|| {
+                format!(
+                    "cannot read the source at byte {at}; the same call tries again there, --skip-errors goes on with zeroes"
+                )
+            }),
+            Err(_) => {
+                sector.fill(0);
+                push(unreadable, (at, length));
+            }
+            Ok(()) => {}
+        }
+        at += length;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::makedev;
+    use std::io::Write;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_cannot_be_read_becomes_zeroes_and_the_rest_is_kept() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; 3 * SECTOR]).unwrap();
+        // Behind its end nothing can be read, as on a bad sector.
+        let mut piece = vec![1; 5 * SECTOR];
+        let mut unreadable = Vec::new();
+        let refused = read_piece(&file, 0, &mut piece, false, &mut Vec::new()).unwrap_err();
+        assert!(
+            refused.to_string().contains(&format!("byte {};", 3 * SECTOR)),
+            "{refused}"
+        );
+        read_piece(&file, 0, &mut piece, true, &mut unreadable).unwrap();
+        assert_eq!(unreadable, [(3 * SECTOR as u64, 2 * SECTOR as u64)]);
+        assert!(piece[..3 * SECTOR].iter().all(|&byte| byte == 7));
+        assert!(piece[3 * SECTOR..].iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn a_source_with_a_whole_piece_of_bad_sectors_has_not_gone() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(3 * PIECE as u64).unwrap();
+        let source = Source::open(file.path(), true).unwrap();
+        file.as_file().set_len(PIECE as u64).unwrap();
+        let (bytes, unreadable) = source.piece(PIECE as u64).unwrap();
+        assert_eq!(unreadable, [(PIECE as u64, PIECE as u64)]);
+        assert!(bytes.iter().all(|&byte| byte == 0));
+        file.as_file().set_len(0).unwrap();
+        assert!(source.piece(PIECE as u64).is_err());
+    }
+
+    #[test]
+    fn a_disk_and_its_partitions_are_not_copied_onto_each_other() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(root.path().join("dev/block")).unwrap();
+        for (number, path) in [
+            ("8:0", "sda"),
+            ("8:1", "sda/sda1"),
+            ("8:2", "sda/sda2"),
+            ("8:16", "sdaa"),
+        ] {
+            std::fs::create_dir_all(root.path().join("devices").join(path)).unwrap();
+            symlink(
+                Path::new("../../devices").join(path),
+                root.path().join("dev/block").join(number),
+            )
+            .unwrap();
+        }
+        let same = |one, other| overlap(root.path(), makedev(8, one), makedev(8, other));
+        assert!(same(0, 0) && same(0, 1) && same(2, 0));
+        assert!(!same(1, 2) && !same(0, 16) && !same(1, 16));
+        // Without sysfs.
+        assert!(same(5, 5) && !same(5, 6));
+    }
+}
