@@ -205,6 +205,14 @@ impl Kit {
     /// # Errors
     /// [`KitError::Program`].
     pub fn stick(&self, path: &Path, key: &str) -> Result<(), KitError> {
+        self.stick_with(path, key, &CONSOLE.join(" "))
+    }
+
+    /// As [`Kit::stick`], with these words on the kernel's command line.
+    ///
+    /// # Errors
+    /// [`KitError::Program`].
+    pub fn stick_with(&self, path: &Path, key: &str, cmdline: &str) -> Result<(), KitError> {
         self.stiefel("stick", |command| {
             command
                 .arg(path)
@@ -213,7 +221,7 @@ impl Kit {
                 .arg("--ramdisk")
                 .arg(self.ramdisk())
                 .arg("--cmdline")
-                .arg(CONSOLE.join(" "))
+                .arg(cmdline)
         })
     }
 

@@ -35,6 +35,7 @@ mod say;
 mod share;
 mod tunnel;
 mod wanted;
+mod words;
 mod work;
 
 use std::path::PathBuf;
@@ -43,6 +44,7 @@ pub use closed::run_closed;
 pub use reboot::{Reboot, RebootOptions};
 pub use role::run_role;
 pub use run::run;
+pub use words::Words;
 
 /// The keys in a folder, each private to root.
 ///

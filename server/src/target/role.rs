@@ -15,21 +15,28 @@ use tokio::sync::mpsc;
 
 use super::closed::{self, Seat};
 use super::names::machine;
+use super::words::{self, Words};
 use super::{Options, Writable, run};
 use crate::tree::Tree;
 
 /// Within this time the second press of a key counts.
 const SURE: Duration = Duration::from_secs(5);
 
-/// Lends until q is pressed at the machine.
+/// Lends until q is pressed at the machine, with the addresses of `words` on its NICs.
 ///
 /// # Errors
 /// Nothing can be lent at all, or something was not ended in order.
-pub async fn run_role(console: &'static Console, handover: &TargetHandover) -> anyhow::Result<()> {
+pub async fn run_role(console: &'static Console, handover: &TargetHandover, words: Words) -> anyhow::Result<()> {
+    let mut addresses = words.into_giver();
     let options = options(handover, Path::new("/"));
     // In the ramdisk nobody else sets the NICs up.
     std::thread::Builder::new().name("nics".to_owned()).spawn(move || {
+        let tree = Tree::new(Path::new("/"));
         let tell = |event: LinkEvent| {
+            let mac = |nic: &str| words::mac(&tree, nic);
+            addresses.follow(&event, mac, |index, address, prefix| {
+                words::add(console, index, address, prefix);
+            });
             match event {
                 LinkEvent::Added { name, .. } => console.info(&format!("the link {name} is up")),
                 LinkEvent::Removed { index } => console.warn(&format!("a link is down (interface {index})")),

@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use stiefel_init::RoleEnd;
 use stiefel_server::offline;
 use stiefel_server::role::End;
+use stiefel_server::target::Words;
 use stiefel_shared::handover::Handover;
 use stiefel_sys::console::Console;
 use stiefel_sys::custody::Custody;
@@ -30,6 +31,9 @@ pub(crate) fn run() -> ExitCode {
 
 fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
     let handover = stiefel_init::read_handover()?.context("there is no handover")?;
+    let words = Words::read();
+    words.tell(console);
+    let handover = words.role(handover);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -46,7 +50,7 @@ fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
                 Ok(RoleEnd::Kexec)
             }
             Handover::Target(target) => {
-                stiefel_server::target::run_role(console, &target).await?;
+                stiefel_server::target::run_role(console, &target, words).await?;
                 Ok(RoleEnd::Restart)
             }
             Handover::Server(server) => Ok(

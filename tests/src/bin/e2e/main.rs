@@ -233,6 +233,10 @@ fn tests() -> Vec<Test> {
         "one_efi_file_lends_a_machines_disks_and_its_screen_says_how",
         target_stick::one_file,
     );
+    tests.long(
+        "desktops_stick_lends_where_the_kernels_command_line_says_so",
+        target_stick::by_its_line,
+    );
     tests.add("keys_at_the_laptop_are_heard", faults::keys);
     tests.add(
         "laptop_of_one_activation_removes_its_image_and_serves_what_is_on_its_disk",

@@ -84,6 +84,64 @@ pub(crate) fn one_file(bench: &Bench) -> Result<(), Failure> {
     Ok(())
 }
 
+/// A desktop's stick whose kernel is told to lend, and which address to have, as an entry of a boot loader or PXE would: the holders of
+/// its key get the machine's disks, read-only, and the address is answered for.
+pub(crate) fn by_its_line(bench: &Bench) -> Result<(), Failure> {
+    let dir = tempfile::tempdir_in(bench.kit.dir())?;
+    let wire = Wire::direct()?;
+    other_key(bench)?;
+    let (stick, data) = (dir.path().join("stick.img"), dir.path().join("data-a"));
+    let words = "stiefel.role=target stiefel.address=10.77.0.1/24 stiefel.address=nonsense";
+    let line = format!("{} {words}", CONSOLE.join(" "));
+    bench.kit.stick_with(&stick, "stick", &line)?;
+    image(&data, "data-a")?;
+    let target = VmBuilder::new("target")
+        .memory_mib(1024)
+        .boot(Boot::Uefi)
+        .stick(&stick)
+        .disk(Drive {
+            path: data.clone(),
+            serial: "data-a".to_owned(),
+            snapshot: false,
+        })
+        .nic("wired", NicModel::E1000e, &wire.a(), TARGET_MAC)
+        .start()?;
+    let client = debian(bench, &base()?, dir.path(), "client")?
+        .nic("wired", NicModel::E1000e, &wire.b(), DESKTOP_MAC)
+        .start()?;
+    for said in [
+        "stiefel.address=\"nonsense\" is not an address",
+        "disks are lent to the holders of these keys: stick",
+        "this machine is 10.77.0.1/24, too",
+    ] {
+        target.serial().expect(said, patience::STICK)?;
+    }
+    client.login("root", PASSWORD, patience::LOGIN)?;
+    client.run_ok(
+        "nic=$(ls /sys/class/net | grep -v lo | head -n 1); ip link set $nic up; ip address add 10.77.0.2/24 dev $nic",
+    )?;
+    // Whoever answers for the address; nothing needs to listen there.
+    client.run_ok_within(
+        &format!(
+            "for i in $(seq 20); do timeout 1 bash -c ': </dev/tcp/10.77.0.1/9' 2>/dev/null; \
+             ip neighbour show 10.77.0.1 | grep -qi {TARGET_MAC} && exit 0; sleep 0.5; done; exit 1"
+        ),
+        SOON,
+    )?;
+    client.run_ok_within("! stiefel attach data-a --read-write --wait 20", SOON)?;
+    let device = client.run_ok_within("stiefel attach data-a --wait 20", SOON)?;
+    let known = Command::new("sha256sum").arg(&data).output()?;
+    let known = String::from_utf8(known.stdout)?;
+    let known = known.split_whitespace().next().unwrap_or_default();
+    same("data-a", &sum(&client, device.trim())?, known)?;
+    let wrong = client.run_ok_within("stiefel attach --key /root/other.key 2>&1", SOON)?;
+    if wrong.contains("data-a") || !wrong.contains("no machine") {
+        return Err(format!("a wrong key sees {wrong:?}").into());
+    }
+    client.run_ok_within("stiefel detach --all", SOON)?;
+    Ok(())
+}
+
 /// A machine without any system but the file on its EFI system partition.
 fn from_one_file(bench: &Bench, dir: &Path, wire: &Wire) -> Result<Vm, Failure> {
     let (program, esp, disk, data) = (
