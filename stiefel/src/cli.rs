@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
+use std::panic;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -448,6 +449,7 @@ fn target_disk(text: &str) -> Result<WritableDisk, String> {
 
 /// Runs the user's command.
 pub(crate) fn run() -> ExitCode {
+    end_with_the_reader();
     let cli = Cli::parse();
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -463,6 +465,21 @@ pub(crate) fn run() -> ExitCode {
             }
         }
     }
+}
+
+/// Ends quietly when nobody reads any more what is printed (`stiefel doctor | head -1`): the standard library panics then. What must go
+/// on all the same does not print that way.
+fn end_with_the_reader() {
+    let panicked = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        if info
+            .payload_as_str()
+            .is_some_and(|text| text.starts_with("failed printing to"))
+        {
+            std::process::exit(1);
+        }
+        panicked(info);
+    }));
 }
 
 /// What failed, and why, one line each.

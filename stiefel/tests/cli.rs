@@ -433,3 +433,19 @@ fn doctor_exits_1_with_a_remedy_for_each_failure_also_as_json() {
         &["/nonexistent/root", "--root"],
     );
 }
+
+#[test]
+fn nobody_reading_what_is_printed_is_no_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = dir.path().to_str().unwrap();
+    assert!(stiefel(&["key", "new", "stick", "--dir", keys]).status.success());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_stiefel"))
+        .args(["key", "list", "--dir", keys])
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}

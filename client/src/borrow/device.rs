@@ -1,7 +1,8 @@
 //! A borrowed disk as this kernel's block device: the tunnel, then NVMe or NBD; and all of it taken away again.
 
+use std::fmt::Arguments;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -37,6 +38,11 @@ const BITS: u8 = 127;
 const FABRICS: &str = "/dev/nvme-fabrics";
 /// Before the loan's name, by which the kernel tells whose an NBD device is.
 const BACKEND: &str = "stiefel-borrowed";
+
+/// Says what is not as it should be. Nobody may be there to read it, which must not end what is half done, as `eprintln!` would.
+fn warn(words: Arguments<'_>) {
+    let _ = io::stderr().write_all(format!("stiefel: {words}\n").as_bytes());
+}
 
 /// Loads the modules; whether this kernel can have disks by NVMe over TCP.
 pub(super) fn prepare(allow_nvme: bool) -> anyhow::Result<bool> {
@@ -127,7 +133,7 @@ impl Tunnel {
         link::add_address(index, IpAddr::V6(lent.link.address), BITS)?;
         // The kernel and root alone: other users of this machine would speak NVMe to the lender as it does.
         if let Err(error) = link::only_root_reaches(lent.link.laptop) {
-            eprintln!("stiefel: {:#}", anyhow::Error::new(error));
+            warn(format_args!("{:#}", anyhow::Error::new(error)));
         }
         link::set_up(index)?;
         tunnel.wait()?;
@@ -222,10 +228,10 @@ fn attach_nvme(lent: &Lent) -> anyhow::Result<String> {
         },
     )?;
     if let Err(error) = nvme::hide_names(Path::new("/sys"), controller.instance) {
-        eprintln!(
-            "stiefel: other users can see the loan's names: {:#}",
+        warn(format_args!(
+            "other users can see the loan's names: {:#}",
             anyhow::Error::new(error)
-        );
+        ));
     }
     let sysfs = Path::new("/sys");
     let device = appeared(sysfs, controller.instance, lent);

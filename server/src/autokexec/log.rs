@@ -1,6 +1,7 @@
 //! One line per decision, for the journal: sd-daemon(3) reads the priority in front of a line.
 
 use std::fmt::Arguments;
+use std::io::Write;
 
 /// Says what was looked at, and meant nothing.
 pub fn debug(text: Arguments<'_>) {
@@ -31,10 +32,12 @@ fn print(priority: u8, text: Arguments<'_>) {
     // Set by systemd when the journal reads our output: systemd.exec(5).
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     for line in text.to_string().lines() {
-        if journal {
-            eprintln!("<{priority}>{line}");
+        let line = if journal {
+            format!("<{priority}>{line}\n")
         } else {
-            eprintln!("{line}");
-        }
+            format!("{line}\n")
+        };
+        // The journal may have gone; that must not end the service, as `eprintln!` would.
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
 }
