@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use stiefel_tests::disk::PASSWORD;
+use stiefel_tests::disk::{ExtraFile, PASSWORD};
+use stiefel_tests::kit::CONSOLE;
 use stiefel_tests::scenario::{self, Failure, Machines, Milestones, patience};
-use stiefel_tests::{Vm, Wire};
+use stiefel_tests::{Vm, VmBuilder, Wire, re};
 
 use crate::runner::Bench;
+use crate::setup;
 
 /// Writes a file with random content on the desktop's root, and returns its checksum.
 const WRITE: &str =
@@ -144,4 +146,38 @@ pub(crate) fn wake(bench: &Bench) -> Result<(), Failure> {
         return Err("what was written on the desktop is not on the laptop's disk".into());
     }
     Ok(())
+}
+
+/// The attach step is in the laptop's own initrd, by the hook that its user has copied: the desktop gets no modules besides, and boots
+/// all the same; and so does the laptop by itself.
+pub(crate) fn baked(bench: &Bench) -> Result<(), Failure> {
+    let hook = include_str!("../../../../hooks/initramfs-tools/stiefel");
+    let hook = ExtraFile::new(hook, "/etc/initramfs-tools/hooks/stiefel", 0o755);
+    let machines = Machines::with(bench.kit, Wire::direct()?, "", vec![hook])?;
+    let laptop = scenario::laptop_at_home(&machines.disk, None, false)?;
+    laptop.run_ok_within("update-initramfs -u && sync", setup::REBUILD)?;
+    laptop.run_ok_within(
+        "lsinitramfs /boot/initrd.img-$(uname -r) | grep -q stiefel/modules",
+        setup::BUILD,
+    )?;
+    scenario::plug_and_serve(&laptop, &machines.wire.a())?;
+    let desktop = scenario::desktop(&machines.stick, &machines.wire.b(), false)?;
+    scenario::desktop_boots(&desktop, &mut Milestones::new(false))?;
+    for (part, sent) in [("initrd", true), ("modules", false)] {
+        if desktop.serial().said(re(&format!(r"stiefel: {part} +\[")))? != sent {
+            return Err(format!("that {part} are sent to the desktop should be {sent}").into());
+        }
+    }
+    desktop.login("root", PASSWORD, Duration::from_secs(30))?;
+    desktop.run_ok("findmnt --noheadings --output SOURCE / | grep /dev/nvme0n1")?;
+    desktop.power_off(patience::SHUTDOWN)?;
+    ended_cleanly(&desktop)?;
+    drop(desktop);
+    laptop.wait_reboot(patience::SHUTDOWN)?;
+    drop(laptop);
+    machines.disk.fsck_clean()?;
+    let laptop = VmBuilder::new("laptop").boot(machines.disk.boot_its_own_initrd(&CONSOLE)?);
+    let laptop = scenario::laptop_with_its_files(&machines.disk, laptop)?;
+    laptop.power_off(patience::SHUTDOWN)?;
+    Ok(machines.disk.fsck_clean()?)
 }

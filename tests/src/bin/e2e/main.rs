@@ -119,6 +119,10 @@ fn tests() -> Vec<Test> {
         endure::desktop_comes_and_goes,
     );
     tests.long(
+        "initrd_with_the_attach_step_in_it_boots_the_desktop_without_more_modules",
+        journey::baked,
+    );
+    tests.long(
         "kernel_changed_on_the_desktop_sends_the_laptop_home_to_collect_it",
         endure::upgrade,
     );

@@ -20,7 +20,7 @@ const STICK: u64 = 256 << 20;
 /// For what works for a while: a ramdisk or an initrd is built.
 pub(crate) const BUILD: Duration = Duration::from_secs(180);
 /// For an initrd that is built on the desktop: hundreds of small files come over the link.
-const REBUILD: Duration = Duration::from_secs(400);
+pub(crate) const REBUILD: Duration = Duration::from_secs(400);
 
 /// Prints all files of the laptop; see there.
 pub(crate) const TREE_SCRIPT: &str = include_str!("tree.sh");
