@@ -18,7 +18,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use anyhow::{Context, bail};
-use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
+use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
 use source::Source;
@@ -81,8 +82,8 @@ pub struct Report {
 pub fn copy(job: &Copy<'_>, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Report> {
     let source = Source::open(job.source, job.skip_errors)?;
     let size = source.size;
-    let first = hash(&source.piece(0)?.0);
     // Before the target is touched: a state of another copy refuses.
+    let first = source.first(job.state.exists())?;
     let mut state = State::open(job.state, size, first)?;
     source.is_still(&state)?;
     let target = Target::open(job.target, &source.file, size)?;
@@ -145,6 +146,10 @@ impl Target {
                 path.display()
             )
         })?;
+        // What O_EXCL is to devices.
+        if let Err(Errno::WOULDBLOCK) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            bail!("{} is written by another copy, which has not ended yet", path.display());
+        }
         let room = file.seek(SeekFrom::End(0))?;
         if device && room < size {
             bail!(
@@ -428,7 +433,7 @@ mod tests {
         let file = fs::File::create(place.path("target")).unwrap();
         file.set_len(bytes.len() as u64).unwrap();
         file.write_all_at(&bytes[..2 * PIECE], 0).unwrap();
-        let mut state = State::open(&place.path("state"), bytes.len() as u64, hash(&bytes[..PIECE])).unwrap();
+        let mut state = State::open(&place.path("state"), bytes.len() as u64, Some(hash(&bytes[..PIECE]))).unwrap();
         let lost = vec![(PIECE as u64 + 4096, 8192), (2 * PIECE as u64 - 4096, 4096)];
         state
             .add(&[
@@ -473,7 +478,7 @@ mod tests {
         let mut bytes = place.source();
         interrupted(&place, &bytes);
         // The third piece, without losses.
-        let mut state = State::open(&place.path("state"), bytes.len() as u64, hash(&bytes[..PIECE])).unwrap();
+        let mut state = State::open(&place.path("state"), bytes.len() as u64, Some(hash(&bytes[..PIECE]))).unwrap();
         state.add(&[(hash(&bytes[2 * PIECE..3 * PIECE]), Vec::new())]).unwrap();
         drop(state);
         let target = fs::File::options().write(true).open(place.path("target")).unwrap();

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
-use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
@@ -10,7 +9,7 @@ use anyhow::{Context, bail};
 use rustix::fs::{Advice, fadvise, major, minor};
 
 use super::state::State;
-use super::{PIECE, Range, SECTOR, hash, length_at, push};
+use super::{Hash, PIECE, Range, SECTOR, hash, length_at, push};
 
 /// Pieces of an earlier try that are read again before it is gone on with.
 const SAMPLES: u64 = 16;
@@ -54,8 +53,9 @@ impl Source {
         let mut piece = vec![0; length_at(offset, self.size)];
         let mut unreadable = Vec::new();
         read_piece(&self.file, offset, &mut piece, self.skip, &mut unreadable)?;
-        // A disk that was pulled out, or a lost connection, is no disk of bad sectors.
-        if unreadable == [(offset, piece.len() as u64)] && self.has_gone() {
+        // A disk that was pulled out, or a lost connection, is no disk of bad sectors. What is in memory may still have been read.
+        let end = offset + piece.len() as u64;
+        if unreadable.last().is_some_and(|(at, length)| at + length == end) && self.has_gone() {
             bail!(
                 "{} does not answer any more, anywhere; when it is there again, the same call goes on at byte {offset}",
                 self.path.display()
@@ -64,13 +64,23 @@ impl Source {
         Ok((piece, unreadable))
     }
 
+    /// The hash of its first piece, by which it is known again. With an earlier try none that cannot be read as a whole any more is
+    /// needed: the disk is dying, and what was copied of it is worth more than what it says now.
+    pub(super) fn first(&self, earlier: bool) -> anyhow::Result<Option<Hash>> {
+        match self.piece(0) {
+            Ok((bytes, unreadable)) if unreadable.is_empty() || !earlier => Ok(Some(hash(&bytes))),
+            Err(error) if !earlier => Err(error),
+            _ => Ok(None),
+        }
+    }
+
     /// Whether nothing can be read, in places all over it.
     fn has_gone(&self) -> bool {
+        // What is in memory says nothing.
+        let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
         let mut places = (0..PROBES).map(|number| self.size / PROBES * number / SECTOR as u64 * SECTOR as u64);
         !places.any(|at| {
             let length = usize::try_from(self.size - at).unwrap_or(SECTOR).min(SECTOR);
-            // What is in memory says nothing.
-            let _ = fadvise(&self.file, at, NonZeroU64::new(length as u64), Advice::DontNeed);
             self.file.read_exact_at(&mut vec![0; length], at).is_ok()
         })
     }
@@ -89,7 +99,11 @@ impl Source {
                 continue;
             }
             let was = usize::try_from(index).ok().and_then(|index| state.hashes.get(index));
-            let (bytes, _) = self.piece(offset)?;
+            let mut bytes = vec![0; length_at(offset, self.size)];
+            if self.file.read_exact_at(&mut bytes, offset).is_err() {
+                // It is copied already, and no longer there to be compared: no reason to throw the copy away.
+                continue;
+            }
             if was.is_some_and(|was| *was != hash(&bytes)) {
                 bail!(
                     "{} is not what it was when its copy was begun (it differs behind byte {offset}): another one, or something has \
@@ -185,6 +199,29 @@ mod tests {
         assert!(bytes.iter().all(|&byte| byte == 0));
         file.as_file().set_len(0).unwrap();
         assert!(source.piece(PIECE as u64).is_err());
+    }
+
+    #[test]
+    fn what_was_copied_and_cannot_be_read_any_more_is_no_other_source() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("source");
+        std::fs::write(&path, vec![7; 2 * PIECE]).unwrap();
+        let source = Source::open(&path, true).unwrap();
+        let state = |first| State::open(&dir.path().join("state"), 2 * PIECE as u64, first);
+        let mut known = state(source.first(false).unwrap()).unwrap();
+        known
+            .add(&[(hash(&[7; PIECE]), Vec::new()), (hash(&[7; PIECE]), Vec::new())])
+            .unwrap();
+        drop(known);
+        // Only the first half of its first piece is still there.
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_len(PIECE as u64 / 2).unwrap();
+        assert_eq!(source.first(true).unwrap(), None);
+        source.is_still(&state(None).unwrap()).unwrap();
+        assert!(state(Some([0; 32])).is_err());
+        // Where nothing is known, nothing can be believed.
+        std::fs::remove_file(dir.path().join("state")).unwrap();
+        assert!(state(None).is_err());
     }
 
     #[test]

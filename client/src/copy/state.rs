@@ -37,11 +37,12 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Opens it, or makes it for a source of `size` bytes whose first piece has the hash `first`.
+    /// Opens it, or makes it for a source of `size` bytes whose first piece has the hash `first`; without one, for it cannot be read
+    /// any more, an earlier one is believed.
     ///
     /// # Errors
     /// In words; also if it belongs to another source, or is damaged.
-    pub(super) fn open(path: &Path, size: u64, first: Hash) -> anyhow::Result<Self> {
+    pub(super) fn open(path: &Path, size: u64, first: Option<Hash>) -> anyhow::Result<Self> {
         let failed = || format!("cannot keep the state of the copy in {}", path.display());
         let file = OpenOptions::new()
             .read(true)
@@ -54,7 +55,6 @@ impl State {
         if let Err(Errno::WOULDBLOCK) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
             bail!("{} is used by another copy, which has not ended yet", path.display());
         }
-        let whole = [&MAGIC[..], &size.to_be_bytes(), &first].concat();
         let mut reader = BufReader::new(&file);
         let mut known = Vec::new();
         reader
@@ -62,19 +62,33 @@ impl State {
             .take(HEADER)
             .read_to_end(&mut known)
             .with_context(failed)?;
-        let same = known.split_at_checked(MAGIC.len()).is_some_and(|(magic, rest)| {
-            (magic == MAGIC || magic == EARLIER) && Some(rest) == whole.get(MAGIC.len()..)
-        });
-        if !same && !known.is_empty() {
-            bail!(
+        let another = || {
+            format!(
                 "{} belongs to a copy of another source; delete it to begin anew, or name another with --state",
                 path.display()
-            );
-        }
+            )
+        };
+        let earlier = known.split_at_checked(MAGIC.len()).and_then(|(magic, rest)| {
+            let (bytes, begin) = rest.split_first_chunk()?;
+            let ours = (magic == MAGIC || magic == EARLIER) && u64::from_be_bytes(*bytes) == size;
+            Hash::try_from(begin).ok().filter(|_| ours)
+        });
+        anyhow::ensure!(earlier.is_some() || known.is_empty(), another());
         let (hashes, unreadable, length) = match records(&mut reader, size).with_context(failed)? {
             Some(read) => read,
             None => bail!("{} is damaged; delete it to begin anew", path.display()),
         };
+        // What could not be read then may be read now, and the other way round.
+        let unsure = unreadable.iter().any(|(at, _)| *at < PIECE as u64);
+        let begin = match (earlier, first) {
+            (Some(earlier), Some(first)) => {
+                anyhow::ensure!(earlier == first || unsure, another());
+                earlier
+            }
+            (Some(hash), None) | (None, Some(hash)) => hash,
+            (None, None) => bail!("the beginning of the source cannot be read; --skip-errors copies the rest"),
+        };
+        let whole = [&MAGIC[..], &size.to_be_bytes(), &begin].concat();
         file.set_len(length).with_context(failed)?;
         file.write_all_at(&whole, 0).with_context(failed)?;
         file.sync_data().with_context(failed)?;
@@ -171,7 +185,7 @@ mod tests {
     const SIZE: u64 = 3 * PIECE as u64 + 1000;
 
     fn open(dir: &tempfile::TempDir) -> anyhow::Result<State> {
-        State::open(&dir.path().join("state"), SIZE, [9; 32])
+        State::open(&dir.path().join("state"), SIZE, Some([9; 32]))
     }
 
     #[test]

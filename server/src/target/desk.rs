@@ -4,7 +4,7 @@
 //! closes every connection that does not come out of a loan's tunnel. A loan ends by the borrower's goodbye, when its disk
 //! goes, when nothing has come through its tunnel for [`GRACE`], or when its borrower, silent, asks for the disk anew.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -80,11 +80,22 @@ struct State {
     /// taken back when it is plugged in again.
     withheld: BTreeSet<String>,
     loans: BTreeMap<String, LoanState>,
+    /// Loans that did not end in order, and why: the last [`MAX_LOANS`]. Who asks again is not to be told that all is well.
+    broken: VecDeque<(String, String)>,
     /// Nothing is lent any more.
     ended: bool,
 }
 
 impl State {
+    /// Remembers a loan that did not end in order.
+    fn remember(&mut self, name: &str, why: Option<&anyhow::Error>) {
+        let Some(why) = why else { return };
+        self.broken.push_back((name.to_owned(), format!("{why:#}")));
+        if self.broken.len() > MAX_LOANS {
+            self.broken.pop_front();
+        }
+    }
+
     fn has_room(&self) -> bool {
         self.loans.len() < MAX_LOANS
     }
@@ -98,7 +109,7 @@ impl State {
 
 /// Who decides about loans.
 pub(super) struct Desk {
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
     /// Loans that are being opened, and those that are being ended.
     work: Arc<Work>,
     hostname: String,
@@ -112,7 +123,7 @@ impl Desk {
     /// `nvme`: the kernel has an NVMe target.
     pub(super) fn new(hostname: String, nvme: bool) -> Self {
         Self {
-            state: Mutex::default(),
+            state: Arc::default(),
             work: Arc::default(),
             hostname,
             nvme,
@@ -203,8 +214,11 @@ impl Desk {
         };
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
         let (disk, why, begun) = (loan.disk.clone(), why.to_owned(), self.work.begin());
+        let (name, state) = (name.to_owned(), Arc::clone(&self.state));
         let end = move || {
-            match close(loan, server.as_deref()) {
+            let closed = close(loan, server.as_deref());
+            lock(&state).remember(&name, closed.as_ref().err());
+            match closed {
                 Ok(()) => say(format_args!("the loan of {disk} is over: {why}")),
                 Err(error) => say(format_args!(
                     "the loan of {disk} is over ({why}), not in order: {error:#}"
@@ -217,13 +231,25 @@ impl Desk {
     }
 
     /// Ends a loan in order; `false` if there is none of that name.
+    ///
+    /// # Errors
+    /// It did not end in order, now or earlier.
     pub(super) fn end(&self, name: &str) -> anyhow::Result<bool> {
-        let _begun = self.work.begin();
+        let begun = self.work.begin();
         let loan = self.lock().loans.remove(name);
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-        let Some(loan) = loan else { return Ok(false) };
+        let Some(loan) = loan else {
+            // It may be ended at this moment.
+            drop(begun);
+            self.work.wait(PARTING);
+            let state = self.lock();
+            let why = state.broken.iter().find(|(known, _)| known == name);
+            return why.map_or(Ok(false), |(_, why)| anyhow::bail!("{why}"));
+        };
         let (disk, borrower) = (loan.disk.clone(), loan.borrower.clone());
-        close(loan, server.as_deref())?;
+        let closed = close(loan, server.as_deref());
+        self.lock().remember(name, closed.as_ref().err());
+        closed?;
         say(format_args!("the loan of {disk} to {borrower} is over"));
         Ok(true)
     }
@@ -548,6 +574,11 @@ impl Gate for Desk {
     fn list(&self, _peer: SocketAddr) -> Vec<Listed> {
         Vec::new()
     }
+}
+
+/// A lock that outlives a panic in another thread: the tables are plain.
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ use super::pick;
 use super::qr::{self, Room};
 use super::role::{Lending, Press};
 use super::say::{self, say};
-use super::share::{LET_GO, Mode, Share, in_time};
+use super::share::{LET_GO, Mode, Share, Source, in_time};
 use super::wanted::{Wanted, look_up, mode, wanted};
 use crate::nbd::{self, Limits, Server, Stats};
 use crate::tree::Tree;
@@ -79,8 +79,10 @@ pub(super) async fn follow(options: &Options, mut seat: Seat) -> anyhow::Result<
     say::loudly(WARNING);
     let served = serve(&mut lender, &mut events, &mut ended, &mut seat).await;
     say(format_args!("taking all disks back"));
+    // For all of them: events go on coming.
+    let parted = tokio::time::Instant::now() + PARTING;
     while !(lender.closing.is_empty() && lender.opening.is_empty()) {
-        match tokio::time::timeout(PARTING, events.recv()).await {
+        match tokio::time::timeout_at(parted, events.recv()).await {
             Ok(Some(event)) => lender.hear(event),
             // One that hangs is left behind.
             Ok(None) | Err(_) => break,
@@ -195,8 +197,8 @@ struct Lender<'a> {
     shares: BTreeMap<String, Share>,
     /// Names of those that are being let go of.
     closing: BTreeSet<String>,
-    /// Names of those that do not answer, and are still being opened.
-    opening: BTreeSet<String>,
+    /// Those that do not answer, and are still being opened, by their names.
+    opening: BTreeMap<String, Source>,
     /// Names of those that the person at the machine has taken back.
     withheld: BTreeSet<String>,
     /// Keys take disks back: the listing says which.
@@ -249,7 +251,7 @@ impl<'a> Lender<'a> {
             _alone: alone,
             shares: BTreeMap::new(),
             closing: BTreeSet::new(),
-            opening: BTreeSet::new(),
+            opening: BTreeMap::new(),
             withheld: BTreeSet::new(),
             numbered: false,
             left_out: Vec::new(),
@@ -298,7 +300,11 @@ impl<'a> Lender<'a> {
     /// Lends a disk; what is to be said if that fails.
     fn lend(&mut self, want: Wanted) -> Option<LeftOut> {
         let Wanted { source, users } = want.clone();
-        let names = Names::of(&self.machine, &source, &|key: &str| self.shares.contains_key(key));
+        let taken = |key: &str| {
+            let hangs = self.opening.get(key);
+            self.shares.contains_key(key) || hangs.is_some_and(|hangs| !source.still_serves(hangs))
+        };
+        let names = Names::of(&self.machine, &source, &taken);
         let name = names.key.clone();
         if self.withheld.contains(&name) || self.closing.contains(&name) {
             // Taken back; or plugged in again at once: tried again when the earlier one has been let go of.
@@ -308,7 +314,7 @@ impl<'a> Lender<'a> {
             let device = want.source.path().display().to_string();
             Some(LeftOut { device, why })
         };
-        if self.opening.contains(&name) {
+        if self.opening.contains_key(&name) {
             return left_out(NO_ANSWER.to_owned());
         }
         let (mode, shelf) = (mode(self.options, &self.grants, &source), self.shelf.clone());
@@ -321,7 +327,7 @@ impl<'a> Lender<'a> {
         match soon_or_late(PATIENCE, open, late) {
             Ok(Some(opened)) => self.opened(want, opened),
             Ok(None) => {
-                self.opening.insert(name);
+                self.opening.insert(name, want.source.clone());
                 left_out(NO_ANSWER.to_owned())
             }
             Err(error) => left_out(format!("no thread could be had to open it: {error}")),

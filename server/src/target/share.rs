@@ -325,13 +325,11 @@ impl Share {
                     std::mem::forget(hold);
                     return Err(error);
                 }
-                if let Some(mut port) = port {
-                    port.close()?;
-                }
-                hold.map(|hold| hold.sync_all())
-                    .transpose()
-                    .context("the last flush failed")?;
-                Ok(())
+                // First of all what was written; and whatever becomes of that, the door is shut.
+                let flushed = hold.map_or(Ok(()), |hold| hold.sync_all());
+                let closed = port.map_or(Ok(()), |mut port| port.close());
+                flushed.context("the last flush failed")?;
+                Ok(closed?)
             };
             result = result.and(in_time(LET_GO, &names.key, withdraw));
         }

@@ -1,6 +1,7 @@
 //! What is to be lent, of what is there, and how.
 
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use super::Options;
 use super::follow::Chosen;
@@ -49,13 +50,18 @@ pub(super) fn wanted(options: &Options, chosen: &Chosen, survey: &Survey) -> (Ve
     }
     for path in chosen.files() {
         if let Ok(metadata) = std::fs::metadata(path) {
-            let own = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+            // By what it is: it may have more than one name.
+            let same = |image: &PathBuf| {
+                let known = std::fs::metadata(image);
+                known.is_ok_and(|known| (known.dev(), known.ino()) == (metadata.dev(), metadata.ino()))
+            };
+            let users = survey.images.iter().find(|(image, _)| same(image));
             wanted.push(Wanted {
                 source: Source::File {
                     path: path.to_owned(),
                     size: metadata.len(),
                 },
-                users: survey.images.get(&own).cloned().into_iter().collect(),
+                users: users.map(|(_, user)| user.clone()).into_iter().collect(),
             });
         }
     }
@@ -234,5 +240,24 @@ mod tests {
         }
         assert_eq!(with(None, false), Mode::ReadOnly);
         assert_eq!(with(None, true), Mode::Snapshot);
+    }
+
+    #[test]
+    fn a_file_that_is_in_use_under_another_name_is_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let [image, link, other] = ["image", "link", "other"].map(|name| dir.path().join(name));
+        std::fs::write(&image, [0; 4096]).unwrap();
+        std::fs::hard_link(&image, &link).unwrap();
+        std::fs::write(&other, [0; 4096]).unwrap();
+        let survey = Survey {
+            disks: Vec::new(),
+            unknown: None,
+            images: std::collections::BTreeMap::from([(image, "held by loop3".to_owned())]),
+        };
+        let named = [link, other].map(pick::Named::File);
+        let chosen = Chosen::new(&named, &survey);
+        let (lent, _) = wanted(&Options::default(), &chosen, &survey);
+        let users: Vec<&[String]> = lent.iter().map(|want| want.users.as_slice()).collect();
+        assert_eq!(users, [&["held by loop3".to_owned()][..], &[]]);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! For those who start it by PXE or an entry of their boot loader. Who writes that line could start any other system instead; still it opens
 //! nothing: `stiefel.role=target` has a desktop's stick lend its machine's disks to the holders of its own key, and only read-only.
-//! `stiefel.address=ADDRESS/PREFIX[@NIC]`, more than once if wanted, gives a NIC an address besides its IPv6 link-local one: the first that
+//! `stiefel.address=ADDRESS/PREFIX[@NIC]`, more than once if wanted, gives a NIC an address besides its IPv6 link-local one, of use to those who borrow in clear: the first that
 //! is ready, or the one of this name or MAC address. What is not understood is said, and left out.
 
 use std::io;
@@ -56,8 +56,11 @@ impl Words {
                 }
             } else if let Some(address) = word.strip_prefix(ADDRESS) {
                 match Address::parse(address) {
-                    Some(address) if words.addresses.len() < MAX_ADDRESSES => words.addresses.push(address),
-                    _ => words.strange.push(format!(
+                    Some(_) if words.addresses.len() == MAX_ADDRESSES => {
+                        words.strange.push(format!("there are more than {MAX_ADDRESSES} addresses"));
+                    }
+                    Some(address) => words.addresses.push(address),
+                    None => words.strange.push(format!(
                         "{ADDRESS}{address:?} is not an address like 10.0.0.2/24, 10.0.0.2/24@eth0 or fd00::2/64@52:54:00:12:34:56"
                     )),
                 }
@@ -66,10 +69,21 @@ impl Words {
         words
     }
 
-    /// Says what was not understood on the kernel's command line.
-    pub fn tell(&self, console: &Console) {
-        for strange in &self.strange {
+    /// Says what of the kernel's command line was not understood, or means nothing to this `role`, which is what [`Words::role`] has made
+    /// of the handover.
+    pub fn tell(&self, console: &Console, role: &Handover) {
+        for strange in self.strange.iter().map(String::as_str).chain(self.idle(role)) {
             console.warn(&format!("on the kernel's command line: {strange}; it is left out"));
+        }
+    }
+
+    /// What means nothing to this role.
+    fn idle(&self, role: &Handover) -> Option<&'static str> {
+        let lends = matches!(role, Handover::Target(_));
+        match (self.target, self.addresses.is_empty()) {
+            (true, _) if !lends => Some("stiefel.role=target is for a desktop's stick, and this is none"),
+            (_, false) if !lends => Some("stiefel.address= is for machines that lend their disks"),
+            _ => None,
         }
     }
 
@@ -247,6 +261,15 @@ mod tests {
                 && !target.snapshot
         );
         assert!(matches!(Words::default().role(client()), Handover::Client(_)));
+        assert_eq!(Words::parse(BOTH).idle(&Words::parse(BOTH).role(client())), None);
+        let address = Words::parse("stiefel.address=10.0.0.2/24");
+        assert!(address.idle(&client()).unwrap().contains("machines that lend"));
+        assert!(
+            Words::parse("stiefel.role=target")
+                .idle(&client())
+                .unwrap()
+                .contains("desktop's stick")
+        );
         let open = Handover::Target(TargetHandover {
             keys: Vec::new(),
             open: true,

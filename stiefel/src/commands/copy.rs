@@ -1,5 +1,6 @@
 //! `stiefel copy`: a disk or image to another.
 
+use std::io::{Write, stderr};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
@@ -73,9 +74,14 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
         copy::sync_folder(&args.target)?;
     }
     for (offset, length) in &report.unreadable {
-        eprintln!("stiefel: {length} bytes at {offset} could not be read and are zeroes in the copy");
+        // The only list there is, by now: with nobody to read it here, it may still be read as JSON.
+        let _ = writeln!(
+            stderr(),
+            "stiefel: {length} bytes at {offset} could not be read and are zeroes in the copy"
+        );
     }
-    eprintln!(
+    let _ = writeln!(
+        stderr(),
         "{} copied and compared, {} of it zeroes, {} from an earlier try",
         mebibytes(report.size),
         mebibytes(report.zeroes),

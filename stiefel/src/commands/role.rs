@@ -32,8 +32,8 @@ pub(crate) fn run() -> ExitCode {
 fn role(console: &'static Console) -> anyhow::Result<RoleEnd> {
     let handover = stiefel_init::read_handover()?.context("there is no handover")?;
     let words = Words::read();
-    words.tell(console);
     let handover = words.role(handover);
+    words.tell(console, &handover);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

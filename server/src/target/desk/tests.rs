@@ -90,3 +90,17 @@ fn what_is_opened_while_all_ends_is_not_lent() {
     told.recv().unwrap().unwrap();
     thread.join().unwrap();
 }
+
+#[test]
+fn a_loan_that_did_not_end_in_order_is_not_said_to_be_well_when_asked_again() {
+    let desk = Desk::new("laptop".to_owned(), false);
+    let lost = anyhow::anyhow!("the last flush failed");
+    desk.lock().remember("one", Some(&lost));
+    desk.lock().remember("two", None);
+    assert!(desk.end("one").unwrap_err().to_string().contains("flush"));
+    assert!(!desk.end("two").unwrap());
+    for number in 0..MAX_LOANS {
+        desk.lock().remember(&number.to_string(), Some(&lost));
+    }
+    assert!(!desk.end("one").unwrap(), "the last ones only");
+}

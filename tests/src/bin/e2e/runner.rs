@@ -55,7 +55,11 @@ impl Bench<'_> {
 
     /// Something to be shown with the result.
     pub(crate) fn note(&self, text: &str) {
-        self.notes.lock().unwrap_or_else(PoisonError::into_inner).push_str(text);
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.push_str(text);
+        if !text.ends_with('\n') {
+            notes.push('\n');
+        }
     }
 
     fn leave(&self) {
