@@ -81,7 +81,8 @@ pub enum CollectError {
     Modules(#[from] ModulesError),
     /// There is no key.
     #[error(
-        "there is no key in {folder}, so no stick could connect\n  next: make one with `stiefel key new NAME`, then write a stick"
+        "there is no key in {folder}, so nobody could connect\n  next: make one with `stiefel key new NAME`; then write a stick with it, or copy it to the machine that \
+         borrows disks"
     )]
     NoKeys {
         /// The folder.

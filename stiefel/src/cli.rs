@@ -1,11 +1,13 @@
 //! What the user types: parsed here, resolved against the machine in `commands`.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::panic;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use stiefel_server::autokexec;
 use stiefel_server::nbd::Upper;
@@ -299,7 +301,7 @@ pub(crate) struct StatusArgs {
 pub(crate) struct NbdArgs {
     /// What to serve.
     pub(crate) target: PathBuf,
-    /// Where to listen; may be given several times.
+    /// Where to listen, such as 127.0.0.1:10809 or [::]:10809; may be given several times.
     #[arg(long, value_name = "ADDR:PORT", default_value = "[::1]:10809")]
     pub(crate) listen: Vec<SocketAddr>,
     /// Refuse every write.
@@ -531,8 +533,10 @@ fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     }
     let shell = clap_complete::Shell::from_str(what, true)
         .map_err(|_| anyhow::anyhow!("`{what}` is not known; accepted: man, bash, elvish, fish, powershell, zsh"))?;
-    clap_complete::generate(shell, &mut command, "stiefel", &mut std::io::stdout());
-    Ok(())
+    // It panics when it cannot write.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command, "stiefel", &mut script);
+    std::io::stdout().write_all(&script).context("cannot print it")
 }
 
 #[cfg(test)]

@@ -439,13 +439,20 @@ fn nobody_reading_what_is_printed_is_no_panic() {
     let dir = tempfile::tempdir().unwrap();
     let keys = dir.path().to_str().unwrap();
     assert!(stiefel(&["key", "new", "stick", "--dir", keys]).status.success());
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let output = Command::new(env!("CARGO_BIN_EXE_stiefel"))
-        .args(["key", "list", "--dir", keys])
-        .stdout(writer)
-        .output()
-        .unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    for args in [
+        &["key", "list", "--dir", keys][..],
+        &["generate", "bash"],
+        &["generate", "man"],
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_stiefel"))
+            .args(args)
+            .stdout(writer)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(!said.contains("panicked"), "{args:?}: {said}");
+    }
 }

@@ -154,7 +154,7 @@ pub(super) fn read_key(name: &str) -> anyhow::Result<StickKey> {
     key::check_name(stem)?;
     let file = fs::File::open(&path).with_context(|| {
         format!(
-            "there is no key {}; make one with `stiefel key new {stem}`, or name its file with --key",
+            "there is no key {}; make one with `stiefel key new {stem}` (to borrow disks: copy the lender's there), or name its file with --key",
             path.display()
         )
     })?;
