@@ -301,7 +301,7 @@ pub(crate) struct StatusArgs {
 pub(crate) struct NbdArgs {
     /// What to serve.
     pub(crate) target: PathBuf,
-    /// Where to listen, such as 127.0.0.1:10809 or [::]:10809; may be given several times.
+    /// Where to listen, such as 127.0.0.1:10809; may be given several times.
     #[arg(long, value_name = "ADDR:PORT", default_value = "[::1]:10809")]
     pub(crate) listen: Vec<SocketAddr>,
     /// Refuse every write.

@@ -20,6 +20,7 @@ mod systems;
 mod target;
 mod target_faults;
 mod target_stick;
+mod target_systemd;
 mod tiny;
 
 use std::path::PathBuf;
@@ -236,6 +237,10 @@ fn tests() -> Vec<Test> {
     tests.long(
         "one_efi_file_lends_a_machines_disks_and_its_screen_says_how",
         target_stick::one_file,
+    );
+    tests.long(
+        "dracuts_initrd_lends_after_the_documents_recipe",
+        target_systemd::recipe_of_the_document,
     );
     tests.long(
         "desktops_stick_lends_where_the_kernels_command_line_says_so",
