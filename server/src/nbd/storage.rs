@@ -16,6 +16,10 @@ use super::export::ExportError;
 use super::request::Range;
 use super::store::{Store, Traits};
 
+/// How long a device's lock is waited for: systemd-udevd has a shared one while it looks at a device that a writer has just closed
+/// (systemd.io/BLOCK_DEVICE_LOCKING).
+const PROBED: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(20);
 /// A write that took longer than this waited for the medium, as when too much is unwritten.
 const SLOW: Duration = Duration::from_millis(50);
 /// How long writes are then left to threads that may wait.
@@ -193,10 +197,23 @@ pub(super) fn lock(file: &File, path: &Path, shared: bool) -> Result<(), ExportE
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    match flock(file, operation) {
-        Err(Errno::WOULDBLOCK) => Err(ExportError::InUse { path: path.to_owned() }),
-        _ => Ok(()),
+    let device = file.metadata().is_ok_and(|known| known.file_type().is_block_device());
+    match locked(file, operation, if device { PROBED } else { Duration::ZERO }) {
+        true => Ok(()),
+        false => Err(ExportError::InUse { path: path.to_owned() }),
     }
+}
+
+/// Takes a lock, unless somebody has it for longer than `patience`.
+fn locked(file: &File, operation: FlockOperation, patience: Duration) -> bool {
+    let begun = Instant::now();
+    while let Err(Errno::WOULDBLOCK) = flock(file, operation) {
+        if begun.elapsed() >= patience {
+            return false;
+        }
+        std::thread::sleep(LOOK);
+    }
+    true
 }
 
 impl Store for FileStore {
@@ -405,6 +422,21 @@ mod tests {
         file.set_len(4 * MIB).unwrap();
         file.write_all_at(&[7; 1 << 20], MIB).unwrap();
         file
+    }
+
+    #[test]
+    fn a_lock_that_is_soon_given_up_is_waited_for() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let other = File::open(file.path()).unwrap();
+        flock(&other, FlockOperation::LockShared).unwrap();
+        let exclusive = FlockOperation::NonBlockingLockExclusive;
+        assert!(!locked(file.as_file(), exclusive, Duration::ZERO));
+        let holder = std::thread::spawn(move || {
+            std::thread::sleep(LOOK * 3);
+            drop(other);
+        });
+        assert!(locked(file.as_file(), exclusive, Duration::from_secs(60)));
+        holder.join().unwrap();
     }
 
     #[test]
