@@ -44,7 +44,7 @@ pub(crate) fn recipe_of_the_document(bench: &Bench) -> Result<(), Failure> {
         ("dracut.conf", include_str!("../../../../hooks/target/dracut.conf")),
     ];
     let files = files.map(|(name, text)| ExtraFile::new(text, &format!("{FOLDER}/{name}"), 0o644));
-    let system = systems::dracut(Layout::Ext4);
+    let system = systems::dracut(Layout::Ext4).package("dracut-network");
     let machines = Machines::of(bench.kit, &system, Wire::direct()?, "", files.to_vec())?;
     let home = scenario::laptop_with_its_files(
         &machines.disk,
