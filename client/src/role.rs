@@ -41,12 +41,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Only what makes searching impossible; a boot that fails is said and tried again.
 pub async fn run(console: &'static Console, handover: &ClientHandover) -> anyhow::Result<()> {
     let (links, followed) = mpsc::channel(64);
-    std::thread::Builder::new().name("links".to_owned()).spawn(move || {
-        wired::follow(
-            |event| links.blocking_send(event).is_ok(),
-            |error| console.error(&format!("the NICs cannot be followed: {error}; trying again")),
-        );
-    })?;
+    wired::follow(console, move |event| links.blocking_send(event).is_ok())?;
     let (tell, mut events) = mpsc::channel(64);
     let key = handover.key.clone();
     let search = tokio::spawn(async move { discovery::run(&key, PORT, true, followed, tell).await });

@@ -98,7 +98,9 @@ pub enum ToolsError {
         what: &'static str,
     },
     /// The archive cannot be made.
-    #[error("the programs that open this laptop's disk cannot be put together in memory")]
+    #[error(
+        "the programs that open this laptop's disk cannot be put together\n  next: see whether there is memory (`free`), and do it again"
+    )]
     Archive(#[source] io::Error),
 }
 
@@ -118,14 +120,15 @@ fn archive_of(root: &Path, tools: &[Tool], list: List) -> Result<Vec<u8>, ToolsE
     for tool in tools {
         gather(root, *tool, list, &mut files)?;
     }
-    let pack = || -> io::Result<Vec<u8>> {
-        let mut archive = Archive::new(Vec::new());
-        for (to, from) in &files {
-            archive.file(to, 0o755, &read(from)?)?;
-        }
-        archive.finish()
-    };
-    pack().map_err(ToolsError::Archive)
+    let mut archive = Archive::new(Vec::new());
+    for (to, from) in &files {
+        let bytes = read(from).map_err(|source| ToolsError::Read {
+            path: from.clone(),
+            source,
+        })?;
+        archive.file(to, 0o755, &bytes).map_err(ToolsError::Archive)?;
+    }
+    archive.finish().map_err(ToolsError::Archive)
 }
 
 /// Adds a program, its loader and its libraries: where each goes, and where it is.

@@ -160,20 +160,12 @@ pub fn has_session() -> bool {
 /// Brings all wired NICs up, and tells discovery and the screen of them.
 fn follow_links(console: &'static Console, host: Arc<Host>) -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
     let (links, followed) = mpsc::channel(64);
-    std::thread::Builder::new().name("links".to_owned()).spawn(move || {
-        let tell = |event: LinkEvent| {
-            match &event {
-                LinkEvent::Added { name, .. } => console.info(&format!("the link {name} is up")),
-                LinkEvent::Removed { index } => console.warn(&format!("a link is down (interface {index})")),
-            }
-            if let Err(error) = host.follow(&event) {
-                console.warn(&format!("the tunnel waits for the desktop's first word: {error:#}"));
-            }
-            links.blocking_send(event).is_ok()
-        };
-        wired::follow(tell, |error| {
-            console.error(&format!("the NICs cannot be followed: {error}; trying again"))
-        });
+    wired::follow(console, move |event| {
+        wired::say(console, &event);
+        if let Err(error) = host.follow(&event) {
+            console.warn(&format!("the tunnel waits for the desktop's first word: {error:#}"));
+        }
+        links.blocking_send(event).is_ok()
     })?;
     Ok(followed)
 }

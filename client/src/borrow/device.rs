@@ -1,8 +1,7 @@
 //! A borrowed disk as this kernel's block device: the tunnel, then NVMe or NBD; and all of it taken away again.
 
-use std::fmt::Arguments;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,6 +13,7 @@ use stiefel_shared::bundle::{Goodbye, Transport};
 use stiefel_shared::lend::Lent;
 use stiefel_shared::seal;
 use stiefel_sys::module::Loader;
+use stiefel_sys::say::say;
 use stiefel_sys::wireguard::{self, Device, Interface, Peer, PresharedKey, PrivateKey, PublicKey};
 use stiefel_sys::{link, nvme};
 
@@ -38,11 +38,6 @@ const BITS: u8 = 127;
 const FABRICS: &str = "/dev/nvme-fabrics";
 /// Before the loan's name, by which the kernel tells whose an NBD device is.
 const BACKEND: &str = "stiefel-borrowed";
-
-/// Says what is not as it should be. Nobody may be there to read it, which must not end what is half done, as `eprintln!` would.
-fn warn(words: Arguments<'_>) {
-    let _ = io::stderr().write_all(format!("stiefel: {words}\n").as_bytes());
-}
 
 /// Loads the modules; whether this kernel can have disks by NVMe over TCP.
 pub(super) fn prepare(allow_nvme: bool) -> anyhow::Result<bool> {
@@ -133,7 +128,7 @@ impl Tunnel {
         link::add_address(index, IpAddr::V6(lent.link.address), BITS)?;
         // The kernel and root alone: other users of this machine would speak NVMe to the lender as it does.
         if let Err(error) = link::only_root_reaches(lent.link.laptop) {
-            warn(format_args!("{:#}", anyhow::Error::new(error)));
+            say(format_args!("{:#}", anyhow::Error::new(error)));
         }
         link::set_up(index)?;
         tunnel.wait()?;
@@ -228,7 +223,7 @@ fn attach_nvme(lent: &Lent) -> anyhow::Result<String> {
         },
     )?;
     if let Err(error) = nvme::hide_names(Path::new("/sys"), controller.instance) {
-        warn(format_args!(
+        say(format_args!(
             "other users can see the loan's names: {:#}",
             anyhow::Error::new(error)
         ));

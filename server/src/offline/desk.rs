@@ -95,12 +95,7 @@ async fn listen(console: &'static Console, asking: &Asking<'_>, locked: impl Loc
 fn follow_links(console: &'static Console) -> anyhow::Result<mpsc::Receiver<LinkEvent>> {
     let (links, followed) = mpsc::channel(64);
     // It ends with the next news after nobody listens any more.
-    std::thread::Builder::new().name("links".to_owned()).spawn(move || {
-        wired::follow(
-            |event| links.blocking_send(event).is_ok(),
-            |error| console.error(&format!("the NICs cannot be followed: {error}; trying again")),
-        );
-    })?;
+    wired::follow(console, move |event| links.blocking_send(event).is_ok())?;
     Ok(followed)
 }
 

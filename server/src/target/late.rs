@@ -27,7 +27,7 @@ pub(super) fn soon_or_late<T: Send + 'static>(
         Condvar::new(),
     ));
     let theirs = Arc::clone(&shared);
-    std::thread::Builder::new().name("open".to_owned()).spawn(move || {
+    std::thread::Builder::new().name("disk".to_owned()).spawn(move || {
         let value = work();
         let (slot, ended) = &*theirs;
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);

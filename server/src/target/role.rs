@@ -6,7 +6,6 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use stiefel_shared::discovery::LinkEvent;
 use stiefel_shared::handover::TargetHandover;
 use stiefel_sys::console::Console;
 use stiefel_sys::keyboard::Keyboard;
@@ -30,22 +29,14 @@ pub async fn run_role(console: &'static Console, handover: &TargetHandover, word
     let mut addresses = words.into_giver();
     let options = options(handover, Path::new("/"));
     // In the ramdisk nobody else sets the NICs up.
-    std::thread::Builder::new().name("nics".to_owned()).spawn(move || {
-        let tree = Tree::new(Path::new("/"));
-        let tell = |event: LinkEvent| {
-            let mac = |nic: &str| words::mac(&tree, nic);
-            addresses.follow(&event, mac, |index, address, prefix| {
-                words::add(console, index, address, prefix);
-            });
-            match event {
-                LinkEvent::Added { name, .. } => console.info(&format!("the link {name} is up")),
-                LinkEvent::Removed { index } => console.warn(&format!("a link is down (interface {index})")),
-            }
-            true
-        };
-        wired::follow(tell, |error| {
-            console.error(&format!("the NICs cannot be followed: {error}; trying again"));
+    let tree = Tree::new(Path::new("/"));
+    wired::follow(console, move |event| {
+        wired::say(console, &event);
+        let mac = |nic: &str| words::mac(&tree, nic);
+        addresses.follow(&event, mac, |index, address, prefix| {
+            words::add(console, index, address, prefix);
         });
+        true
     })?;
     if handover.open {
         return run::follow(&options, keys(console)).await;

@@ -1,16 +1,9 @@
-//! What people are told meanwhile, on standard error.
-//!
-//! Their terminal may have been closed, or the pipe's other end. `eprintln!` panics then, which ends the program on the spot: the
-//! kernel would go on lending by NVMe, and what may be written would be held by nobody. So nothing here uses it (see the lint in
+//! What people are told meanwhile, on standard error: never by `eprintln!`, which ends the program when nobody hears it (see the lint in
 //! `target`).
 
-use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
-/// Says it, if anybody can hear it.
-pub(super) fn say(words: impl Display) {
-    say_to(&mut io::stderr().lock(), words);
-}
+pub(super) use stiefel_sys::say::say;
 
 /// A warning, in red on a terminal.
 pub(super) fn loudly(warning: &str) {
@@ -21,23 +14,4 @@ pub(super) fn loudly(warning: &str) {
         ("", "")
     };
     let _ = out.write_all(format!("{red}WARNING: {warning}{plain}\n").as_bytes());
-}
-
-fn say_to(out: &mut impl Write, words: impl Display) {
-    // In one piece: others write there, too. Nobody could be told of a failure.
-    let _ = out.write_all(format!("stiefel: {words}\n").as_bytes());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_cannot_hear_ends_nothing() {
-        let mut heard = Vec::new();
-        say_to(&mut heard, format_args!("{} has gone", "sdb"));
-        assert_eq!(heard, b"stiefel: sdb has gone\n");
-        // As a terminal that was closed: each write fails.
-        say_to(&mut std::fs::File::create("/dev/full").unwrap(), "sdb has gone");
-    }
 }

@@ -11,6 +11,7 @@ use stiefel_sys::nvmet::{Item, Namespace, Published, Shelf};
 use stiefel_sys::shield::Shield;
 
 use super::clients;
+use super::late::soon_or_late;
 use super::names::Names;
 use crate::nbd::{Export, ExportOptions, Server, Stats, Upper, open_base, open_guest};
 use crate::tree::Tree;
@@ -343,12 +344,7 @@ pub(super) fn in_time(
     what: &str,
     work: impl FnOnce() -> anyhow::Result<()> + Send + 'static,
 ) -> anyhow::Result<()> {
-    let (tell, told) = std::sync::mpsc::channel();
-    std::thread::Builder::new().name("let-go".to_owned()).spawn(move || {
-        // Nobody may be waiting any more.
-        let _ = tell.send(work());
-    })?;
-    told.recv_timeout(limit).unwrap_or_else(|_| {
+    soon_or_late(limit, work, |_| ())?.unwrap_or_else(|| {
         Err(anyhow::anyhow!(
             "the kernel does not let go of {what}; the disk may be hanging"
         ))

@@ -24,6 +24,7 @@ pub mod nvmet;
 pub mod power;
 pub mod process;
 mod read;
+pub mod say;
 pub mod shield;
 pub mod stack;
 pub mod uevent;

@@ -4,22 +4,39 @@
 //! matter of being wired, physical, up and with a carrier.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::time::Duration;
 
 use stiefel_shared::discovery::LinkEvent;
 
+use crate::console::Console;
 use crate::link::{self, Link, LinkError, LinkMonitor};
 
 /// How long to wait after the kernel could not be asked.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// Sets up all wired NICs as they appear (in the ramdisk nobody else does) and calls `tell` for each that gets ready or is
-/// lost, until `tell` answers `false`. Blocks; a failure is given to `failed` and tried again, for without links nothing goes.
-pub fn follow(mut tell: impl FnMut(LinkEvent) -> bool, failed: impl Fn(&LinkError)) {
-    let mut ready = BTreeMap::new();
-    while let Err(error) = follow_once(&mut ready, &mut tell) {
-        failed(&error);
-        std::thread::sleep(AGAIN);
+/// lost, on a thread of its own, until `tell` answers `false`. A failure is said and tried again, for without links nothing goes.
+///
+/// # Errors
+/// There is no thread for it.
+pub fn follow(console: &'static Console, mut tell: impl FnMut(LinkEvent) -> bool + Send + 'static) -> io::Result<()> {
+    let follow = move || {
+        let mut ready = BTreeMap::new();
+        while let Err(error) = follow_once(&mut ready, &mut tell) {
+            console.error(&format!("the NICs cannot be followed: {error}; trying again"));
+            std::thread::sleep(AGAIN);
+        }
+    };
+    std::thread::Builder::new().name("links".to_owned()).spawn(follow)?;
+    Ok(())
+}
+
+/// Shows what happened to a NIC.
+pub fn say(console: &Console, event: &LinkEvent) {
+    match event {
+        LinkEvent::Added { name, .. } => console.info(&format!("the link {name} is up")),
+        LinkEvent::Removed { index } => console.warn(&format!("a link is down (interface {index})")),
     }
 }
 

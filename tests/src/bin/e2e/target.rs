@@ -1,6 +1,7 @@
 //! Storage target mode: a Debian lends its disks to another one, which has nvme-cli and nbd-client as anybody has.
 
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -129,6 +130,22 @@ pub(crate) fn other_key(bench: &Bench) -> Result<(), Failure> {
         true => Ok(()),
         false => Ok(bench.kit.new_key("other")?),
     }
+}
+
+/// The checksum of an image on this machine.
+pub(crate) fn known(image: &Path) -> Result<String, Failure> {
+    let said = Command::new("sha256sum").arg(image).output()?;
+    let said = String::from_utf8(said.stdout)?;
+    Ok(said.split_whitespace().next().unwrap_or_default().to_owned())
+}
+
+/// The holder of another key finds nobody.
+pub(crate) fn another_key_sees_nothing(client: &Vm) -> Result<(), Failure> {
+    let said = client.run_ok_within("stiefel attach --key /root/other.key 2>&1", SOON)?;
+    if said.contains("data-a") || !said.contains("no machine") {
+        return Err(format!("a wrong key sees {said:?}").into());
+    }
+    Ok(())
 }
 
 /// A Debian with the program and the keys, not started yet.
@@ -424,10 +441,7 @@ pub(crate) fn with_a_key(bench: &Bench) -> Result<(), Failure> {
             return Err(format!("the list lacks {word:?}:\n{listed}").into());
         }
     }
-    let wrong = client.run_ok_within("stiefel attach --key /root/other.key 2>&1", SOON)?;
-    if wrong.contains("data-a") || !wrong.contains("no machine") {
-        return Err(format!("a wrong key sees {wrong:?}").into());
-    }
+    another_key_sees_nothing(client)?;
     for more in ["", "--nbd"] {
         let device = client.run_ok_within(&format!("stiefel attach target/data-a {more}"), SOON)?;
         let device = device.trim();

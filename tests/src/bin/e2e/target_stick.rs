@@ -2,7 +2,6 @@
 //! typed elsewhere.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
@@ -13,7 +12,9 @@ use stiefel_tests::screen::wait_for_code;
 use stiefel_tests::{Boot, Drive, NicModel, Vm, VmBuilder, Wire, cache};
 
 use crate::runner::Bench;
-use crate::target::{SOON, TARGET_MAC, base, debian, image, other_key, plug, same, sum};
+use crate::target::{
+    SOON, TARGET_MAC, another_key_sees_nothing, base, debian, image, known, other_key, plug, same, sum,
+};
 
 /// Room for the file, in MiB.
 const ESP_MIB: u32 = 160;
@@ -46,10 +47,8 @@ pub(crate) fn one_file(bench: &Bench) -> Result<(), Failure> {
         line.ok_or_else(|| format!("no command for {disk} in the code:\n{shown}"))
     };
     let device = client.run_ok_within(&format!("{} --wait 20", typed("/data-a")?), SOON)?;
-    let known = Command::new("sha256sum").arg(dir.path().join("data-a")).output()?;
-    let known = String::from_utf8(known.stdout)?;
-    let known = known.split_whitespace().next().unwrap_or_default();
-    same("data-a", &sum(&client, device.trim())?, known)?;
+    let known = known(&dir.path().join("data-a"))?;
+    same("data-a", &sum(&client, device.trim())?, &known)?;
     client.run_ok_within(
         &format!(
             "! dd if=/dev/zero of={} bs=4096 count=1 oflag=direct conv=fsync",
@@ -64,10 +63,7 @@ pub(crate) fn one_file(bench: &Bench) -> Result<(), Failure> {
         ),
         SOON,
     )?;
-    let wrong = client.run_ok_within("stiefel attach --key /root/other.key 2>&1", SOON)?;
-    if wrong.contains("data-a") || !wrong.contains("no machine") {
-        return Err(format!("a wrong key sees {wrong:?}").into());
-    }
+    another_key_sees_nothing(&client)?;
 
     plug(&target, dir.path(), "hot", "hot-disk", None)?;
     wait_for_code(&target, &["hot-disk", "/data-a"], &picture, SHOWN)?;
@@ -130,14 +126,9 @@ pub(crate) fn by_its_line(bench: &Bench) -> Result<(), Failure> {
     )?;
     client.run_ok_within("! stiefel attach data-a --read-write --wait 20", SOON)?;
     let device = client.run_ok_within("stiefel attach data-a --wait 20", SOON)?;
-    let known = Command::new("sha256sum").arg(&data).output()?;
-    let known = String::from_utf8(known.stdout)?;
-    let known = known.split_whitespace().next().unwrap_or_default();
-    same("data-a", &sum(&client, device.trim())?, known)?;
-    let wrong = client.run_ok_within("stiefel attach --key /root/other.key 2>&1", SOON)?;
-    if wrong.contains("data-a") || !wrong.contains("no machine") {
-        return Err(format!("a wrong key sees {wrong:?}").into());
-    }
+    let known = known(&data)?;
+    same("data-a", &sum(&client, device.trim())?, &known)?;
+    another_key_sees_nothing(&client)?;
     client.run_ok_within("stiefel detach --all", SOON)?;
     Ok(())
 }
