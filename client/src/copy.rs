@@ -54,6 +54,8 @@ pub struct Copy<'a> {
 /// What happens meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
+    /// Source and target have been looked at, and nothing has been written yet.
+    Begins,
     /// So many bytes of so many are copied.
     Copied(u64, u64),
     /// So many bytes of so many are read back and compared.
@@ -75,21 +77,26 @@ pub struct Report {
     pub sha256: String,
 }
 
+/// Hears what happens; its error ends the copy.
+pub type Hears<'a> = dyn FnMut(Progress) -> anyhow::Result<()> + 'a;
+
 /// Copies, and compares.
 ///
 /// # Errors
 /// In words, with what to do next; what is copied stays, and the same call goes on behind it.
-pub fn copy(job: &Copy<'_>, progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Report> {
+pub fn copy(job: &Copy<'_>, progress: &mut Hears<'_>) -> anyhow::Result<Report> {
     let source = Source::open(job.source, job.skip_errors)?;
     let size = source.size;
-    // Before the target is touched: a state of another copy refuses.
     let first = source.first(job.state.exists())?;
+    let target = Target::open(job.target, &source.file, size)?;
+    progress(Progress::Begins)?;
+    // Before the target is touched: a state of another copy refuses.
     let mut state = State::open(job.state, size, first)?;
     source.is_still(&state)?;
-    let target = Target::open(job.target, &source.file, size)?;
+    let target = target.map_or_else(|| Target::create(job.target), Ok)?.sized(size)?;
     let resumed = state.hashes.len() as u64;
     check_last(&state, &target, size)?;
-    progress(Progress::Copied((resumed * PIECE as u64).min(size), size));
+    progress(Progress::Copied((resumed * PIECE as u64).min(size), size))?;
     let zeroes = transfer(source, &target, &mut state, progress)?;
     target.sync().context("cannot bring the copy onto its medium")?;
     let sha256 = compare(&target, size, &state.hashes, progress)?;
@@ -112,60 +119,83 @@ struct Target {
 }
 
 impl Target {
-    fn open(path: &Path, source: &File, size: u64) -> anyhow::Result<Self> {
-        let known = std::fs::metadata(path).ok();
-        let device = known.as_ref().is_some_and(|known| known.file_type().is_block_device());
-        if let Some(known) = &known {
-            let from = source.metadata()?;
-            let devices = device && from.file_type().is_block_device();
-            let same_device = devices && source::overlap(Path::new("/sys"), known.rdev(), from.rdev());
-            if same_device || (!device && (known.dev(), known.ino()) == (from.dev(), from.ino())) {
-                bail!("{} would be copied onto itself; name another target", path.display());
+    /// `None` if it is to be a file, and is not there yet. Nothing is written.
+    fn open(path: &Path, source: &File, size: u64) -> anyhow::Result<Option<Self>> {
+        let known = match std::fs::metadata(path) {
+            Ok(known) => known,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if path.starts_with("/dev") {
+                    bail!("{} is not there; is the disk plugged in?", path.display());
+                }
+                return Ok(None);
             }
-            if !device && !known.is_file() {
-                bail!(
-                    "{} is neither a file nor a block device; name one of these",
-                    path.display()
-                );
-            }
+            Err(error) => return Err(error).with_context(|| format!("cannot see what {} is", path.display())),
+        };
+        let device = known.file_type().is_block_device();
+        let from = source.metadata()?;
+        let devices = device && from.file_type().is_block_device();
+        let same_device = devices && source::overlap(Path::new("/sys"), known.rdev(), from.rdev());
+        if same_device || (!device && (known.dev(), known.ino()) == (from.dev(), from.ino())) {
+            bail!("{} would be copied onto itself; name another target", path.display());
+        }
+        if !device && !known.is_file() {
+            bail!(
+                "{} is neither a file nor a block device; name one of these",
+                path.display()
+            );
         }
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         if device {
             // A mounted one is refused.
             options.custom_flags(libc::O_EXCL);
-        } else {
-            options.create(true).truncate(false);
         }
-        if !device && path.starts_with("/dev") && !path.exists() {
-            bail!("{} is not there; is the disk plugged in?", path.display());
-        }
-        let mut file = options.open(path).with_context(|| {
+        let file = options.open(path).with_context(|| {
             format!(
                 "cannot open {} alone for writing; is it mounted or held?",
                 path.display()
             )
         })?;
-        // What O_EXCL is to devices.
-        if let Err(Errno::WOULDBLOCK) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            bail!("{} is written by another copy, which has not ended yet", path.display());
-        }
-        let room = file.seek(SeekFrom::End(0))?;
+        let mut target = Self::locked(file, path, device)?;
+        let room = target.file.seek(SeekFrom::End(0))?;
         if device && room < size {
             bail!(
                 "{} has {room} bytes, and {size} are to be copied; name a larger one",
                 path.display()
             );
         }
-        if !device && room != size {
-            file.set_len(size)
-                .with_context(|| format!("cannot make {} as large as the source", path.display()))?;
+        Ok(Some(target))
+    }
+
+    fn create(path: &Path) -> anyhow::Result<Self> {
+        let made = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+        Self::locked(
+            made.with_context(|| format!("cannot make {}", path.display()))?,
+            path,
+            false,
+        )
+    }
+
+    fn locked(file: File, path: &Path, device: bool) -> anyhow::Result<Self> {
+        // What O_EXCL is to devices.
+        if let Err(Errno::WOULDBLOCK) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            bail!("{} is written by another copy, which has not ended yet", path.display());
         }
         Ok(Self {
             file,
             path: path.to_owned(),
             device,
         })
+    }
+
+    /// Makes a file as large as the source.
+    fn sized(self, size: u64) -> anyhow::Result<Self> {
+        if !self.device && self.file.metadata()?.len() != size {
+            self.file
+                .set_len(size)
+                .with_context(|| format!("cannot make {} as large as the source", self.path.display()))?;
+        }
+        Ok(self)
     }
 
     fn write(&self, offset: u64, piece: &[u8], zero: bool) -> io::Result<()> {
@@ -236,12 +266,7 @@ struct Piece {
 }
 
 /// Copies what is missing; how many bytes were zeroes.
-fn transfer(
-    source: Source,
-    target: &Target,
-    state: &mut State,
-    progress: &mut dyn FnMut(Progress),
-) -> anyhow::Result<u64> {
+fn transfer(source: Source, target: &Target, state: &mut State, progress: &mut Hears<'_>) -> anyhow::Result<u64> {
     let (begin, size) = (state.hashes.len() as u64 * PIECE as u64, source.size);
     let (send, receive) = sync_channel::<anyhow::Result<Piece>>(AHEAD);
     let reader = std::thread::Builder::new()
@@ -275,7 +300,7 @@ fn write_pieces(
     size: u64,
     target: &Target,
     state: &mut State,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut Hears<'_>,
 ) -> anyhow::Result<u64> {
     let mut zeroes = 0;
     let mut fresh: Vec<(Hash, Vec<Range>)> = Vec::new();
@@ -287,8 +312,7 @@ fn write_pieces(
             written.with_context(|| format!("cannot write the copy at byte {}", piece.offset))?;
             zeroes += if piece.zero { length } else { 0 };
             fresh.push((piece.hash, piece.unreadable));
-            progress(Progress::Copied(piece.offset + length, size));
-            Ok(())
+            progress(Progress::Copied(piece.offset + length, size))
         });
         if let Err(error) = step {
             result = Err(error);
@@ -315,7 +339,7 @@ fn note(target: &Target, state: &mut State, fresh: &mut Vec<(Hash, Vec<Range>)>)
 }
 
 /// Reads the copy back from its medium; its SHA-256.
-fn compare(target: &Target, size: u64, hashes: &[Hash], progress: &mut dyn FnMut(Progress)) -> anyhow::Result<String> {
+fn compare(target: &Target, size: u64, hashes: &[Hash], progress: &mut Hears<'_>) -> anyhow::Result<String> {
     // What is in memory says nothing of the medium.
     let _ = fadvise(&target.file, 0, None, Advice::DontNeed);
     let mut whole = Sha256::new();
@@ -336,7 +360,7 @@ fn compare(target: &Target, size: u64, hashes: &[Hash], progress: &mut dyn FnMut
         }
         whole.update(&*bytes);
         offset += bytes.len() as u64;
-        progress(Progress::Compared(offset, size));
+        progress(Progress::Compared(offset, size))?;
     }
     Ok(whole.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
@@ -397,7 +421,7 @@ mod tests {
                     state: &self.path("state"),
                     skip_errors: false,
                 },
-                &mut |_| {},
+                &mut |_| Ok(()),
             )
         }
     }
@@ -504,13 +528,11 @@ mod tests {
             skip_errors: true,
         };
         // As when it is pulled out: nothing of it can be read any more.
-        let mut pull = |_| {
-            fs::File::options()
-                .write(true)
-                .open(&source)
-                .unwrap()
-                .set_len(0)
-                .unwrap()
+        let mut pull = |progress| {
+            if let Progress::Copied(..) = progress {
+                File::options().write(true).open(&source)?.set_len(0)?;
+            }
+            Ok(())
         };
         let error = copy(&job, &mut pull).unwrap_err().to_string();
         assert!(error.contains("does not answer any more"), "{error}");
@@ -530,6 +552,7 @@ mod tests {
                 let file = fs::File::options().write(true).open(&target).unwrap();
                 file.write_all_at(&[1], 2 * PIECE as u64).unwrap();
             }
+            Ok(())
         };
         let job = Copy {
             source: &place.path("source"),
@@ -539,6 +562,53 @@ mod tests {
         };
         let error = copy(&job, &mut meddle).unwrap_err();
         assert!(error.to_string().contains("differs"), "{error}");
+    }
+
+    #[test]
+    fn nothing_is_written_before_it_begins() {
+        let place = Place::new();
+        place.source();
+        fs::write(place.path("target"), "old").unwrap();
+        let ended = |at: Progress| {
+            let job = Copy {
+                source: &place.path("source"),
+                target: &place.path("target"),
+                state: &place.path("state"),
+                skip_errors: false,
+            };
+            let mut hears = |progress| match progress == at {
+                true => bail!("no"),
+                false => Ok(()),
+            };
+            copy(&job, &mut hears).unwrap_err().to_string()
+        };
+        assert_eq!(ended(Progress::Begins), "no");
+        assert_eq!(fs::read(place.path("target")).unwrap(), b"old");
+        assert!(!place.path("state").exists());
+        // What cannot be is refused before anybody is asked.
+        fs::remove_file(place.path("target")).unwrap();
+        fs::create_dir(place.path("target")).unwrap();
+        assert!(ended(Progress::Begins).contains("neither a file"));
+    }
+
+    #[test]
+    fn a_copy_that_is_ended_keeps_what_it_has() {
+        let place = Place::new();
+        let bytes = place.source();
+        let piece = PIECE as u64;
+        let job = Copy {
+            source: &place.path("source"),
+            target: &place.path("target"),
+            state: &place.path("state"),
+            skip_errors: false,
+        };
+        let mut hears = |progress| match progress {
+            Progress::Copied(done, _) if done == 2 * piece => bail!("enough"),
+            _ => Ok(()),
+        };
+        assert_eq!(copy(&job, &mut hears).unwrap_err().to_string(), "enough");
+        assert_eq!(place.copy().unwrap().resumed, 2 * piece);
+        assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
     }
 
     #[test]

@@ -32,12 +32,12 @@ fn write(path: &Path, text: &str) -> String {
 #[test]
 fn no_configuration_is_said_with_what_makes_one() {
     fails(
-        1,
+        2,
         &["serve", "--yes", "--config", "/nonexistent/c.yaml"],
         &["/nonexistent/c.yaml", "stiefel init"],
     );
     fails(
-        1,
+        2,
         &["autokexec", "--config", "/nonexistent/c.yaml"],
         &["/nonexistent/c.yaml"],
     );
@@ -55,7 +55,7 @@ fn a_configuration_that_was_named_must_be_there() {
         vec!["install", "--yes", "--root", root],
     ] {
         let args = [command.as_slice(), &["--config", "/nonexistent/c.yaml"]].concat();
-        fails(1, &args, &["/nonexistent/c.yaml"]);
+        fails(2, &args, &["/nonexistent/c.yaml"]);
     }
     assert!(
         std::fs::read_dir(root).unwrap().next().is_none(),
@@ -94,6 +94,41 @@ fn wrong_usage_exits_2() {
     fails(2, &["frobnicate"], &["frobnicate"]);
     fails(2, &["build", "--kernel", "/boot/vmlinuz"], &["--modules"]);
     fails(2, &["nbd", "/dev/null", "--listen", "somewhere"], &["somewhere"]);
+}
+
+#[test]
+fn a_copy_that_is_interrupted_says_that_the_same_call_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    // Of no bytes on the disk, and more than can be copied before the signal.
+    std::fs::File::create(path("source"))
+        .unwrap()
+        .set_len(64 << 30)
+        .unwrap();
+    let copy = Command::new(env!("CARGO_BIN_EXE_stiefel"))
+        .args(["copy", &path("source"), &path("target"), "--yes"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let state = dir.path().join("target.copy-state");
+    // From here on the signal is taken.
+    for _ in 0..1000 {
+        if state.exists() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let sent = Command::new("kill").args(["-INT", &copy.id().to_string()]).status();
+    let ended = copy.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(
+        sent.unwrap().success() && said.contains("the same call goes on"),
+        "{said}"
+    );
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(state.exists());
 }
 
 #[test]

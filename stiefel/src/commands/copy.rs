@@ -3,9 +3,13 @@
 use std::io::{Write, stderr};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 use stiefel_client::copy::{self, Copy, Progress};
 
 use super::{ask, mebibytes};
@@ -23,19 +27,6 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
         None => copy::usual_state(&args.target, Path::new(STATE)),
     };
     let goes_on = state.exists();
-    // Also when it goes on: another disk may have the name by now.
-    if known.is_some() && !args.yes {
-        let (source, target) = (args.source.display(), args.target.display());
-        let question = match goes_on {
-            true => format!(
-                "Go on copying {source} onto {target}? All of {target} is lost if it is another one than before."
-            ),
-            false => format!("All of {target} is lost. Copy {source} onto it?"),
-        };
-        if !ask(&question)? {
-            bail!("nothing was written");
-        }
-    }
     if device && args.state.is_none() {
         std::fs::create_dir_all(STATE).with_context(|| format!("cannot make {STATE}; name a file with --state"))?;
     }
@@ -48,8 +39,19 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
     let (copying, comparing) = (style("copying  ")?, style("comparing")?);
     bar.set_style(copying);
     let mut compared = false;
-    let mut progress = |progress| {
+    let stopped = Arc::new(AtomicBool::new(false));
+    let mut hears = |progress| {
+        if stopped.load(Ordering::Relaxed) {
+            bail!("stopped by a signal; the same call goes on where this one was");
+        }
         let (done, total) = match progress {
+            Progress::Begins => {
+                if known.is_some() && !args.yes {
+                    may_be_lost(args, goes_on)?;
+                }
+                // From here on; an unanswered question has nothing to end in order.
+                return on_signals(&stopped).context("cannot listen to signals");
+            }
             Progress::Copied(done, total) => (done, total),
             Progress::Compared(done, total) => {
                 if !std::mem::replace(&mut compared, true) {
@@ -61,6 +63,7 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
         };
         bar.set_length(total);
         bar.set_position(done);
+        Ok(())
     };
     let job = Copy {
         source: &args.source,
@@ -68,7 +71,7 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
         state: &state,
         skip_errors: args.skip_errors,
     };
-    let report = copy::copy(&job, &mut progress)?;
+    let report = copy::copy(&job, &mut hears)?;
     bar.finish_and_clear();
     if !device {
         copy::sync_folder(&args.target)?;
@@ -95,6 +98,30 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
         println!("{report}");
     } else {
         println!("{}  {}", report.sha256, args.target.display());
+    }
+    Ok(())
+}
+
+/// Asks whether what is on the target may be lost; also when the copy goes on: another disk may have the name by now.
+fn may_be_lost(args: &CopyArgs, goes_on: bool) -> anyhow::Result<()> {
+    let (source, target) = (args.source.display(), args.target.display());
+    let question = match goes_on {
+        true => {
+            format!("Go on copying {source} onto {target}? All of {target} is lost if it is another one than before.")
+        }
+        false => format!("All of {target} is lost. Copy {source} onto it?"),
+    };
+    if !ask(&question)? {
+        bail!("nothing was written");
+    }
+    Ok(())
+}
+
+/// The first signal ends the copy in order, a second one at once: a disk may hang.
+fn on_signals(stopped: &Arc<AtomicBool>) -> std::io::Result<()> {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(stopped))?;
+        flag::register(signal, Arc::clone(stopped))?;
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use stiefel_server::install::{InstallOptions, UninstallOptions};
 use stiefel_shared::config::{CONFIG_PATH, Config};
 use stiefel_shared::handover::{DiskTransport, Encryption};
 
-use super::{build, config, is_there};
+use super::{build, config, is_there, no_config};
 use crate::cli::{InstallArgs, UninstallArgs, UpgradeArgs};
 
 /// Puts everything in place; a ramdisk that is not given is built first.
@@ -21,6 +21,11 @@ pub(crate) fn install(named: Option<&Path>, args: &InstallArgs) -> anyhow::Resul
     } else {
         named
     };
+    if let Some(named) = named
+        && !is_there(named)?
+    {
+        return Err(no_config(named).into());
+    }
     let mut options = InstallOptions {
         program: std::env::current_exe().context("cannot find our own program")?,
         ramdisk: args.ramdisk.clone(),

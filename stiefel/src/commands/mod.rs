@@ -31,12 +31,13 @@ fn config(named: Option<&Path>) -> anyhow::Result<Config> {
 /// As [`config`], its text alone.
 fn config_text(named: Option<&Path>) -> anyhow::Result<String> {
     let path = named.unwrap_or(Path::new(CONFIG_PATH));
-    let file = std::fs::File::open(path).with_context(|| {
-        format!(
-            "cannot read the configuration {}; `stiefel init` makes one, or name another with --config",
-            path.display()
-        )
-    })?;
+    let file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(no_config(path).into()),
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot read the configuration {}", path.display()));
+        }
+    };
     let mut text = String::new();
     file.take(MAX_CONFIG + 1)
         .read_to_string(&mut text)
@@ -48,6 +49,13 @@ fn config_text(named: Option<&Path>) -> anyhow::Result<String> {
         );
     }
     Ok(text)
+}
+
+fn no_config(path: &Path) -> Usage {
+    Usage(format!(
+        "there is no configuration {}; `stiefel init` makes one, or name another with --config",
+        path.display()
+    ))
 }
 
 /// As [`config`], but where none was named and none is installed, the defaults count: for commands that work on a machine
