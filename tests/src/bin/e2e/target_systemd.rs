@@ -41,6 +41,10 @@ pub(crate) fn recipe_of_the_document(bench: &Bench) -> Result<(), Failure> {
             "stiefel-target.target",
             include_str!("../../../../hooks/target/stiefel-target.target"),
         ),
+        (
+            "stiefel-target.network",
+            include_str!("../../../../hooks/target/stiefel-target.network"),
+        ),
         ("dracut.conf", include_str!("../../../../hooks/target/dracut.conf")),
     ];
     let files = files.map(|(name, text)| ExtraFile::new(text, &format!("{FOLDER}/{name}"), 0o644));
@@ -59,12 +63,7 @@ pub(crate) fn recipe_of_the_document(bench: &Bench) -> Result<(), Failure> {
     other_key(bench)?;
     let data = dir.path().join("data-a");
     image(&data, "data-a")?;
-    // What the unit says is in the journal; here it is read on the console.
-    let more = [
-        "rd.systemd.unit=stiefel-target.target",
-        "systemd.journald.forward_to_console=1",
-    ];
-    let words = [&CONSOLE[..], &more].concat();
+    let words = [&CONSOLE[..], &["rd.systemd.unit=stiefel-target.target"]].concat();
     let target = VmBuilder::new("target")
         .memory_mib(1536)
         .boot(machines.disk.boot_its_own_initrd(&words)?)
@@ -85,7 +84,8 @@ pub(crate) fn recipe_of_the_document(bench: &Bench) -> Result<(), Failure> {
     client.login("root", stiefel_tests::disk::PASSWORD, patience::LOGIN)?;
     client.run_ok("ip link set $(ls /sys/class/net | grep -v lo | head -n 1) up")?;
     let listed = client.run_ok_within("stiefel attach --wait 20", SOON)?;
-    for disk in ["data-a", "stiefel-laptop"] {
+    // The machine by its own name, which the initrd has.
+    for disk in ["laptop/data-a", "laptop/stiefel-laptop"] {
         if !listed.contains(disk) {
             return Err(format!("{disk} is not lent:\n{listed}").into());
         }
@@ -94,5 +94,8 @@ pub(crate) fn recipe_of_the_document(bench: &Bench) -> Result<(), Failure> {
     let known = known(&data)?;
     same("data-a", &sum(&client, device.trim())?, &known)?;
     another_key_sees_nothing(&client)?;
+    target.press_keys(&["ctrl", "alt", "delete"])?;
+    target.serial().expect("taking all disks back", SOON)?;
+    target.wait_reboot(patience::SHUTDOWN)?;
     Ok(())
 }
