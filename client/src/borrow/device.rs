@@ -30,6 +30,8 @@ const NVME_LOSS: Duration = Duration::from_secs(300);
 const GIVING_BACK: Duration = Duration::from_secs(10);
 /// How long the tunnel and the device may take to come up.
 const COMING_UP: Duration = Duration::from_secs(30);
+/// How long the other side may take to tell this kernel that a disk has become read-only.
+const HEARD: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(50);
 /// Seconds between two signs of life: also how the other side knows that we are there.
 const KEEPALIVE: u16 = 5;
@@ -230,10 +232,27 @@ fn attach_nvme(lent: &Lent) -> anyhow::Result<String> {
     }
     let sysfs = Path::new("/sys");
     let device = appeared(sysfs, controller.instance, lent);
-    if device.is_err() {
-        let _ = nvme::delete(sysfs, controller.instance);
+    match &device {
+        Ok(device) if !lent.writable => show_read_only(sysfs, device),
+        Ok(_) => {}
+        Err(_) => {
+            let _ = nvme::delete(sysfs, controller.instance);
+        }
     }
     device
+}
+
+/// Has this kernel know that nothing can be written, as with NBD: it mounts read-only then, instead of failing at the first write. Where
+/// that cannot be had, the other machine refuses the writes all the same.
+fn show_read_only(sysfs: &Path, device: &str) {
+    if File::open(device).is_ok_and(|device| nvme::write_protect(&device).is_ok()) {
+        let name = Path::new(device).file_name().unwrap_or_default();
+        let shown = sysfs.join("block").join(name).join("ro");
+        let deadline = Instant::now() + HEARD;
+        while std::fs::read_to_string(&shown).is_ok_and(|shown| shown.trim() == "0") && Instant::now() < deadline {
+            std::thread::sleep(LOOK);
+        }
+    }
 }
 
 /// Waits for the block device of a new controller, and looks at its size.

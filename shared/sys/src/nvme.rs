@@ -8,6 +8,8 @@
 //! the controller never comes back after a loss. The address must have no scope: a link-local one does not survive a
 //! re-plug.
 
+mod protect;
+
 use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
@@ -16,6 +18,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::read;
+
+pub use protect::write_protect;
 
 /// Where the kernel takes new connections.
 pub const FABRICS: &str = "/dev/nvme-fabrics";
