@@ -463,10 +463,10 @@ pub(crate) fn with_a_key(bench: &Bench) -> Result<(), Failure> {
     }
     client.run_ok_within("! stiefel attach target/data-a --read-write", SOON)?;
     client.run_ok_within(
-        "d=$(stiefel attach data-b --read-write) && \
+        "stiefel attach data-b && stiefel detach data-b && d=$(stiefel attach data-b --read-write) && \
          yes written-with-the-key | dd of=$d bs=4096 count=16 iflag=fullblock oflag=direct conv=fsync && ! stiefel attach data-b && \
          stiefel detach data-b",
-        SOON * 2,
+        SOON * 3,
     )?;
     target.run_ok("blockdev --flushbufs /dev/disk/by-id/virtio-data-b; head -c 100 /dev/disk/by-id/virtio-data-b | grep -q written-with-the-key")?;
     let rounds = "for i in $(seq 10); do stiefel attach target/data-a --wait 2 >/dev/null && stiefel detach data-a || exit 1; done";
