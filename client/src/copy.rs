@@ -54,8 +54,8 @@ pub struct Copy<'a> {
 /// What happens meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// Source and target have been looked at, and nothing has been written yet.
-    Begins,
+    /// Source and target have been looked at, and nothing has been written yet; the target is there already, or is to be made.
+    Begins(bool),
     /// So many bytes of so many are copied.
     Copied(u64, u64),
     /// So many bytes of so many are read back and compared.
@@ -89,7 +89,7 @@ pub fn copy(job: &Copy<'_>, progress: &mut Hears<'_>) -> anyhow::Result<Report> 
     let size = source.size;
     let first = source.first(job.state.exists())?;
     let target = Target::open(job.target, &source.file, size)?;
-    progress(Progress::Begins)?;
+    progress(Progress::Begins(target.is_some()))?;
     // Before the target is touched: a state of another copy refuses.
     let mut state = State::open(job.state, size, first)?;
     source.is_still(&state)?;
@@ -582,13 +582,14 @@ mod tests {
             };
             copy(&job, &mut hears).unwrap_err().to_string()
         };
-        assert_eq!(ended(Progress::Begins), "no");
+        assert_eq!(ended(Progress::Begins(true)), "no");
         assert_eq!(fs::read(place.path("target")).unwrap(), b"old");
         assert!(!place.path("state").exists());
         // What cannot be is refused before anybody is asked.
         fs::remove_file(place.path("target")).unwrap();
+        assert_eq!(ended(Progress::Begins(false)), "no");
         fs::create_dir(place.path("target")).unwrap();
-        assert!(ended(Progress::Begins).contains("neither a file"));
+        assert!(ended(Progress::Begins(true)).contains("neither a file"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
-use stiefel_client::copy::{self, Copy, Progress};
+use stiefel_client::copy::{self, Copy, Progress, Report};
 
 use super::{ask, mebibytes};
 use crate::cli::CopyArgs;
@@ -20,8 +20,7 @@ const STATE: &str = "/var/lib/stiefel";
 
 /// Copies, and says what came of it.
 pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
-    let known = std::fs::metadata(&args.target).ok();
-    let device = known.as_ref().is_some_and(|known| known.file_type().is_block_device());
+    let device = std::fs::metadata(&args.target).is_ok_and(|known| known.file_type().is_block_device());
     let state = match &args.state {
         Some(state) => state.clone(),
         None => copy::usual_state(&args.target, Path::new(STATE)),
@@ -45,8 +44,8 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
             bail!("stopped by a signal; the same call goes on where this one was");
         }
         let (done, total) = match progress {
-            Progress::Begins => {
-                if known.is_some() && !args.yes {
+            Progress::Begins(there) => {
+                if there && !args.yes {
                     may_be_lost(args, goes_on)?;
                 }
                 // From here on; an unanswered question has nothing to end in order.
@@ -76,6 +75,11 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
     if !device {
         copy::sync_folder(&args.target)?;
     }
+    tell(args, &report);
+    Ok(())
+}
+
+fn tell(args: &CopyArgs, report: &Report) {
     for (offset, length) in &report.unreadable {
         // The only list there is, by now: with nobody to read it here, it may still be read as JSON.
         let _ = writeln!(
@@ -99,7 +103,6 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
     } else {
         println!("{}  {}", report.sha256, args.target.display());
     }
-    Ok(())
 }
 
 /// Asks whether what is on the target may be lost; also when the copy goes on: another disk may have the name by now.
