@@ -10,20 +10,22 @@
 
 mod source;
 mod state;
+mod target;
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
-use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
-use rustix::io::Errno;
+use rustix::fs::{Advice, fadvise};
 use sha2::{Digest, Sha256};
 
 use source::Source;
 use state::State;
+use target::Target;
 
 /// Bytes copied at a time.
 pub const PIECE: usize = 4 << 20;
@@ -31,6 +33,8 @@ pub const PIECE: usize = 4 << 20;
 const SECTOR: usize = 4096;
 /// Pieces between two syncs of the target.
 const SYNC_EVERY: u64 = 32;
+/// How long a piece is waited for before it is said again how far the copy is: a source may hang.
+const LOOK: Duration = Duration::from_millis(200);
 /// Pieces read ahead of the writer.
 const AHEAD: usize = 2;
 
@@ -85,136 +89,84 @@ pub type Hears<'a> = dyn FnMut(Progress) -> anyhow::Result<()> + 'a;
 /// # Errors
 /// In words, with what to do next; what is copied stays, and the same call goes on behind it.
 pub fn copy(job: &Copy<'_>, progress: &mut Hears<'_>) -> anyhow::Result<Report> {
-    let source = Source::open(job.source, job.skip_errors)?;
+    let ready = Ready::look(job)?;
+    progress(Progress::Begins(ready.target.is_some()))?;
+    let (source, target, mut state) = ready.begin(job)?;
     let size = source.size;
-    let first = source.first(job.state.exists())?;
-    let target = Target::open(job.target, &source.file, size)?;
-    progress(Progress::Begins(target.is_some()))?;
-    // Before the target is touched: a state of another copy refuses.
-    let mut state = State::open(job.state, size, first)?;
-    source.is_still(&state)?;
-    let target = target.map_or_else(|| Target::create(job.target), Ok)?.sized(size)?;
-    let resumed = state.hashes.len() as u64;
-    check_last(&state, &target, size)?;
-    progress(Progress::Copied((resumed * PIECE as u64).min(size), size))?;
+    let resumed = (state.hashes.len() as u64 * PIECE as u64).min(size);
+    progress(Progress::Copied(resumed, size))?;
     let zeroes = transfer(source, &target, &mut state, progress)?;
     target.sync().context("cannot bring the copy onto its medium")?;
     let sha256 = compare(&target, size, &state.hashes, progress)?;
+    target.is_at_its_path()?;
     let unreadable = std::mem::take(&mut state.unreadable);
     state.finish()?;
     Ok(Report {
         size,
         zeroes,
-        resumed: (resumed * PIECE as u64).min(size),
+        resumed,
         unreadable,
         sha256,
     })
 }
 
-/// Where the copy goes.
-struct Target {
-    file: File,
-    path: PathBuf,
-    device: bool,
+/// A copy that can begin; nothing is written yet.
+struct Ready {
+    source: Source,
+    /// Unless it is to be made.
+    target: Option<Target>,
+    /// What an earlier try has left.
+    earlier: Option<State>,
 }
 
-impl Target {
-    /// `None` if it is to be a file, and is not there yet. Nothing is written.
-    fn open(path: &Path, source: &File, size: u64) -> anyhow::Result<Option<Self>> {
-        let known = match std::fs::metadata(path) {
-            Ok(known) => known,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if path.starts_with("/dev") {
-                    bail!("{} is not there; is the disk plugged in?", path.display());
-                }
-                return Ok(None);
+impl Ready {
+    fn look(job: &Copy<'_>) -> anyhow::Result<Self> {
+        let source = Source::open(job.source, job.skip_errors)?;
+        let earlier = State::earlier(job.state, source.size)?;
+        let first = source.first(earlier.is_some())?;
+        let target = Target::open(job.target, &source.file, source.size)?;
+        if let Some(state) = &earlier {
+            state.is_of(first)?;
+            source.is_still(state)?;
+            match &target {
+                Some(target) => target.has_the_last_of(state, source.size)?,
+                None if state.hashes.is_empty() => {}
+                None => bail!(
+                    "{} is not there, and {} says that a part of it was copied; delete the latter to begin anew",
+                    job.target.display(),
+                    job.state.display()
+                ),
             }
-            Err(error) => return Err(error).with_context(|| format!("cannot see what {} is", path.display())),
-        };
-        let device = known.file_type().is_block_device();
-        let from = source.metadata()?;
-        let devices = device && from.file_type().is_block_device();
-        let same_device = devices && source::overlap(Path::new("/sys"), known.rdev(), from.rdev());
-        if same_device || (!device && (known.dev(), known.ino()) == (from.dev(), from.ino())) {
-            bail!("{} would be copied onto itself; name another target", path.display());
-        }
-        if !device && !known.is_file() {
-            bail!(
-                "{} is neither a file nor a block device; name one of these",
-                path.display()
-            );
-        }
-        let mut options = OpenOptions::new();
-        options.read(true).write(true);
-        if device {
-            // A mounted one is refused.
-            options.custom_flags(libc::O_EXCL);
-        }
-        let file = options.open(path).with_context(|| {
-            format!(
-                "cannot open {} alone for writing; is it mounted or held?",
-                path.display()
-            )
-        })?;
-        let mut target = Self::locked(file, path, device)?;
-        let room = target.file.seek(SeekFrom::End(0))?;
-        if device && room < size {
-            bail!(
-                "{} has {room} bytes, and {size} are to be copied; name a larger one",
-                path.display()
-            );
-        }
-        Ok(Some(target))
-    }
-
-    fn create(path: &Path) -> anyhow::Result<Self> {
-        let made = OpenOptions::new().read(true).write(true).create_new(true).open(path);
-        Self::locked(
-            made.with_context(|| format!("cannot make {}", path.display()))?,
-            path,
-            false,
-        )
-    }
-
-    fn locked(file: File, path: &Path, device: bool) -> anyhow::Result<Self> {
-        // What O_EXCL is to devices.
-        if let Err(Errno::WOULDBLOCK) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            bail!("{} is written by another copy, which has not ended yet", path.display());
         }
         Ok(Self {
-            file,
-            path: path.to_owned(),
-            device,
+            source,
+            target,
+            earlier,
         })
     }
 
-    /// Makes a file as large as the source.
-    fn sized(self, size: u64) -> anyhow::Result<Self> {
-        if !self.device && self.file.metadata()?.len() != size {
-            self.file
-                .set_len(size)
-                .with_context(|| format!("cannot make {} as large as the source", self.path.display()))?;
+    /// Makes what is to be made, after another look: somebody may have thought long.
+    fn begin(self, job: &Copy<'_>) -> anyhow::Result<(Source, Target, State)> {
+        let size = self.source.size;
+        self.source.is_as_large()?;
+        let first = self.source.first(self.earlier.is_some())?;
+        if let Some(target) = &self.target {
+            target.is_at_its_path()?;
         }
-        Ok(self)
-    }
-
-    fn write(&self, offset: u64, piece: &[u8], zero: bool) -> io::Result<()> {
-        if !zero {
-            return self.file.write_all_at(piece, offset);
-        }
-        let length = piece.len() as u64;
-        let done = if self.device {
-            stiefel_sys::block::zero_out(&self.file, offset, length)
-        } else {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(&self.file, flags, offset, length).map_err(io::Error::from)
+        let is_new = self.target.is_none();
+        let target = self.target.map_or_else(|| Target::create(job.target), Ok)?;
+        let state = match (self.earlier, first) {
+            (Some(state), first) => state.is_of(first).and_then(|()| state.go_on(size)),
+            (None, Some(first)) => State::create(job.state, size, first),
+            (None, None) => Err(anyhow::anyhow!("the beginning of the source cannot be read")),
         };
-        // A file system without holes, or a last piece that is not of whole blocks.
-        done.or_else(|_| self.file.write_all_at(piece, offset))
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        if state.is_err() && is_new && target.is_at_its_path().is_ok() {
+            // Nothing is in it; it would be asked about next time.
+            let _ = std::fs::remove_file(job.target);
+        }
+        let state = state?;
+        target.make_room(size)?;
+        Ok((self.source, target, state))
     }
 }
 
@@ -234,27 +186,6 @@ fn length_at(offset: u64, size: u64) -> usize {
     usize::try_from(size.saturating_sub(offset))
         .unwrap_or(usize::MAX)
         .min(PIECE)
-}
-
-/// A copy that goes on must still have what was written last: else the target is another one.
-fn check_last(state: &State, target: &Target, size: u64) -> anyhow::Result<()> {
-    let Some(last) = state.hashes.last() else {
-        return Ok(());
-    };
-    let offset = (state.hashes.len() as u64 - 1) * PIECE as u64;
-    let mut piece = vec![0; length_at(offset, size)];
-    target
-        .file
-        .read_exact_at(&mut piece, offset)
-        .context("cannot read the copy")?;
-    if hash(&piece) != *last {
-        bail!(
-            "{} does not hold what was copied before; delete {} to begin anew",
-            target.path.display(),
-            state.path.display()
-        );
-    }
-    Ok(())
 }
 
 struct Piece {
@@ -288,32 +219,41 @@ fn transfer(source: Source, target: &Target, state: &mut State, progress: &mut H
                 offset += length_at(offset, size) as u64;
             }
         })?;
-    let written = write_pieces(&receive, size, target, state, progress);
+    let written = write_pieces(&receive, begin.min(size), size, target, state, progress);
     drop(receive);
-    // It ends as soon as nobody listens; a panic there showed as an early end here.
-    let _ = reader.join();
+    if written.is_ok() {
+        // A panic there showed as an early end here. Else it ends as soon as nobody listens, or when a source that hangs answers.
+        let _ = reader.join();
+    }
     written
 }
 
 fn write_pieces(
     pieces: &Receiver<anyhow::Result<Piece>>,
+    begin: u64,
     size: u64,
     target: &Target,
     state: &mut State,
     progress: &mut Hears<'_>,
 ) -> anyhow::Result<u64> {
-    let mut zeroes = 0;
+    let (mut zeroes, mut done) = (0, begin);
     let mut fresh: Vec<(Hash, Vec<Range>)> = Vec::new();
     let mut result = Ok(());
-    for piece in pieces {
-        let step = piece.and_then(|piece| {
-            let length = piece.bytes.len() as u64;
-            let written = target.write(piece.offset, &piece.bytes, piece.zero);
-            written.with_context(|| format!("cannot write the copy at byte {}", piece.offset))?;
-            zeroes += if piece.zero { length } else { 0 };
-            fresh.push((piece.hash, piece.unreadable));
-            progress(Progress::Copied(piece.offset + length, size))
-        });
+    loop {
+        let step = match pieces.recv_timeout(LOOK) {
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => Ok(()),
+            Ok(piece) => piece.and_then(|piece| {
+                let written = target.write(piece.offset, &piece.bytes, piece.zero);
+                written.with_context(|| format!("cannot write the copy at byte {}", piece.offset))?;
+                let length = piece.bytes.len() as u64;
+                zeroes += if piece.zero { length } else { 0 };
+                done = piece.offset + length;
+                fresh.push((piece.hash, piece.unreadable));
+                Ok(())
+            }),
+        };
+        let step = step.and_then(|()| progress(Progress::Copied(done, size)));
         if let Err(error) = step {
             result = Err(error);
             break;
@@ -368,7 +308,11 @@ fn compare(target: &Target, size: u64, hashes: &[Hash], progress: &mut Hears<'_>
 /// Where the state of a copy to `target` is kept if nothing else is said: beside a file, and for a device in `folder`.
 #[must_use]
 pub fn usual_state(target: &Path, folder: &Path) -> PathBuf {
-    let device = std::fs::metadata(target).is_ok_and(|known| known.file_type().is_block_device());
+    let device = match std::fs::metadata(target) {
+        Ok(known) => known.file_type().is_block_device(),
+        // It may be plugged in the next moment.
+        Err(_) => target.starts_with("/dev"),
+    };
     let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
     match device {
         true => folder.join(format!("copy-{name}.state")),
@@ -389,240 +333,4 @@ pub fn sync_folder(target: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs;
-    use std::io::Write;
-
-    struct Place(tempfile::TempDir);
-
-    impl Place {
-        fn new() -> Self {
-            Self(tempfile::tempdir().unwrap())
-        }
-
-        fn path(&self, name: &str) -> PathBuf {
-            self.0.path().join(name)
-        }
-
-        /// Three pieces and a bit, the second of zeroes.
-        fn source(&self) -> Vec<u8> {
-            let mut bytes: Vec<u8> = (0..3 * PIECE + 1000).map(|i| u8::try_from(i % 251).unwrap()).collect();
-            bytes[PIECE..2 * PIECE].fill(0);
-            fs::write(self.path("source"), &bytes).unwrap();
-            bytes
-        }
-
-        fn copy(&self) -> anyhow::Result<Report> {
-            copy(
-                &Copy {
-                    source: &self.path("source"),
-                    target: &self.path("target"),
-                    state: &self.path("state"),
-                    skip_errors: false,
-                },
-                &mut |_| Ok(()),
-            )
-        }
-    }
-
-    #[test]
-    fn a_copy_is_the_same_and_leaves_zeroes_out() {
-        let place = Place::new();
-        let bytes = place.source();
-        let report = place.copy().unwrap();
-        assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
-        assert_eq!(
-            (report.size, report.zeroes, report.resumed),
-            (bytes.len() as u64, PIECE as u64, 0)
-        );
-        let expected: String = hash(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(report.sha256, expected);
-        assert!(!place.path("state").exists());
-        let blocks = fs::metadata(place.path("target")).unwrap().blocks();
-        assert!(blocks * 512 < bytes.len() as u64);
-    }
-
-    #[test]
-    fn old_bytes_do_not_shine_through_where_the_source_is_zero() {
-        let place = Place::new();
-        let bytes = place.source();
-        fs::write(place.path("target"), vec![0xff; bytes.len() + 5]).unwrap();
-        place.copy().unwrap();
-        assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
-    }
-
-    /// The state as after the first two pieces.
-    fn interrupted(place: &Place, bytes: &[u8]) {
-        let file = fs::File::create(place.path("target")).unwrap();
-        file.set_len(bytes.len() as u64).unwrap();
-        file.write_all_at(&bytes[..2 * PIECE], 0).unwrap();
-        let mut state = State::open(&place.path("state"), bytes.len() as u64, Some(hash(&bytes[..PIECE]))).unwrap();
-        let lost = vec![(PIECE as u64 + 4096, 8192), (2 * PIECE as u64 - 4096, 4096)];
-        state
-            .add(&[
-                (hash(&bytes[..PIECE]), Vec::new()),
-                (hash(&bytes[PIECE..2 * PIECE]), lost),
-            ])
-            .unwrap();
-        // Torn in the middle of the third.
-        let file = fs::File::options().append(true).open(place.path("state")).unwrap();
-        (&file).write_all(&[1; 7]).unwrap();
-    }
-
-    #[test]
-    fn an_interrupted_copy_goes_on_behind_what_is_there() {
-        let place = Place::new();
-        let bytes = place.source();
-        interrupted(&place, &bytes);
-        let report = place.copy().unwrap();
-        assert_eq!(report.resumed, 2 * PIECE as u64);
-        // What the earlier try could not read is said again.
-        let piece = PIECE as u64;
-        assert_eq!(report.unreadable, [(piece + 4096, 8192), (2 * piece - 4096, 4096)]);
-        assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
-    }
-
-    #[test]
-    fn another_source_or_target_is_not_gone_on_with() {
-        let place = Place::new();
-        let mut bytes = place.source();
-        interrupted(&place, &bytes);
-        let other = fs::File::options().write(true).open(place.path("target")).unwrap();
-        other.write_all_at(&[9; 10], PIECE as u64 + 5).unwrap();
-        assert!(place.copy().unwrap_err().to_string().contains("does not hold"));
-        bytes[0] ^= 1;
-        fs::write(place.path("source"), &bytes).unwrap();
-        assert!(place.copy().unwrap_err().to_string().contains("another source"));
-    }
-
-    #[test]
-    fn a_source_that_has_changed_behind_its_first_piece_is_not_gone_on_with() {
-        let place = Place::new();
-        let mut bytes = place.source();
-        interrupted(&place, &bytes);
-        // The third piece, without losses.
-        let mut state = State::open(&place.path("state"), bytes.len() as u64, Some(hash(&bytes[..PIECE]))).unwrap();
-        state.add(&[(hash(&bytes[2 * PIECE..3 * PIECE]), Vec::new())]).unwrap();
-        drop(state);
-        let target = fs::File::options().write(true).open(place.path("target")).unwrap();
-        target
-            .write_all_at(&bytes[2 * PIECE..3 * PIECE], 2 * PIECE as u64)
-            .unwrap();
-        // A disk that was cloned from the same image.
-        bytes[2 * PIECE + 9] ^= 1;
-        fs::write(place.path("source"), &bytes).unwrap();
-        let error = place.copy().unwrap_err().to_string();
-        assert!(error.contains("not what it was"), "{error}");
-    }
-
-    #[test]
-    fn a_source_that_has_gone_is_no_disk_of_bad_sectors() {
-        let place = Place::new();
-        let source = place.path("source");
-        place.source();
-        let job = Copy {
-            source: &source,
-            target: &place.path("target"),
-            state: &place.path("state"),
-            skip_errors: true,
-        };
-        // As when it is pulled out: nothing of it can be read any more.
-        let mut pull = |progress| {
-            if let Progress::Copied(..) = progress {
-                File::options().write(true).open(&source)?.set_len(0)?;
-            }
-            Ok(())
-        };
-        let error = copy(&job, &mut pull).unwrap_err().to_string();
-        assert!(error.contains("does not answer any more"), "{error}");
-        assert!(place.path("state").exists());
-    }
-
-    #[test]
-    fn a_target_that_changes_under_the_copy_is_noticed() {
-        let place = Place::new();
-        place.source();
-        let target = place.path("target");
-        let mut done = false;
-        let mut meddle = |progress| {
-            if let Progress::Compared(..) = progress
-                && !std::mem::replace(&mut done, true)
-            {
-                let file = fs::File::options().write(true).open(&target).unwrap();
-                file.write_all_at(&[1], 2 * PIECE as u64).unwrap();
-            }
-            Ok(())
-        };
-        let job = Copy {
-            source: &place.path("source"),
-            target: &place.path("target"),
-            state: &place.path("state"),
-            skip_errors: false,
-        };
-        let error = copy(&job, &mut meddle).unwrap_err();
-        assert!(error.to_string().contains("differs"), "{error}");
-    }
-
-    #[test]
-    fn nothing_is_written_before_it_begins() {
-        let place = Place::new();
-        place.source();
-        fs::write(place.path("target"), "old").unwrap();
-        let ended = |at: Progress| {
-            let job = Copy {
-                source: &place.path("source"),
-                target: &place.path("target"),
-                state: &place.path("state"),
-                skip_errors: false,
-            };
-            let mut hears = |progress| match progress == at {
-                true => bail!("no"),
-                false => Ok(()),
-            };
-            copy(&job, &mut hears).unwrap_err().to_string()
-        };
-        assert_eq!(ended(Progress::Begins(true)), "no");
-        assert_eq!(fs::read(place.path("target")).unwrap(), b"old");
-        assert!(!place.path("state").exists());
-        // What cannot be is refused before anybody is asked.
-        fs::remove_file(place.path("target")).unwrap();
-        assert_eq!(ended(Progress::Begins(false)), "no");
-        fs::create_dir(place.path("target")).unwrap();
-        assert!(ended(Progress::Begins(true)).contains("neither a file"));
-    }
-
-    #[test]
-    fn a_copy_that_is_ended_keeps_what_it_has() {
-        let place = Place::new();
-        let bytes = place.source();
-        let piece = PIECE as u64;
-        let job = Copy {
-            source: &place.path("source"),
-            target: &place.path("target"),
-            state: &place.path("state"),
-            skip_errors: false,
-        };
-        let mut hears = |progress| match progress {
-            Progress::Copied(done, _) if done == 2 * piece => bail!("enough"),
-            _ => Ok(()),
-        };
-        assert_eq!(copy(&job, &mut hears).unwrap_err().to_string(), "enough");
-        assert_eq!(place.copy().unwrap().resumed, 2 * piece);
-        assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
-    }
-
-    #[test]
-    fn a_file_is_not_copied_onto_itself() {
-        let place = Place::new();
-        place.source();
-        fs::hard_link(place.path("source"), place.path("target")).unwrap();
-        assert!(place.copy().unwrap_err().to_string().contains("itself"));
-    }
-
-    #[test]
-    fn the_state_of_a_file_lies_beside_it() {
-        let state = usual_state(Path::new("/tmp/a/disk.img"), Path::new("/var/lib/stiefel"));
-        assert_eq!(state, Path::new("/tmp/a/disk.img.copy-state"));
-    }
-}
+mod tests;

@@ -457,6 +457,10 @@ pub(crate) fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error);
+            if let Some(commands::Stopped(signal)) = error.downcast_ref() {
+                // It does not come back.
+                let _ = signal_hook::low_level::emulate_default_handler(*signal);
+            }
             if error
                 .chain()
                 .any(|cause| cause.is::<ConfigError>() || cause.is::<commands::Usage>())

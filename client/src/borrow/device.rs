@@ -245,13 +245,19 @@ fn attach_nvme(lent: &Lent) -> anyhow::Result<String> {
 /// Has this kernel know that nothing can be written, as with NBD: it mounts read-only then, instead of failing at the first write. Where
 /// that cannot be had, the other machine refuses the writes all the same.
 fn show_read_only(sysfs: &Path, device: &str) {
-    if File::open(device).is_ok_and(|device| nvme::write_protect(&device).is_ok()) {
-        let name = Path::new(device).file_name().unwrap_or_default();
-        let shown = sysfs.join("block").join(name).join("ro");
-        let deadline = Instant::now() + HEARD;
-        while std::fs::read_to_string(&shown).is_ok_and(|shown| shown.trim() == "0") && Instant::now() < deadline {
-            std::thread::sleep(LOOK);
-        }
+    let asked = File::open(device).and_then(|device| nvme::write_protect(&device));
+    let name = Path::new(device).file_name().unwrap_or_default();
+    let shown = sysfs.join("block").join(name).join("ro");
+    let writable = || std::fs::read_to_string(&shown).is_ok_and(|shown| shown.trim() == "0");
+    let deadline = Instant::now() + HEARD;
+    while asked.is_ok() && writable() && Instant::now() < deadline {
+        std::thread::sleep(LOOK);
+    }
+    if writable() {
+        let why = asked.err().map(|error| format!(" ({error})")).unwrap_or_default();
+        say(format_args!(
+            "{device} looks writable here{why}, and is not: writes fail; mount it with -o ro"
+        ));
     }
 }
 

@@ -48,6 +48,19 @@ impl Source {
         })
     }
 
+    /// Whether it has still the size that it was opened with.
+    pub(super) fn is_as_large(&self) -> anyhow::Result<()> {
+        let now = (&self.file).seek(SeekFrom::End(0))?;
+        if now != self.size {
+            bail!(
+                "{} had {} bytes, and has {now} now: something writes to it; end that, then call again",
+                self.path.display(),
+                self.size
+            );
+        }
+        Ok(())
+    }
+
     /// A piece, and what of it could not be read.
     pub(super) fn piece(&self, offset: u64) -> anyhow::Result<(Vec<u8>, Vec<Range>)> {
         let mut piece = vec![0; length_at(offset, self.size)];
@@ -207,8 +220,9 @@ mod tests {
         let path = dir.path().join("source");
         std::fs::write(&path, vec![7; 2 * PIECE]).unwrap();
         let source = Source::open(&path, true).unwrap();
-        let state = |first| State::open(&dir.path().join("state"), 2 * PIECE as u64, first);
-        let mut known = state(source.first(false).unwrap()).unwrap();
+        let (state, size) = (dir.path().join("state"), 2 * PIECE as u64);
+        let first = source.first(false).unwrap().unwrap();
+        let mut known = State::create(&state, size, first).unwrap();
         known
             .add(&[(hash(&[7; PIECE]), Vec::new()), (hash(&[7; PIECE]), Vec::new())])
             .unwrap();
@@ -217,11 +231,11 @@ mod tests {
         let file = File::options().write(true).open(&path).unwrap();
         file.set_len(PIECE as u64 / 2).unwrap();
         assert_eq!(source.first(true).unwrap(), None);
-        source.is_still(&state(None).unwrap()).unwrap();
-        assert!(state(Some([0; 32])).is_err());
-        // Where nothing is known, nothing can be believed.
-        std::fs::remove_file(dir.path().join("state")).unwrap();
-        assert!(state(None).is_err());
+        let known = State::earlier(&state, size).unwrap().unwrap();
+        source.is_still(&known).unwrap();
+        known.is_of(None).unwrap();
+        known.is_of(Some(first)).unwrap();
+        assert!(known.is_of(Some([0; 32])).is_err());
     }
 
     #[test]

@@ -23,13 +23,15 @@ const RECORD: usize = 32;
 /// No digest begins so but once in 2^128.
 const MARK: &[u8; 16] = b"not-read-by-copy";
 
-/// The file of state.
+/// The file of state, which no other copy has meanwhile.
 #[derive(Debug)]
 pub(super) struct State {
     file: File,
     /// Its length in bytes, as far as it is whole.
     length: u64,
     pub(super) path: PathBuf,
+    /// The source's first piece.
+    begin: Hash,
     /// Of the pieces that are copied, in their order.
     pub(super) hashes: Vec<Hash>,
     /// What could not be read of them.
@@ -37,68 +39,92 @@ pub(super) struct State {
 }
 
 impl State {
-    /// Opens it, or makes it for a source of `size` bytes whose first piece has the hash `first`; without one, for it cannot be read
-    /// any more, an earlier one is believed.
+    /// Reads what an earlier try has left, if it has; nothing is written.
     ///
     /// # Errors
-    /// In words; also if it belongs to another source, or is damaged.
-    pub(super) fn open(path: &Path, size: u64, first: Option<Hash>) -> anyhow::Result<Self> {
-        let failed = || format!("cannot keep the state of the copy in {}", path.display());
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .with_context(failed)?;
-        if let Err(Errno::WOULDBLOCK) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            bail!("{} is used by another copy, which has not ended yet", path.display());
-        }
+    /// In words; also if it belongs to a source of another size, or is damaged.
+    pub(super) fn earlier(path: &Path, size: u64) -> anyhow::Result<Option<Self>> {
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| failed(path)),
+        };
+        lock(&file, path)?;
         let mut reader = BufReader::new(&file);
         let mut known = Vec::new();
-        reader
-            .by_ref()
-            .take(HEADER)
-            .read_to_end(&mut known)
-            .with_context(failed)?;
-        let another = || {
-            format!(
-                "{} belongs to a copy of another source; delete it to begin anew, or name another with --state",
-                path.display()
-            )
-        };
-        let earlier = known.split_at_checked(MAGIC.len()).and_then(|(magic, rest)| {
+        let header = reader.by_ref().take(HEADER).read_to_end(&mut known);
+        header.with_context(|| failed(path))?;
+        if known.is_empty() {
+            return Ok(None);
+        }
+        let header = known.split_at_checked(MAGIC.len()).and_then(|(magic, rest)| {
             let (bytes, begin) = rest.split_first_chunk()?;
             let ours = (magic == MAGIC || magic == EARLIER) && u64::from_be_bytes(*bytes) == size;
             Hash::try_from(begin).ok().filter(|_| ours)
         });
-        anyhow::ensure!(earlier.is_some() || known.is_empty(), another());
-        let (hashes, unreadable, length) = match records(&mut reader, size).with_context(failed)? {
-            Some(read) => read,
-            None => bail!("{} is damaged; delete it to begin anew", path.display()),
+        let begin = header.with_context(|| another(path))?;
+        let Some((hashes, unreadable, length)) = records(&mut reader, size).with_context(|| failed(path))? else {
+            bail!("{} is damaged; delete it to begin anew", path.display());
         };
-        // What could not be read then may be read now, and the other way round.
-        let unsure = unreadable.iter().any(|(at, _)| *at < PIECE as u64);
-        let begin = match (earlier, first) {
-            (Some(earlier), Some(first)) => {
-                anyhow::ensure!(earlier == first || unsure, another());
-                earlier
-            }
-            (Some(hash), None) | (None, Some(hash)) => hash,
-            (None, None) => bail!("the beginning of the source cannot be read; --skip-errors copies the rest"),
-        };
-        let whole = [&MAGIC[..], &size.to_be_bytes(), &begin].concat();
-        file.set_len(length).with_context(failed)?;
-        file.write_all_at(&whole, 0).with_context(failed)?;
-        file.sync_data().with_context(failed)?;
-        Ok(Self {
+        Ok(Some(Self {
             file,
             length,
             path: path.to_owned(),
+            begin,
             hashes,
             unreadable,
-        })
+        }))
+    }
+
+    /// Whether it is of a source whose first piece has this hash; one that cannot be read any more is believed.
+    ///
+    /// # Errors
+    /// It is of another one.
+    pub(super) fn is_of(&self, first: Option<Hash>) -> anyhow::Result<()> {
+        // What could not be read then may be read now, and the other way round.
+        let unsure = self.unreadable.iter().any(|(at, _)| *at < PIECE as u64);
+        let ours = unsure || first.is_none_or(|first| first == self.begin);
+        anyhow::ensure!(ours, another(&self.path));
+        Ok(())
+    }
+
+    /// Goes on with it: what was written half is cut off.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub(super) fn go_on(self, size: u64) -> anyhow::Result<Self> {
+        let whole = [&MAGIC[..], &size.to_be_bytes(), &self.begin].concat();
+        let written = self.file.set_len(self.length);
+        let written = written.and_then(|()| self.file.write_all_at(&whole, 0));
+        let written = written.and_then(|()| self.file.sync_data());
+        written.with_context(|| failed(&self.path))?;
+        Ok(self)
+    }
+
+    /// Makes one for a source of `size` bytes whose first piece has the hash `begin`.
+    ///
+    /// # Errors
+    /// In words; also if there is one by now.
+    pub(super) fn create(path: &Path, size: u64, begin: Hash) -> anyhow::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(path).with_context(|| failed(path))?;
+        lock(&file, path)?;
+        if file.metadata().with_context(|| failed(path))?.len() != 0 {
+            bail!(
+                "{} has come meanwhile; the same call goes on behind what it says",
+                path.display()
+            );
+        }
+        let state = Self {
+            file,
+            length: HEADER,
+            path: path.to_owned(),
+            begin,
+            hashes: Vec::new(),
+            unreadable: Vec::new(),
+        };
+        state.go_on(size)
     }
 
     /// Notes pieces whose bytes are on the medium, each with what could not be read of it.
@@ -127,6 +153,24 @@ impl State {
         std::fs::remove_file(&self.path)
             .with_context(|| format!("the copy is complete; delete {}", self.path.display()))
     }
+}
+
+fn failed(path: &Path) -> String {
+    format!("cannot keep the state of the copy in {}", path.display())
+}
+
+fn another(path: &Path) -> String {
+    format!(
+        "{} belongs to a copy of another source; delete it to begin anew, or name another with --state",
+        path.display()
+    )
+}
+
+fn lock(file: &File, path: &Path) -> anyhow::Result<()> {
+    if let Err(Errno::WOULDBLOCK) = flock(file, FlockOperation::NonBlockingLockExclusive) {
+        bail!("{} is used by another copy, which has not ended yet", path.display());
+    }
+    Ok(())
 }
 
 type Records = (Vec<Hash>, Vec<Range>, u64);
@@ -185,7 +229,11 @@ mod tests {
     const SIZE: u64 = 3 * PIECE as u64 + 1000;
 
     fn open(dir: &tempfile::TempDir) -> anyhow::Result<State> {
-        State::open(&dir.path().join("state"), SIZE, Some([9; 32]))
+        let path = dir.path().join("state");
+        match State::earlier(&path, SIZE)? {
+            Some(state) => state.go_on(SIZE),
+            None => State::create(&path, SIZE, [9; 32]),
+        }
     }
 
     #[test]

@@ -58,6 +58,16 @@ pub fn ignore_signals(signals: &[i32]) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether this process ignores a signal, as what `nohup` starts does.
+#[must_use]
+pub fn is_ignored(signal: i32) -> bool {
+    let mut now = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: without a new action sigaction only writes the present one to where the pointer, which outlives the call, points.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), now.as_mut_ptr()) };
+    // SAFETY: it has been written if the call succeeded.
+    asked == 0 && unsafe { now.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
 /// Asks the first process to power the machine off in order, as its `procfs` folder says what it is: systemd starts its
 /// poweroff.target (`SIGRTMIN+4`, systemd(1) "Signals"), others take `SIGPWR` for a failing supply of power. Whether it was
 /// systemd: others, such as an initrd's shell, may not have heard.
@@ -320,6 +330,8 @@ mod tests {
     #[test]
     fn kill_cannot_be_ignored() {
         assert!(ignore_signals(&[libc::SIGKILL]).is_err());
+        assert!(!is_ignored(libc::SIGUSR2) && !is_ignored(libc::SIGKILL) && !is_ignored(-1));
         ignore_signals(&[libc::SIGUSR2]).unwrap();
+        assert!(is_ignored(libc::SIGUSR2));
     }
 }

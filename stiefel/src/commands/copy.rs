@@ -1,7 +1,6 @@
 //! `stiefel copy`: a disk or image to another.
 
 use std::io::{Write, stderr};
-use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,22 +10,24 @@ use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 use stiefel_client::copy::{self, Copy, Progress, Report};
+use stiefel_sys::process;
 
-use super::{ask, mebibytes};
+use super::{Stopped, ask, mebibytes};
 use crate::cli::CopyArgs;
 
+/// Added to a signal's number in the exit status, as shells do.
+const BY_SIGNAL: i32 = 128;
 /// Where the state of copies to devices is kept.
 const STATE: &str = "/var/lib/stiefel";
 
 /// Copies, and says what came of it.
 pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
-    let device = std::fs::metadata(&args.target).is_ok_and(|known| known.file_type().is_block_device());
     let state = match &args.state {
         Some(state) => state.clone(),
         None => copy::usual_state(&args.target, Path::new(STATE)),
     };
     let goes_on = state.exists();
-    if device && args.state.is_none() {
+    if args.state.is_none() && state.starts_with(STATE) {
         std::fs::create_dir_all(STATE).with_context(|| format!("cannot make {STATE}; name a file with --state"))?;
     }
     let bar = ProgressBar::new(0);
@@ -38,10 +39,10 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
     let (copying, comparing) = (style("copying  ")?, style("comparing")?);
     bar.set_style(copying);
     let mut compared = false;
-    let stopped = Arc::new(AtomicBool::new(false));
+    let mut stops = Stops::default();
     let mut hears = |progress| {
-        if stopped.load(Ordering::Relaxed) {
-            bail!("stopped by a signal; the same call goes on where this one was");
+        if let Some(signal) = stops.came() {
+            return Err(Stopped(signal).into());
         }
         let (done, total) = match progress {
             Progress::Begins(there) => {
@@ -49,7 +50,7 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
                     may_be_lost(args, goes_on)?;
                 }
                 // From here on; an unanswered question has nothing to end in order.
-                return on_signals(&stopped).context("cannot listen to signals");
+                return stops.listen().context("cannot listen to signals");
             }
             Progress::Copied(done, total) => (done, total),
             Progress::Compared(done, total) => {
@@ -72,7 +73,7 @@ pub(crate) fn copy(args: &CopyArgs) -> anyhow::Result<()> {
     };
     let report = copy::copy(&job, &mut hears)?;
     bar.finish_and_clear();
-    if !device {
+    if args.target.is_file() {
         copy::sync_folder(&args.target)?;
     }
     tell(args, &report);
@@ -120,11 +121,27 @@ fn may_be_lost(args: &CopyArgs, goes_on: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The first signal ends the copy in order, a second one at once: a disk may hang.
-fn on_signals(stopped: &Arc<AtomicBool>) -> std::io::Result<()> {
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(stopped))?;
-        flag::register(signal, Arc::clone(stopped))?;
+/// Signals that end the copy in order.
+#[derive(Default)]
+struct Stops(Vec<(i32, Arc<AtomicBool>)>);
+
+impl Stops {
+    /// From now on the first of its kind is noted, and a second one ends the program at once: a disk may hang. Who had one ignored, as
+    /// `nohup` does, still has.
+    fn listen(&mut self) -> std::io::Result<()> {
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            if !process::is_ignored(signal) {
+                let came = Arc::new(AtomicBool::new(false));
+                flag::register_conditional_shutdown(signal, BY_SIGNAL + signal, Arc::clone(&came))?;
+                flag::register(signal, Arc::clone(&came))?;
+                self.0.push((signal, came));
+            }
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn came(&self) -> Option<i32> {
+        let came = self.0.iter().find(|(_, came)| came.load(Ordering::Relaxed));
+        came.map(|(signal, _)| *signal)
+    }
 }

@@ -107,6 +107,19 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// A signal has ended something in order, which can be gone on with; the program then ends by that signal, so that a script around it
+/// ends, too.
+#[derive(Debug)]
+pub(crate) struct Stopped(pub(crate) i32);
+
+impl std::fmt::Display for Stopped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("stopped by a signal; the same call goes on where this one was")
+    }
+}
+
+impl std::error::Error for Stopped {}
+
 /// Bytes for people.
 fn mebibytes(bytes: u64) -> String {
     let tenths = bytes.saturating_mul(10) / (1 << 20);

@@ -16,8 +16,6 @@ const SET_FEATURES: u8 = 0x09;
 const WRITE_PROTECTION: u32 = 0x84;
 /// Until it is lifted by the same command.
 const WRITE_PROTECT: u32 = 1;
-/// How long the other side may take, in milliseconds.
-const PATIENCE: u32 = 5000;
 
 /// `struct nvme_passthru_cmd` of `linux/nvme_ioctl.h`.
 #[repr(C)]
@@ -33,7 +31,7 @@ struct Command {
     metadata_length: u32,
     data_length: u32,
     words_10_to_15: [u32; 6],
-    /// In milliseconds.
+    /// In milliseconds; 0 for the kernel's own, 60 s: the connection is made anew after that.
     timeout: u32,
     result: u32,
 }
@@ -51,7 +49,6 @@ pub fn write_protect(device: &File) -> io::Result<()> {
         opcode: SET_FEATURES,
         namespace,
         words_10_to_15: [WRITE_PROTECTION, WRITE_PROTECT, 0, 0, 0, 0],
-        timeout: PATIENCE,
         ..Command::default()
     };
     let at: *mut Command = &raw mut command;
