@@ -16,6 +16,7 @@ use stiefel_shared::bundle::Goodbye;
 use stiefel_shared::discovery::{LinkEvent, PORT, State};
 use stiefel_shared::key::StickKey;
 use stiefel_shared::lend::{Ask, DiskInfo, Loan};
+use stiefel_shared::session::MachineId;
 use stiefel_sys::link;
 use tokio::sync::mpsc;
 
@@ -60,9 +61,10 @@ pub struct Search<'a> {
 /// # Errors
 /// Nothing can be asked at all.
 pub async fn list(search: &Search<'_>) -> anyhow::Result<Vec<Lender>> {
+    let own = machine_id(Path::new("/sys"))?;
     let mut lenders = Vec::new();
     for found in machines(search, |_| false).await? {
-        let disks = match ask(search.key, &found, &Ask::List).await {
+        let disks = match ask(search.key, own, &found, &Ask::List).await {
             Ok(Loan::Disks { disks }) => Ok(disks),
             Ok(Loan::Attached(_)) => Err(anyhow::anyhow!("it answered another question")),
             Err(error) => Err(error),
@@ -88,6 +90,7 @@ pub async fn attach(
     read_write: bool,
     allow_nvme: bool,
 ) -> anyhow::Result<Record> {
+    let own = machine_id(Path::new("/sys"))?;
     let wanted = |found: &Found| machine.is_some_and(|machine| machine == found.hostname);
     let mut found = machines(search, wanted).await?;
     if let Some(machine) = machine {
@@ -123,7 +126,7 @@ pub async fn attach(
         read_write,
         nvme,
     };
-    match ask(search.key, &found, &question).await? {
+    match ask(search.key, own, &found, &question).await? {
         Loan::Attached(lent) => {
             let address = found.address;
             let disk = disk.to_owned();
@@ -155,7 +158,7 @@ pub fn detach(record: &Record, lost: bool) -> anyhow::Result<()> {
     }
 }
 
-async fn ask(key: &StickKey, found: &Found, question: &Ask) -> anyhow::Result<Loan> {
+async fn ask(key: &StickKey, own: MachineId, found: &Found, question: &Ask) -> anyhow::Result<Loan> {
     let patience = Patience {
         silence: ANSWER,
         ..Patience::default()
@@ -164,7 +167,7 @@ async fn ask(key: &StickKey, found: &Found, question: &Ask) -> anyhow::Result<Lo
         peer: found.address,
         challenge: &found.challenge,
         key,
-        machine: machine_id(Path::new("/sys"))?,
+        machine: own,
         patience,
     };
     let answer = fetch::ask(source, question).await;
@@ -190,7 +193,13 @@ async fn usable(search: &Search<'_>, end: tokio::time::Instant) -> anyhow::Resul
             return Ok(events);
         }
         if tokio::time::Instant::now() >= end {
-            bail!("there is no network interface to ask on; plug a cable in, or name one with --interface");
+            match search.interfaces {
+                [] => bail!("there is no network interface to ask on; plug a cable in, or name one with --interface"),
+                named => bail!(
+                    "there is no network interface {}; `ip link` lists them",
+                    named.join(", ")
+                ),
+            }
         }
         tokio::time::sleep(LOOK).await;
     }

@@ -347,7 +347,7 @@ pub(crate) struct TargetArgs {
     #[arg(long)]
     pub(crate) no_nvme: bool,
     /// TCP port of the NBD server of --open.
-    #[arg(long, value_name = "PORT", default_value_t = 10809)]
+    #[arg(long, value_name = "PORT", default_value_t = 10809, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) port: u16,
     /// Print JSON: one line now and one for each change.
     #[arg(long)]

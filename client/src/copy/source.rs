@@ -1,8 +1,8 @@
 //! Where a copy comes from: read piece by piece, with what cannot be read, and told from what else there is.
 
-use std::fs::File;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -28,7 +28,9 @@ pub(super) struct Source {
 
 impl Source {
     pub(super) fn open(path: &Path, skip: bool) -> anyhow::Result<Self> {
-        let mut file = File::open(path).with_context(|| format!("cannot open {} for reading", path.display()))?;
+        // A FIFO would be waited for.
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let mut file = opened.with_context(|| format!("cannot open {} for reading", path.display()))?;
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             bail!(
@@ -130,13 +132,37 @@ impl Source {
     }
 }
 
-/// Whether two block devices are the same, or one is a part of the other. `sysfs` is where that is mounted.
-pub(super) fn overlap(sysfs: &Path, one: u64, other: u64) -> bool {
-    let folder = |number| {
-        let link = sysfs.join(format!("dev/block/{}:{}", major(number), minor(number)));
-        link.canonicalize().ok()
+/// Whether two files or block devices are the same, or one is a part of the other.
+pub(super) fn same(sysfs: &Path, one: &Metadata, other: &Metadata) -> bool {
+    match (one.file_type().is_block_device(), other.file_type().is_block_device()) {
+        (true, true) => overlap(sysfs, one.rdev(), other.rdev()),
+        (false, false) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
+}
+
+/// The loop devices in use, as far as what they stand on is in sight: their names, and that.
+pub(super) fn loops(sysfs: &Path) -> Vec<(String, Metadata)> {
+    let Ok(folder) = std::fs::read_dir(sysfs.join("block")) else {
+        return Vec::new();
     };
-    let parts = match (folder(one), folder(other)) {
+    let looped = |entry: std::fs::DirEntry| {
+        let below = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        let below = std::fs::metadata(below.trim_end_matches('\n')).ok()?;
+        Some((entry.file_name().to_string_lossy().into_owned(), below))
+    };
+    folder.flatten().filter_map(looped).collect()
+}
+
+/// The kernel's folder of a block device.
+pub(super) fn folder(sysfs: &Path, number: u64) -> Option<PathBuf> {
+    let link = sysfs.join(format!("dev/block/{}:{}", major(number), minor(number)));
+    link.canonicalize().ok()
+}
+
+/// Whether two block devices are the same, or one is a part of the other. `sysfs` is where that is mounted.
+fn overlap(sysfs: &Path, one: u64, other: u64) -> bool {
+    let parts = match (folder(sysfs, one), folder(sysfs, other)) {
         // A partition's folder lies in its disk's.
         (Some(one), Some(other)) => one.starts_with(&other) || other.starts_with(&one),
         _ => false,
@@ -236,6 +262,44 @@ mod tests {
         known.is_of(None).unwrap();
         known.is_of(Some(first)).unwrap();
         assert!(known.is_of(Some([0; 32])).is_err());
+    }
+
+    #[test]
+    fn what_loop_devices_stand_on_is_known() {
+        let root = tempfile::tempdir().unwrap();
+        let (image, other) = (root.path().join("an image"), root.path().join("other"));
+        std::fs::write(&image, "x").unwrap();
+        std::fs::write(&other, "x").unwrap();
+        for (name, below) in [("loop0", &image), ("loop1", &root.path().join("deleted"))] {
+            let folder = root.path().join("block").join(name).join("loop");
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(folder.join("backing_file"), format!("{}\n", below.display())).unwrap();
+        }
+        std::fs::create_dir_all(root.path().join("block/loop2")).unwrap();
+        let found = loops(root.path());
+        assert_eq!(
+            found.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
+            ["loop0"]
+        );
+        let known = |path| std::fs::metadata(path).unwrap();
+        assert!(same(root.path(), &found[0].1, &known(&image)) && !same(root.path(), &found[0].1, &known(&other)));
+        assert!(loops(&root.path().join("nothing")).is_empty());
+    }
+
+    #[test]
+    fn a_fifo_is_no_source_and_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR,
+            0,
+        )
+        .unwrap();
+        let error = Source::open(&path, false).err().unwrap().to_string();
+        assert!(error.contains("neither a file nor"), "{error}");
     }
 
     #[test]

@@ -57,9 +57,12 @@ impl State {
         if known.is_empty() {
             return Ok(None);
         }
-        let header = known.split_at_checked(MAGIC.len()).and_then(|(magic, rest)| {
-            let (bytes, begin) = rest.split_first_chunk()?;
-            let ours = (magic == MAGIC || magic == EARLIER) && u64::from_be_bytes(*bytes) == size;
+        let header = known.split_at_checked(MAGIC.len());
+        let Some((_, rest)) = header.filter(|(magic, _)| magic == MAGIC || magic == EARLIER) else {
+            bail!("{} is no state of a copy; name another with --state", path.display());
+        };
+        let header = rest.split_first_chunk().and_then(|(bytes, begin)| {
+            let ours = u64::from_be_bytes(*bytes) == size;
             Hash::try_from(begin).ok().filter(|_| ours)
         });
         let begin = header.with_context(|| another(path))?;
@@ -279,6 +282,17 @@ mod tests {
             drop(state);
             let again = open(&dir).unwrap();
             assert_eq!((again.hashes, again.unreadable), (hashes, unreadable));
+        }
+    }
+
+    #[test]
+    fn another_file_is_not_taken_for_a_state() {
+        let dir = tempfile::tempdir().unwrap();
+        for text in [&b"x"[..], &[7; 200]] {
+            std::fs::write(dir.path().join("state"), text).unwrap();
+            let error = open(&dir).unwrap_err().to_string();
+            assert!(error.contains("is no state") && !error.contains("delete"), "{error}");
+            assert_eq!(std::fs::read(dir.path().join("state")).unwrap(), text);
         }
     }
 

@@ -1,6 +1,6 @@
 //! Where a copy goes: looked at before anything is written, and held until the end.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -33,30 +33,29 @@ impl Target {
             Err(error) => return Err(error).with_context(|| format!("cannot see what {} is", path.display())),
         };
         let device = known.file_type().is_block_device();
-        let from = source.metadata()?;
-        let devices = device && from.file_type().is_block_device();
-        let same_device = devices && source::overlap(Path::new("/sys"), known.rdev(), from.rdev());
-        if same_device || (!device && (known.dev(), known.ino()) == (from.dev(), from.ino())) {
-            bail!("{} would be copied onto itself; name another target", path.display());
-        }
         if !device && !known.is_file() {
             bail!(
                 "{} is neither a file nor a block device; name one of these",
                 path.display()
             );
         }
+        let sysfs = Path::new("/sys");
+        may_be_written(sysfs, path, &known, &source.metadata()?)?;
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         if device {
             // A mounted one is refused.
             options.custom_flags(libc::O_EXCL);
         }
-        let file = options.open(path).with_context(|| {
-            format!(
-                "cannot open {} alone for writing; is it mounted or held?",
-                path.display()
-            )
-        })?;
+        let file = match options.open(path) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                bail!(
+                    "{} is mounted or held; unmount it, or end what holds it",
+                    path.display()
+                )
+            }
+            opened => opened.with_context(|| format!("cannot open {} for writing", path.display()))?,
+        };
         let mut target = Self::locked(file, path, device)?;
         // What was looked at is what was opened.
         target.is_at_its_path()?;
@@ -163,4 +162,32 @@ impl Target {
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
+}
+
+/// Refuses what would harm the source or another: the source itself, its disk or a part of it, and what a loop device stands on.
+fn may_be_written(sysfs: &Path, path: &Path, known: &Metadata, from: &Metadata) -> anyhow::Result<()> {
+    let loops = source::loops(sysfs);
+    let device = Some(known).filter(|known| known.file_type().is_block_device());
+    let folder = device.and_then(|device| source::folder(sysfs, device.rdev()));
+    // A loop device's, or that of a part of it.
+    let is_on = |name: &str| {
+        let own = folder.as_deref().into_iter().flat_map(Path::ancestors);
+        own.take(2).any(|folder| folder.ends_with(name))
+    };
+    let on_the_source = |(name, below): &(String, Metadata)| is_on(name) && source::same(sysfs, below, from);
+    if source::same(sysfs, known, from) || loops.iter().any(on_the_source) {
+        bail!("{} would be copied onto itself; name another target", path.display());
+    }
+    if let Some((name, _)) = loops.iter().find(|(_, below)| source::same(sysfs, below, known)) {
+        bail!(
+            "the loop device /dev/{name} stands on {}, and whatever uses it would be overwritten; end that first \
+             (`losetup --detach /dev/{name}`)",
+            path.display()
+        );
+    }
+    let read_only = folder.and_then(|folder| std::fs::read_to_string(folder.join("ro")).ok());
+    if read_only.is_some_and(|text| text.trim() == "1") {
+        bail!("{} is read-only; name another target", path.display());
+    }
+    Ok(())
 }

@@ -31,7 +31,9 @@ pub(super) fn wanted(options: &Options, chosen: &Chosen, survey: &Survey) -> (Ve
         }
         let refused = match &survey.unknown {
             _ if options.all >= 2 => None,
-            _ if *system => Some("the running system lives on it; --all twice lends it all the same".to_owned()),
+            _ if *system => {
+                Some("the running system lives on it; `--all --all` lends every disk, also this one".to_owned())
+            }
             Some(part) if !by_name => Some(format!(
                 "it may be one of the running system's ({part}); name it, or say --all twice"
             )),

@@ -62,7 +62,7 @@ pub(crate) fn detach(args: &DetachArgs) -> anyhow::Result<()> {
             return Ok(());
         }
     };
-    if meant.is_empty() {
+    if meant.is_empty() && !args.all {
         bail!("nothing of that name is borrowed; `stiefel detach` lists what is");
     }
     let mut result = Ok(());

@@ -75,7 +75,7 @@ fn is_there(path: &Path) -> anyhow::Result<bool> {
 /// Asks a yes-or-no question; without a terminal nobody can answer, which is an error that names the option.
 fn ask(question: &str) -> anyhow::Result<bool> {
     if !std::io::stdin().is_terminal() {
-        bail!("{question}: there is no terminal to ask at; say --yes if that is what you want");
+        bail!("there is no terminal to ask at: {question} Say --yes if that is what you want");
     }
     eprint!("{question} [y/N] ");
     std::io::stderr().flush()?;
