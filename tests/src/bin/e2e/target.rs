@@ -61,9 +61,14 @@ impl Pair {
 
     /// Starts `stiefel target` and waits until it lends `data-a`.
     pub(crate) fn lend(&self, options: &str) -> Result<(), Failure> {
+        self.lend_with(options, "")
+    }
+
+    /// The same, with words of the environment.
+    pub(crate) fn lend_with(&self, options: &str, environment: &str) -> Result<(), Failure> {
         self.target.run_ok(&format!(
             "rm -f /run/out; systemd-run --quiet --unit lend -p StandardOutput=file:/run/out -p StandardError=file:/run/err \
-             stiefel target {options}"
+             -p Environment='{environment}' stiefel target {options}"
         ))?;
         wait(&self.target, "grep -q data-a /run/out")?;
         Ok(())

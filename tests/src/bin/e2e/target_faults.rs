@@ -113,8 +113,11 @@ fn reset_while_writing(bench: &Bench, pair: &Pair, by: &str) -> Result<(), Failu
 const ROUNDS: u32 = 100;
 /// In one command.
 const AT_ONCE: u32 = 10;
-/// What a program's memory may grow by, in KiB: what malloc keeps.
+/// What a program's heap may grow by, in KiB: by a huge page, and what discovery remembers to tell replays (bounded).
 const MEMORY: i64 = 4096;
+/// All that is allocated lies in one heap then, which shrinks; else each new thread may keep a heap and a stack of its own, up to a
+/// bound that is not reached within these rounds.
+const ONE_HEAP: &str = "MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=65536 MALLOC_MMAP_THRESHOLD_=131072";
 /// What the kernel may count as namespaces that it has freed already: some for each processor.
 const FREED: i64 = 24;
 
@@ -122,7 +125,7 @@ const FREED: i64 = 24;
 const COUNT: &str = "p=$(pidof -s stiefel); \
     for i in $(seq 20); do [ -z \"$(ls /run/stiefel/borrowed 2>/dev/null)\" ] && break; sleep 0.5; done; sleep 12; \
     if [ -n \"$p\" ]; then echo descriptors $(ls /proc/$p/fd | wc -l); echo threads $(ls /proc/$p/task | wc -l); \
-    echo memory $(awk '/VmRSS/ { print $2 }' /proc/$p/status); fi; \
+    echo memory $(awk '/\\[heap\\]/ { heap = 1 } heap && /^Rss/ { print $2; exit }' /proc/$p/smaps); fi; \
     echo interfaces $(ip -o link | wc -l); echo rules $(ip -6 rule | wc -l); echo routes $(ip -6 route show table all | wc -l); \
     echo published $(find /sys/kernel/config/nvmet -mindepth 2 2>/dev/null | wc -l); echo loops $(losetup -a | wc -l); \
     echo mapped $(ls /dev/dm-* 2>/dev/null | wc -l); echo controllers $(ls /sys/class/nvme 2>/dev/null | wc -l); \
@@ -132,7 +135,7 @@ const COUNT: &str = "p=$(pidof -s stiefel); \
 /// A hundred times attached and given back: neither side has more of anything than before.
 pub(crate) fn rounds(bench: &Bench) -> Result<(), Failure> {
     let pair = Pair::start(bench)?;
-    pair.lend("--all")?;
+    pair.lend_with("--all", ONE_HEAP)?;
     // What is made once, and stays.
     some_rounds(&pair, 4)?;
     let machines = [&pair.target, &pair.client];
