@@ -114,7 +114,7 @@ const ROUNDS: u32 = 100;
 /// In one command.
 const AT_ONCE: u32 = 10;
 /// What a program's heap may grow by, in KiB: by a huge page, and what discovery remembers to tell replays (bounded).
-const MEMORY: i64 = 4096;
+const MEMORY: i64 = 2048 + 512;
 /// All that is allocated lies in one heap then, which shrinks; else each new thread may keep a heap and a stack of its own, up to a
 /// bound that is not reached within these rounds.
 const ONE_HEAP: &str = "MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=65536 MALLOC_MMAP_THRESHOLD_=131072";
