@@ -158,7 +158,9 @@ impl Ready {
         let state = match (self.earlier, first) {
             (Some(state), first) => state.is_of(first).and_then(|()| state.go_on(size)),
             (None, Some(first)) => State::create(job.state, size, first),
-            (None, None) => Err(anyhow::anyhow!("the beginning of the source cannot be read")),
+            (None, None) => Err(anyhow::anyhow!(
+                "the beginning of the source cannot be read; see whether it is still there, then call again"
+            )),
         };
         if state.is_err() && is_new && target.is_at_its_path().is_ok() {
             // Nothing is in it; it would be asked about next time.

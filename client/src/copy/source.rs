@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use rustix::fs::{Advice, fadvise, major, minor};
+use stiefel_sys::block;
 
 use super::state::State;
 use super::{Hash, PIECE, Range, SECTOR, hash, length_at, push};
@@ -143,15 +144,8 @@ pub(super) fn same(sysfs: &Path, one: &Metadata, other: &Metadata) -> bool {
 
 /// The loop devices in use, as far as what they stand on is in sight: their names, and that.
 pub(super) fn loops(sysfs: &Path) -> Vec<(String, Metadata)> {
-    let Ok(folder) = std::fs::read_dir(sysfs.join("block")) else {
-        return Vec::new();
-    };
-    let looped = |entry: std::fs::DirEntry| {
-        let below = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
-        let below = std::fs::metadata(below.trim_end_matches('\n')).ok()?;
-        Some((entry.file_name().to_string_lossy().into_owned(), below))
-    };
-    folder.flatten().filter_map(looped).collect()
+    let known = |(name, below): (String, PathBuf)| Some((name, std::fs::metadata(below).ok()?));
+    block::loops(sysfs).into_iter().filter_map(known).collect()
 }
 
 /// The kernel's folder of a block device.

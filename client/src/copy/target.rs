@@ -165,7 +165,7 @@ impl Target {
 }
 
 /// Refuses what would harm the source or another: the source itself, its disk or a part of it, and what a loop device stands on.
-fn may_be_written(sysfs: &Path, path: &Path, known: &Metadata, from: &Metadata) -> anyhow::Result<()> {
+pub(super) fn may_be_written(sysfs: &Path, path: &Path, known: &Metadata, from: &Metadata) -> anyhow::Result<()> {
     let loops = source::loops(sysfs);
     let device = Some(known).filter(|known| known.file_type().is_block_device());
     let folder = device.and_then(|device| source::folder(sysfs, device.rdev()));

@@ -23,15 +23,17 @@ impl Place {
     }
 
     fn copy(&self) -> anyhow::Result<Report> {
-        copy(
-            &Copy {
-                source: &self.path("source"),
-                target: &self.path("target"),
-                state: &self.path("state"),
-                skip_errors: false,
-            },
-            &mut |_| Ok(()),
-        )
+        self.copy_heard(|_| Ok(()))
+    }
+
+    fn copy_heard(&self, mut hears: impl FnMut(Progress) -> anyhow::Result<()>) -> anyhow::Result<Report> {
+        let job = Copy {
+            source: &self.path("source"),
+            target: &self.path("target"),
+            state: &self.path("state"),
+            skip_errors: false,
+        };
+        copy(&job, &mut hears)
     }
 }
 
@@ -167,13 +169,7 @@ fn a_target_that_changes_under_the_copy_is_noticed() {
         }
         Ok(())
     };
-    let job = Copy {
-        source: &place.path("source"),
-        target: &place.path("target"),
-        state: &place.path("state"),
-        skip_errors: false,
-    };
-    let error = copy(&job, &mut meddle).unwrap_err();
+    let error = place.copy_heard(&mut meddle).unwrap_err();
     assert!(error.to_string().contains("differs"), "{error}");
 }
 
@@ -183,17 +179,11 @@ fn nothing_is_written_before_it_begins() {
     place.source();
     fs::write(place.path("target"), "old").unwrap();
     let ended = |at: Progress| {
-        let job = Copy {
-            source: &place.path("source"),
-            target: &place.path("target"),
-            state: &place.path("state"),
-            skip_errors: false,
-        };
         let mut hears = |progress| match progress == at {
             true => bail!("no"),
             false => Ok(()),
         };
-        copy(&job, &mut hears).unwrap_err().to_string()
+        place.copy_heard(&mut hears).unwrap_err().to_string()
     };
     assert_eq!(ended(Progress::Begins(true)), "no");
     assert_eq!(fs::read(place.path("target")).unwrap(), b"old");
@@ -207,19 +197,13 @@ fn nothing_is_written_before_it_begins() {
 
 /// What a copy says that asks, when `meanwhile` is done before the answer.
 fn asked(place: &Place, meanwhile: impl Fn()) -> String {
-    let job = Copy {
-        source: &place.path("source"),
-        target: &place.path("target"),
-        state: &place.path("state"),
-        skip_errors: false,
-    };
     let mut hears = |progress| {
         if let Progress::Begins(_) = progress {
             meanwhile();
         }
         Ok(())
     };
-    copy(&job, &mut hears).unwrap_err().to_string()
+    place.copy_heard(&mut hears).unwrap_err().to_string()
 }
 
 #[test]
@@ -254,19 +238,13 @@ fn what_changes_while_the_question_is_asked_is_not_written() {
 fn a_target_that_is_moved_away_is_no_complete_copy() {
     let place = Place::new();
     place.source();
-    let job = Copy {
-        source: &place.path("source"),
-        target: &place.path("target"),
-        state: &place.path("state"),
-        skip_errors: false,
-    };
     let mut hears = |progress| {
         if let Progress::Copied(0, _) = progress {
             let _ = fs::rename(place.path("target"), place.path("moved"));
         }
         Ok(())
     };
-    let error = copy(&job, &mut hears).unwrap_err().to_string();
+    let error = place.copy_heard(&mut hears).unwrap_err().to_string();
     assert!(error.contains("has gone") && place.path("state").exists(), "{error}");
     // And nothing is there to go on with.
     assert!(place.copy().unwrap_err().to_string().contains("is not there"));
@@ -326,17 +304,11 @@ fn a_copy_that_is_ended_keeps_what_it_has() {
     let place = Place::new();
     let bytes = place.source();
     let piece = PIECE as u64;
-    let job = Copy {
-        source: &place.path("source"),
-        target: &place.path("target"),
-        state: &place.path("state"),
-        skip_errors: false,
-    };
     let mut hears = |progress| match progress {
         Progress::Copied(done, _) if done == 2 * piece => bail!("enough"),
         _ => Ok(()),
     };
-    assert_eq!(copy(&job, &mut hears).unwrap_err().to_string(), "enough");
+    assert_eq!(place.copy_heard(&mut hears).unwrap_err().to_string(), "enough");
     assert_eq!(place.copy().unwrap().resumed, 2 * piece);
     assert_eq!(fs::read(place.path("target")).unwrap(), bytes);
 }
@@ -355,4 +327,21 @@ fn the_state_of_a_file_lies_beside_it() {
     assert_eq!(state, Path::new("/tmp/a/disk.img.copy-state"));
     let state = usual_state(Path::new("/dev/not-plugged-in-yet"), Path::new("/var/lib/stiefel"));
     assert_eq!(state, Path::new("/var/lib/stiefel/copy-not-plugged-in-yet.state"));
+}
+
+#[test]
+fn what_a_loop_device_stands_on_is_no_target() {
+    let root = tempfile::tempdir().unwrap();
+    let file = |name: &str| {
+        let path = root.path().join(name);
+        fs::write(&path, "x").unwrap();
+        (fs::metadata(&path).unwrap(), path)
+    };
+    let ((image, at), (other, aside), (source, _)) = (file("image"), file("other"), file("source"));
+    let folder = root.path().join("block/loop0/loop");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("backing_file"), format!("{}\n", at.display())).unwrap();
+    let error = target::may_be_written(root.path(), &at, &image, &source).unwrap_err();
+    assert!(error.to_string().contains("/dev/loop0 stands on"), "{error}");
+    target::may_be_written(root.path(), &aside, &other, &source).unwrap();
 }

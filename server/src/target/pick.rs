@@ -114,25 +114,20 @@ enum Over {
 /// All loop devices that are in use.
 fn loops(root: &Path) -> Vec<Looped> {
     let tree = Tree::new(root);
-    let names = tree
-        .names("/sys/block")
-        .into_iter()
-        .filter(|name| name.starts_with("loop"));
-    let looped = |name: String| {
-        let backing = tree.line(format!("/sys/block/{name}/loop/backing_file"))?;
-        let over = match number_of(root, &backing) {
+    let looped = |(name, backing): (String, PathBuf)| {
+        let over = match number_of(root, &backing.to_string_lossy()) {
             Some(number) => {
                 let disks = block::whole_disks_of_device(&root.join("sys"), number).unwrap_or_default();
                 Over::Disks(disks.into_iter().map(|disk| disk.name).collect())
             }
-            None => Over::File(backing.into()),
+            None => Over::File(backing),
         };
         let read_only = tree
             .line(format!("/sys/block/{name}/ro"))
             .is_some_and(|text| text == "1");
-        Some(Looped { name, over, read_only })
+        Looped { name, over, read_only }
     };
-    names.filter_map(looped).collect()
+    block::loops(&root.join("sys")).into_iter().map(looped).collect()
 }
 
 /// The USB device that a disk is in.

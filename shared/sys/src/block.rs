@@ -111,6 +111,19 @@ pub struct Disk {
     pub sequence: Option<u64>,
 }
 
+/// The loop devices in use: their names, and the path of what each stands on, as the kernel knows it.
+#[must_use]
+pub fn loops(sysfs: &Path) -> Vec<(String, PathBuf)> {
+    let entries = std::fs::read_dir(sysfs.join("block")).into_iter().flatten().flatten();
+    let looped = |entry: std::fs::DirEntry| {
+        let below = read::attribute(&entry.path().join("loop/backing_file"))?;
+        Some((entry.file_name().to_string_lossy().into_owned(), below.into()))
+    };
+    let mut loops: Vec<_> = entries.filter_map(looped).collect();
+    loops.sort();
+    loops
+}
+
 /// All disks with a medium, by name: no loop, memory, network, optical, floppy or stacked devices, no partitions.
 ///
 /// # Errors
